@@ -1,0 +1,3905 @@
+/* qwen3next.c - Qwen3-Next on a CPU, in one file of C.
+ *
+ *     gcc -O3 -pthread qwen3next.c -o qwen3next -lm && ./qwen3next model.bin
+ *
+ * The model. n tokens enter as rows x[t] of width D and pass through L layers:
+ *
+ *     x = embed[token]
+ *     each layer:  x += mixer(norm(x));  x += mlp(norm(x))
+ *     logits = lm_head . norm(x)                      norm(x) = x / rms(x) * (1 + w)
+ *
+ * Three of four mixers are a *Gated DeltaNet*, a linear attention whose memory is one matrix
+ * S[dk][dv] per value head, however long the text:
+ *
+ *     q, k, v, z = W x;  b, a = W' x;   q, k, v = silu(conv4(q, k, v));   q, k = l2norm(q), l2norm(k)
+ *     decay = exp(-exp(A_log) softplus(a + dt_bias))          how much of the memory stays
+ *     beta  = sigmoid(b)                                      how strongly to write
+ *     S  = decay S;   S += k (beta (v - S'k))';   o = S'q     the delta rule
+ *     mixer = W_out (norm(o) w silu(z))
+ *
+ * Every fourth is a *gated attention*: softmax attention with grouped keys and values, norms on
+ * queries and keys, rotary positions on the first quarter of a head, and a sigmoid gate on its output.
+ * The MLP is a *mixture of experts*: a router picks 10 of 512 small SwiGLU networks for each token,
+ * and one shared expert always runs.
+ *
+ * Map. Parts I and II are the model: read them in order and stop there if you like.
+ *
+ *     I    1 platform   2 utilities   3 structs   4 kernel interface   5 checkpoint
+ *     II   6 small blocks   7 Gated DeltaNet   8 gated attention   9 mixture of experts
+ *          10 forward   11 state
+ *     III  12 tokenizer   13 sampler
+ *     IV   14 threads   15 kernels (this part is compiled once for each instruction set)
+ *     V    16 chat template   17 generate   18 chat   19 other modes   20 command line
+ *
+ * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
+ * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens.
+ * One forward serves any number of tokens, and a token's result has the same bits whatever the batch
+ * it came in, the thread that made it and the number of threads: every sum has one fixed order.
+ *
+ * The checkpoint (made by export.py, described in README.md) is mapped, never copied: matrices lie in
+ * tiles of 16 rows in the order in which the kernels stream them. */
+#ifndef KERNEL_PASS /* ---------- everything but part IV.15 is compiled once ---------- */
+
+/* ============================== Part I: data ============================== */
+
+/* ---- 1. Platform and limits ---- */
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#if (defined __x86_64__ || defined __i386__) && !defined PLAIN_ONLY
+#define HAVE_X86 1
+#include <immintrin.h>
+#elif defined __aarch64__ && !defined PLAIN_ONLY
+#define HAVE_NEON 1
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#include <asm/hwcap.h>
+#endif
+#endif
+
+#define VERSION "0.1.0"
+#define PROGRAM "qwen3next"
+
+enum {
+    TILE = 16,          /* rows of a weight tile = lanes of the widest vector */
+    BLOCK = 32,         /* quantized values that share a scale */
+    SUPER = 64,         /* columns of a quantized superblock: two blocks, a whole number of cache lines */
+    MAX_ROWS = 8,       /* activation rows one kernel call takes at most */
+    KV_TILE = 64,       /* positions one step of the online softmax takes */
+    KV_RANGE = 512,     /* positions of a range: ranges are computed apart and merged in order */
+    GDN_CHUNK = 32,     /* tokens a DeltaNet head convolves before it walks its state through them */
+    FFN_CHUNK = 64,     /* tokens that share one scratch of intermediate values */
+    HEAD_ROWS = 16,     /* rows of logits made at a time */
+    MAX_BATCH = 2048,   /* tokens of one forward at most */
+    MAX_THREADS = 256,
+    MAX_STOPS = 16,
+};
+
+/* ---- 2. Utilities ---- */
+
+/* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. */
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs(PROGRAM ": ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(1);
+}
+
+__attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fputs(PROGRAM ": ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+}
+
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+
+/* a * b, or the end of the program when the product does not fit. */
+static size_t mul(size_t a, size_t b)
+{
+    size_t product;
+    if (__builtin_mul_overflow(a, b, &product)) die("a size overflows: %zu x %zu", a, b);
+    return product;
+}
+
+static void *grow(void *old, size_t count, size_t size)
+{
+    void *p = realloc(old, mul(count ? count : 1, size));
+    if (!p) die("out of memory: wanted %zu bytes", count * size);
+    return p;
+}
+
+/* Zeroed memory of `count` floats that the system commits only where it is touched. */
+static float *reserve(size_t count, const char *what)
+{
+    size_t bytes = round_up(mul(count ? count : 1, sizeof(float)), 4096);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) die("cannot reserve %zu MB for the %s: %s", bytes >> 20, what, strerror(errno));
+    return p;
+}
+
+static double now(void) /* seconds */
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* A growable string of bytes, always NUL-terminated. */
+typedef struct { char *data; size_t len, cap; } Str;
+
+static void str_add(Str *s, const void *bytes, size_t n)
+{
+    if (s->len + n + 1 > s->cap) {
+        s->cap = (s->len + n + 1) * 2;
+        s->data = grow(s->data, s->cap, 1);
+    }
+    if (n) memcpy(s->data + s->len, bytes, n);
+    s->len += n;
+    s->data[s->len] = 0;
+}
+
+static void str_set(Str *s, const void *bytes, size_t n) { s->len = 0; str_add(s, bytes, n); }
+
+/* A growable list of token ids. */
+typedef struct { int *id; int len, cap; } Tokens;
+
+static void tokens_add(Tokens *t, int id)
+{
+    if (t->len == INT_MAX / 2) die("too many tokens");
+    if (t->len == t->cap) {
+        t->cap = t->cap ? t->cap * 2 : 64;
+        t->id = grow(t->id, (size_t)t->cap, sizeof *t->id);
+    }
+    t->id[t->len++] = id;
+}
+
+static float bf16_to_float(uint16_t h)
+{
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static float f16_to_float(uint16_t h)
+{
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+    float f;
+    memcpy(&f, &bits, 4);
+    f *= 0x1p112f; /* moves the exponent's bias from 15 to 127; right for denormals too */
+    return h & 0x8000 ? -f : f;
+}
+
+/* Nearest f16, ties to even; beyond the range, the largest finite value. */
+static uint16_t float_to_f16(float f)
+{
+    uint32_t bits, sign;
+    memcpy(&bits, &f, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7bff);
+    if (bits < 0x38800000) { /* a denormal: adding 0.5 aligns its bits at the end of the mantissa */
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    bits += 0xfff + (bits >> 13 & 1);
+    return (uint16_t)(sign | ((bits >> 13) - (112 << 10)));
+}
+
+/* The whole of a file, or of standard input for "-". Fails with a message. */
+static Str read_all(const char *path)
+{
+    Str s = {0};
+    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) die("%s: %s", path, strerror(errno));
+    char buffer[1 << 16];
+    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(&s, buffer, n);
+    if (ferror(f)) die("%s: %s", path, strerror(errno));
+    if (f != stdin) fclose(f);
+    str_add(&s, "", 0);
+    return s;
+}
+
+/* A file mapped for reading. Fails with a message unless it is a regular, non-empty file. */
+typedef struct { const uint8_t *data; size_t size; const char *path; } Mapping;
+
+static Mapping map_file(const char *path)
+{
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* O_NONBLOCK: do not wait on a FIFO */
+    if (fd < 0 || fstat(fd, &info)) die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s: wanted a regular file", path);
+    if (info.st_size < 64) die("%s: wanted a header of 64 bytes, found a file of %lld", path, (long long)info.st_size);
+    void *p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED) die("%s: cannot map: %s", path, strerror(errno));
+    close(fd);
+    return (Mapping){p, (size_t)info.st_size, path};
+}
+
+/* ---- 3. Structs ---- */
+
+typedef enum { FLOAT, F32, BF16, Q8, Q4, N_TYPES } Type; /* FLOAT: plain row-major float32, no matrix */
+static const char *const TYPE_NAMES[N_TYPES] = {"float", "f32", "bf16", "q8", "q4"};
+
+/* One or more matrices of a type and shape, in tiles of TILE rows x all columns (README: the format). */
+typedef struct {
+    Type type;
+    int rows, cols;       /* of one matrix; the last tile is padded with zero rows */
+    int count;            /* matrices: experts, or 1 */
+    size_t tile_bytes;    /* one tile: TILE rows, all columns */
+    size_t matrix_bytes;  /* one matrix; a gate_up pair counts as one: its tiles alternate */
+    const uint8_t *data;  /* NULL when the checkpoint has no such tensor */
+} Matrix;
+
+/* int8 activations, one superblock: x[i] = d[i/32] * q[i]. */
+typedef struct {
+    int8_t q[SUPER];
+    float d[2];           /* scale of each block */
+    int32_t bias[2];      /* -128 * sum of q over the block: weights are stored unsigned, as q+128 */
+} ActBlock;
+
+/* Rows of activations: always as float, and as int8 when some weight matrix is quantized. */
+typedef struct {
+    int cols;
+    size_t ld;            /* floats from row to row */
+    size_t blocks;        /* ActBlocks from row to row */
+    float *f;             /* [rows][ld] */
+    ActBlock *q;          /* [rows][blocks] */
+} Acts;
+
+typedef struct {
+    int hidden_size, num_hidden_layers, vocab_size;
+    int num_attention_heads, num_key_value_heads, head_dim, rotary_dim;
+    int linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim;
+    int linear_conv_kernel_dim;
+    int num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size;
+    int intermediate_size; /* of the dense MLP layers, if any */
+    int norm_topk_prob, max_position_embeddings;
+    int tokenizer_size;    /* ids from here on are padding rows of the vocabulary: never sampled */
+    float rms_norm_eps;
+    double rope_theta;
+    /* derived */
+    int key_dim, value_dim; /* heads x head dim of the DeltaNet */
+    int conv_dim;           /* channels of the convolution: q, k and v = 2 key_dim + value_dim */
+    int has_sparse, has_dense, has_full, has_linear;
+} Config;
+
+typedef struct { /* Gated DeltaNet */
+    Matrix in_proj_qkvz;   /* [2 key_dim + 2 value_dim][D]: all q, all k, all v, all z */
+    Matrix in_proj_ba;     /* [2 nv][D]: all b, all a */
+    const float *conv1d;   /* [kernel][conv_dim], oldest tap first */
+    const float *A_log;    /* [nv] */
+    const float *dt_bias;  /* [nv] */
+    const float *norm;     /* [dv], a plain weight: no 1 + */
+    Matrix out_proj;       /* [D][value_dim] */
+    int index;             /* among the DeltaNet layers: which state */
+} LinearAttn;
+
+typedef struct { /* gated attention */
+    Matrix qgkv_proj;       /* [2 H hd + 2 G hd][D]: all queries, all gates, all keys, all values */
+    const float *qgkv_bias; /* [same rows] or NULL */
+    const float *q_norm, *k_norm; /* [hd], zero-centred */
+    Matrix o_proj;          /* [D][H hd] */
+    const float *o_bias;    /* [D] or NULL */
+    int index;              /* among the attention layers: which cache */
+} SelfAttn;
+
+typedef struct { /* experts, or for a dense layer one network */
+    Matrix gate;            /* [E][D], the router; no data: a dense layer */
+    Matrix gate_up_proj;    /* E x [I pairs][D]; dense: 1 x */
+    Matrix down_proj;       /* E x [D][I] */
+    Matrix shared_gate_up, shared_down;
+    const float *shared_expert_gate; /* [D] */
+} Mlp;
+
+typedef struct {
+    bool full_attention;
+    const float *input_layernorm, *post_attention_layernorm; /* [D], zero-centred */
+    LinearAttn linear;
+    SelfAttn attn;
+    Mlp mlp;
+} Layer;
+
+/* The pieces export.py found in the checkpoint's own chat template. */
+typedef struct {
+    bool present, thinking; /* thinking: earlier answers keep only what follows think_end */
+    Str prefix, default_system, system_prefix, system_suffix, user_prefix, user_suffix;
+    Str assistant_prefix, assistant_suffix, generation_prompt, think_end;
+    int system_trim, user_trim, assistant_trim; /* bits: 1, 2 white space; 4, 8 newlines; before, after */
+} ChatPieces;
+
+typedef struct { float temperature, top_p, min_p, repetition_penalty, presence_penalty; int top_k; } SamplerSettings;
+
+typedef struct {
+    Mapping file;
+    Config config;
+    Matrix embed_tokens, lm_head; /* [V][D]; lm_head is embed_tokens when tied */
+    const float *norm;            /* [D] */
+    Layer *layers;                /* [num_hidden_layers] */
+    bool quantized;               /* some matrix is: activations are needed as int8 */
+    bool has_mtp;
+    double *inv_freq;             /* [rotary_dim / 2], radians a position */
+    float rope_scale;             /* YaRN's factor on cos and sin, else 1 */
+    int8_t q4_levels[16];
+    int stop_ids[MAX_STOPS], n_stops;
+    uint64_t tokenizer_hash;      /* 0: the checkpoint names no tokenizer */
+    ChatPieces chat;
+    SamplerSettings sampling;
+} Model;
+
+/* What a conversation is: the tokens fed so far and what the layers remember of them. */
+typedef struct {
+    Tokens tokens;        /* fed to the model, in order */
+    int ctx;              /* positions there is room for */
+    bool kv_f16;          /* keys and values as f16, else as float */
+    uint8_t *k;           /* [attention layer][G][ctx / 16][hd][16]: 16 positions side by side */
+    uint8_t *v;           /* [attention layer][G][ctx / KV_TILE][hd / 16][KV_TILE][16 dims] */
+    size_t kv_layer, kv_head; /* bytes of a layer's and of a head's keys (or values) */
+    float *recurrent;     /* all that cannot be cut back: S, then conv, in one piece for snapshots */
+    size_t recurrent_len; /* floats */
+    float *S;             /* [DeltaNet layer][nv][dv / 16][dk][16 columns] */
+    float *conv;          /* [DeltaNet layer][kernel - 1][conv_dim]: the last raw inputs, oldest first */
+    size_t S_layer, conv_layer; /* floats of one layer */
+} State;
+
+/* A copy of a state's recurrent part at some length; keys and values need none. */
+typedef struct { int n_tokens; float *recurrent; } Snapshot;
+
+/* Scratch for one forward of up to `batch` tokens. Memory is committed as far as it is used. */
+typedef struct {
+    int batch;
+    float *x;             /* [n][D] the residual stream */
+    Acts xn;              /* [n][D] after a norm */
+    float *proj;          /* [n][proj_ld] what the mixer's input projection made */
+    size_t proj_ld;
+    float *ba;            /* [n][ba_ld] DeltaNet's b and a */
+    size_t ba_ld;
+    Acts mix;             /* [n][value_dim or H hd] the mixer's output before its last projection */
+    float *out;           /* [n][D] what a mixer or MLP adds to x */
+    float *rope;          /* [n][rotary_dim / 2][cos, sin] */
+    float *router;        /* [n][router_ld] router logits */
+    size_t router_ld;
+    int *top_expert;      /* [n][k] chosen experts, ascending */
+    float *top_weight;    /* [n][k] */
+    float *shared_weight; /* [n] sigmoid(shared_expert_gate . x) */
+    struct Ffn *ffn;      /* [E + 1] the networks this batch runs */
+    int n_ffn;
+    int *slot_token;      /* [n (k + 1)] rows of h: which token ... */
+    float *slot_weight;   /* [n (k + 1)] ... and its weight */
+    Acts h;               /* [n (k + 1)][I] silu(gate) up */
+    float *partial;       /* [rows][ranges][hd + m + l] attention over ranges, for small n */
+    float *logits;        /* [HEAD_ROWS][logits_ld] */
+    size_t logits_ld;
+    float *scratch;       /* [threads][scratch_len] */
+    size_t scratch_len;
+} Work;
+
+/* One feed-forward network and the rows of this batch that visit it. */
+typedef struct Ffn {
+    const Matrix *gate_up, *down;
+    int expert;           /* which of the stacked matrices */
+    int first, count;     /* slots */
+    int first_item;       /* prefix sum of 64-wide pieces of I, to spread the work */
+} Ffn;
+
+typedef struct Pool Pool;
+typedef struct Kernels Kernels;
+
+typedef struct {
+    Model model;
+    State state;
+    Work work;
+    Pool *pool;
+    const Kernels *kernels;
+    const char *dump_dir;  /* --dump: where intermediate tensors go, or NULL */
+    double seconds[5];     /* spent in: projections, DeltaNet, attention, experts, head */
+} Engine;
+
+enum { T_PROJ, T_DELTA, T_ATTN, T_MOE, T_HEAD };
+
+/* ---- 4. Kernel interface: all that Part IV provides ----
+ * Every kernel sums in an order that depends on the shapes alone, never on how many rows came along. */
+struct Kernels {
+    const char *name;
+    int rows;              /* activation rows a `tile` call takes at most: its registers' worth */
+    /* y[r][0..15] = sum over c of W[0..15][c] x[r][c] for n <= rows activation rows; w is one tile.
+     * x[r] points to floats for F32 and BF16, to ActBlocks for Q8 and Q4 (levels: Q4's codebook). */
+    void (*tile[N_TYPES])(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE],
+                          const int8_t *levels);
+    /* the same for keys and values stored as f16: w is [cols][16 f16] */
+    void (*tile_f16)(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE],
+                     const int8_t *levels);
+    void (*quantize)(ActBlock *q, const float *x, int n);   /* floats to int8 blocks, zero padded */
+    float (*dot)(const float *a, const float *b, int n);
+    void (*sigmoid)(float *y, const float *x, int n);       /* y = 1 / (1 + exp(-x)) */
+    float (*exp_sum)(float *x, float max, int n);           /* x = exp(x - max), returns the sum */
+    /* walks 16 columns of one head's S[dk][16] through n tokens: see the definition */
+    void (*delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v,
+                       const float *decay, const float *beta, float *o, int ldv);
+};
+
+static void parallel_for(Pool *pool, int items, void (*fn)(void *arg, int item, int thread), void *arg);
+static int pool_threads(const Pool *pool);
+
+/* ---- 5. Checkpoint: header, records, and binding tensors by name, type and shape ---- */
+
+typedef struct {
+    char magic[8];
+    uint32_t version, n_meta, n_tensors, zero;
+    uint64_t file_size, hash;
+    uint8_t reserved[24];
+} Header;
+
+typedef struct { char key[40]; uint32_t type, count; uint64_t offset, size; } MetaRecord;
+typedef struct { char name[72]; uint32_t type, rank; uint64_t shape[4], offset, size; } TensorRecord;
+
+enum { META_INT, META_FLOAT, META_STRING, META_LIST };
+
+/* The checkpoint while it is being read. */
+typedef struct {
+    Mapping file;
+    const Header *header;
+    const MetaRecord *meta;
+    const TensorRecord *tensors;
+    uint32_t cursor;      /* tensors are asked for about in the order they lie in: look here first */
+} Reader;
+
+static size_t tile_bytes(Type type, size_t cols)
+{
+    switch (type) {
+    case F32: return cols * TILE * 4;
+    case BF16: return round_up(cols, 2) * TILE * 2;
+    case Q8: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER);
+    case Q4: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER / 2);
+    default: return 0;
+    }
+}
+
+/* Bytes that a tensor of this type and shape takes, or SIZE_MAX for a shape that cannot be. */
+static size_t tensor_bytes(const TensorRecord *t)
+{
+    size_t n = 1, limit = (size_t)1 << 46;
+    for (uint32_t i = 0; i < t->rank; i++) {
+        if (t->shape[i] == 0 || t->shape[i] > limit) return SIZE_MAX;
+        if (__builtin_mul_overflow(n, (size_t)t->shape[i], &n) || n > limit) return SIZE_MAX;
+    }
+    if (t->type == FLOAT) return n * 4;
+    if (t->rank < 2) return SIZE_MAX;
+    size_t rows = t->shape[t->rank - 2], cols = t->shape[t->rank - 1];
+    return n / rows / cols * (round_up(rows, TILE) / TILE) * tile_bytes((Type)t->type, cols);
+}
+
+static void check_region(const Reader *r, const char *what, const char *name, uint64_t offset, uint64_t size,
+                         uint64_t align)
+{
+    if (offset % align || offset > r->file.size || size > r->file.size - offset)
+        die("%s: %s %s: wanted %llu bytes at a multiple of %llu inside the file's %zu, found offset %llu",
+            r->file.path, what, name, (unsigned long long)size, (unsigned long long)align, r->file.size,
+            (unsigned long long)offset);
+}
+
+static int compare_offsets(const void *a, const void *b)
+{
+    const TensorRecord *x = *(const TensorRecord *const *)a, *y = *(const TensorRecord *const *)b;
+    return (x->offset > y->offset) - (x->offset < y->offset);
+}
+
+/* Every tensor inside the payload, none over another. */
+static void check_tensors(const Reader *r, size_t payload)
+{
+    uint32_t n = r->header->n_tensors;
+    const TensorRecord **order = grow(NULL, n, sizeof *order);
+    for (uint32_t i = 0; i < n; i++) {
+        const TensorRecord *t = &r->tensors[i];
+        if (!memchr(t->name, 0, sizeof t->name) || !t->name[0])
+            die("%s: tensor %u: wanted a name of at most 71 bytes", r->file.path, i);
+        if (t->type >= N_TYPES || t->rank < 1 || t->rank > 4)
+            die("%s: tensor %s: wanted a type below %d and rank 1 to 4, found type %u, rank %u", r->file.path,
+                t->name, N_TYPES, t->type, t->rank);
+        check_region(r, "tensor", t->name, t->offset, t->size, 64);
+        if (t->size != tensor_bytes(t))
+            die("%s: tensor %s: its shape wants %zu bytes, found %llu", r->file.path, t->name, tensor_bytes(t),
+                (unsigned long long)t->size);
+        if (t->offset < payload) die("%s: tensor %s lies over the directory", r->file.path, t->name);
+        order[i] = t;
+    }
+    qsort(order, n, sizeof *order, compare_offsets);
+    for (uint32_t i = 1; i < n; i++)
+        if (order[i - 1]->offset + order[i - 1]->size > order[i]->offset)
+            die("%s: tensors %s and %s overlap", r->file.path, order[i - 1]->name, order[i]->name);
+    free(order);
+}
+
+/* Map a checkpoint and check everything its directory claims. */
+static Reader open_reader(const char *path)
+{
+    Reader r = {.file = map_file(path)};
+    r.header = (const Header *)r.file.data;
+    const Header *h = r.header;
+    if (memcmp(h->magic, "QWEN3NXT", 8)) die("%s: not a checkpoint of this program (make one with export.py)", path);
+    if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
+    if (h->file_size != r.file.size)
+        die("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (unsigned long long)h->file_size,
+            r.file.size);
+    size_t records = (r.file.size - 64) / 64;
+    if (h->n_meta > records || h->n_tensors > (records - h->n_meta) / 2)
+        die("%s: n_meta %u, n_tensors %u: more than the file can hold", path, h->n_meta, h->n_tensors);
+    r.meta = (const MetaRecord *)(r.file.data + 64);
+    r.tensors = (const TensorRecord *)(r.meta + h->n_meta);
+    for (uint32_t i = 0; i < h->n_meta; i++) {
+        const MetaRecord *m = &r.meta[i];
+        if (!memchr(m->key, 0, sizeof m->key)) die("%s: key %u: wanted at most 39 bytes", path, i);
+        check_region(&r, "key", m->key, m->offset, m->size, 8);
+        size_t want = m->type <= META_FLOAT ? (size_t)m->count * 8 : m->size;
+        if (m->type > META_LIST || m->size != want || (m->type == META_STRING && m->count != m->size))
+            die("%s: key %s: wanted %zu bytes of a known type, found %llu of type %u", path, m->key, want,
+                (unsigned long long)m->size, m->type);
+    }
+    check_tensors(&r, 64 + 64 * (size_t)h->n_meta + 128 * (size_t)h->n_tensors);
+    return r;
+}
+
+static const MetaRecord *find_meta(const Reader *r, const char *key, uint32_t type)
+{
+    for (uint32_t i = 0; i < r->header->n_meta; i++)
+        if (!strcmp(r->meta[i].key, key)) {
+            if (r->meta[i].type != type)
+                die("%s: key %s: wanted type %u, found %u", r->file.path, key, type, r->meta[i].type);
+            return &r->meta[i];
+        }
+    return NULL;
+}
+
+static int64_t meta_int_at(const Reader *r, const MetaRecord *m, uint32_t i)
+{
+    int64_t value;
+    memcpy(&value, r->file.data + m->offset + 8 * (size_t)i, 8);
+    return value;
+}
+
+/* An integer between lo and hi, or `absent` when the key is missing (a message when absent < lo). */
+static int meta_int(const Reader *r, const char *key, int64_t lo, int64_t hi, int64_t absent)
+{
+    const MetaRecord *m = find_meta(r, key, META_INT);
+    if (!m && absent < lo) die("%s: key %s: missing", r->file.path, key);
+    int64_t value = m && m->count ? meta_int_at(r, m, 0) : absent;
+    if (m && (m->count != 1 || value < lo || value > hi))
+        die("%s: key %s: wanted one number from %lld to %lld, found %u, %lld", r->file.path, key, (long long)lo,
+            (long long)hi, m->count, (long long)value);
+    return (int)value;
+}
+
+/* A finite number between lo and hi, or `absent` (NAN: the key must be there). */
+static double meta_float(const Reader *r, const char *key, double lo, double hi, double absent)
+{
+    const MetaRecord *m = find_meta(r, key, META_FLOAT);
+    double value = absent;
+    if (m && m->count == 1) memcpy(&value, r->file.data + m->offset, 8);
+    if (m ? m->count != 1 || !(value >= lo && value <= hi) : isnan(absent))
+        die("%s: key %s: wanted one number from %g to %g, found %g", r->file.path, key, lo, hi, value);
+    return value;
+}
+
+static Str meta_string(const Reader *r, const char *key)
+{
+    Str s = {0};
+    const MetaRecord *m = find_meta(r, key, META_STRING);
+    str_add(&s, m ? r->file.data + m->offset : (const uint8_t *)"", m ? m->size : 0);
+    return s;
+}
+
+static const TensorRecord *find_tensor(Reader *r, const char *name)
+{
+    uint32_t n = r->header->n_tensors;
+    for (uint32_t i = 0; i < n; i++) {
+        const TensorRecord *t = &r->tensors[(r->cursor + i) % n];
+        if (!strcmp(t->name, name)) {
+            r->cursor = (uint32_t)(t - r->tensors) + 1;
+            return t;
+        }
+    }
+    return NULL;
+}
+
+enum { REQUIRED, OPTIONAL };
+
+static const TensorRecord *want_shape(Reader *r, const char *name, int need, int rank, const int shape[4])
+{
+    const TensorRecord *t = find_tensor(r, name);
+    if (!t && need == REQUIRED) die("%s: tensor %s: missing", r->file.path, name);
+    if (!t) return NULL;
+    bool same = t->rank == (uint32_t)rank;
+    for (int i = 0; same && i < rank; i++) same = t->shape[i] == (uint64_t)shape[i];
+    if (!same)
+        die("%s: tensor %s: wanted rank %d, shape [%d %d %d %d], found rank %u, [%llu %llu %llu %llu]", r->file.path,
+            name, rank, shape[0], shape[1], shape[2], shape[3], t->rank, (unsigned long long)t->shape[0],
+            (unsigned long long)t->shape[1], (unsigned long long)t->shape[2], (unsigned long long)t->shape[3]);
+    return t;
+}
+
+/* A vector (b = 0) or table [a][b] of plain floats. */
+static const float *bind_floats(Reader *r, const char *layer, const char *name, int need, int a, int b)
+{
+    char full[160];
+    snprintf(full, sizeof full, "%s%s", layer, name);
+    int shape[4] = {a, b ? b : 1, 1, 1};
+    const TensorRecord *t = want_shape(r, full, need, b ? 2 : 1, shape);
+    if (t && t->type != FLOAT)
+        die("%s: tensor %s: wanted type float, found %s", r->file.path, full, TYPE_NAMES[t->type]);
+    return t ? (const float *)(r->file.data + t->offset) : NULL;
+}
+
+/* A matrix in tiles: shape [rows][cols] (count 0), [count][rows][cols], or, paired, [count][2][rows][cols]. */
+static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int need, int count, bool paired, int rows,
+                          int cols)
+{
+    char full[160];
+    snprintf(full, sizeof full, "%s%s", layer, name);
+    int shape[4] = {rows, cols, 1, 1}, stacked[4] = {count, rows, cols, 1}, pairs[4] = {count, 2, rows, cols};
+    const TensorRecord *t =
+        want_shape(r, full, need, paired ? 4 : count ? 3 : 2, paired ? pairs : count ? stacked : shape);
+    Matrix m = {.rows = rows, .cols = cols, .count = count ? count : 1};
+    if (!t) return m;
+    if (t->type == FLOAT) die("%s: tensor %s: wanted a matrix type, found float", r->file.path, full);
+    m.type = (Type)t->type;
+    m.tile_bytes = tile_bytes(m.type, (size_t)cols);
+    m.matrix_bytes = t->size / (size_t)m.count;
+    m.data = r->file.data + t->offset;
+    return m;
+}
+
+static void read_config(const Reader *r, Config *c)
+{
+    const char *path = r->file.path;
+    const struct { const char *key; int *field; int lo, hi; } ints[] = {
+        {"hidden_size", &c->hidden_size, 1, 1 << 16},
+        {"num_hidden_layers", &c->num_hidden_layers, 1, 1 << 12},
+        {"vocab_size", &c->vocab_size, 1, 1 << 24},
+        {"num_attention_heads", &c->num_attention_heads, 1, 1 << 10},
+        {"num_key_value_heads", &c->num_key_value_heads, 1, 1 << 10},
+        {"head_dim", &c->head_dim, 1, 1 << 12},
+        {"rotary_dim", &c->rotary_dim, 0, c->head_dim ? c->head_dim : 1 << 12},
+        {"max_position_embeddings", &c->max_position_embeddings, 1, 1 << 28},
+        {"linear_num_key_heads", &c->linear_num_key_heads, 1, 1 << 10},
+        {"linear_num_value_heads", &c->linear_num_value_heads, 1, 1 << 10},
+        {"linear_key_head_dim", &c->linear_key_head_dim, 1, 1 << 12},
+        {"linear_value_head_dim", &c->linear_value_head_dim, 1, 1 << 12},
+        {"linear_conv_kernel_dim", &c->linear_conv_kernel_dim, 1, 64},
+        {"num_experts", &c->num_experts, 0, 1 << 16},
+        {"num_experts_per_tok", &c->num_experts_per_tok, 0, 1 << 10},
+        {"moe_intermediate_size", &c->moe_intermediate_size, 1, 1 << 20},
+        {"shared_expert_intermediate_size", &c->shared_expert_intermediate_size, 1, 1 << 20},
+        {"intermediate_size", &c->intermediate_size, 1, 1 << 20},
+        {"norm_topk_prob", &c->norm_topk_prob, 0, 1},
+    };
+    for (size_t i = 0; i < sizeof ints / sizeof *ints; i++)
+        *ints[i].field = meta_int(r, ints[i].key, ints[i].lo, ints[i].hi, ints[i].lo - 1);
+    c->tokenizer_size = meta_int(r, "tokenizer_size", 1, c->vocab_size, c->vocab_size);
+    c->rms_norm_eps = (float)meta_float(r, "rms_norm_eps", 0, 1, NAN);
+    c->rope_theta = meta_float(r, "rope_theta", 1, 1e15, NAN);
+    if (c->rotary_dim % 2 || c->rotary_dim > c->head_dim)
+        die("%s: rotary_dim: wanted an even number up to head_dim %d, found %d", path, c->head_dim, c->rotary_dim);
+    if (c->num_attention_heads % c->num_key_value_heads)
+        die("%s: num_attention_heads: wanted a multiple of num_key_value_heads %d, found %d", path,
+            c->num_key_value_heads, c->num_attention_heads);
+    if (c->linear_num_value_heads % c->linear_num_key_heads)
+        die("%s: linear_num_value_heads: wanted a multiple of linear_num_key_heads %d, found %d", path,
+            c->linear_num_key_heads, c->linear_num_value_heads);
+    c->key_dim = c->linear_num_key_heads * c->linear_key_head_dim;
+    c->value_dim = c->linear_num_value_heads * c->linear_value_head_dim;
+    c->conv_dim = 2 * c->key_dim + c->value_dim;
+}
+
+/* Rotary frequencies: theta^(-2i/rotary_dim), or, with YaRN (arXiv 2309.00071), slow dimensions divided by the
+ * factor, fast ones kept, and a ramp between those that turn beta_slow and beta_fast times in the trained context. */
+static void read_rope(const Reader *r, Model *m)
+{
+    int half = m->config.rotary_dim / 2;
+    double dim = m->config.rotary_dim, theta = m->config.rope_theta;
+    Str type = meta_string(r, "rope_type");
+    bool yarn = !strcmp(type.data, "yarn"), linear = !strcmp(type.data, "linear");
+    if (!yarn && !linear && strcmp(type.data, "default"))
+        die("%s: rope_type: wanted default, linear or yarn, found %.40s", r->file.path, type.data);
+    free(type.data);
+    double factor = yarn || linear ? meta_float(r, "rope_factor", 1e-3, 1e6, NAN) : 1, low = 0, high = 0;
+    m->rope_scale = 1;
+    if (yarn) {
+        double trained = meta_int(r, "rope_original_max_position_embeddings", 1, 1 << 28, 0);
+        double fast = meta_float(r, "rope_beta_fast", 1e-6, 1e6, 32), slow = meta_float(r, "rope_beta_slow", 1e-6, 1e6, 1);
+        low = dim * log(trained / (fast * 2 * M_PI)) / (2 * log(theta));
+        high = dim * log(trained / (slow * 2 * M_PI)) / (2 * log(theta));
+        if (meta_int(r, "rope_truncate", 0, 1, 1)) low = floor(low), high = ceil(high);
+        low = fmax(low, 0), high = fmin(high, dim - 1);
+        if (low == high) high += 0.001;
+        m->rope_scale = (float)meta_float(r, "rope_attention_factor", 0, 1e3, 1);
+    }
+    m->inv_freq = grow(NULL, (size_t)half, sizeof *m->inv_freq);
+    for (int i = 0; i < half; i++) {
+        double freq = pow(theta, -2.0 * i / dim);
+        double keep = yarn ? 1 - fmin(fmax((i - low) / (high - low), 0), 1) : 0;
+        m->inv_freq[i] = freq * keep + freq / factor * (1 - keep);
+    }
+}
+
+static void read_chat(const Reader *r, ChatPieces *c)
+{
+    const struct { const char *key; Str *piece; } pieces[] = {
+        {"chat.prefix", &c->prefix}, {"chat.default_system", &c->default_system},
+        {"chat.system_prefix", &c->system_prefix}, {"chat.system_suffix", &c->system_suffix},
+        {"chat.user_prefix", &c->user_prefix}, {"chat.user_suffix", &c->user_suffix},
+        {"chat.assistant_prefix", &c->assistant_prefix}, {"chat.assistant_suffix", &c->assistant_suffix},
+        {"chat.generation_prompt", &c->generation_prompt}, {"chat.think_end", &c->think_end}};
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) *pieces[i].piece = meta_string(r, pieces[i].key);
+    c->present = find_meta(r, "chat.user_prefix", META_STRING) != NULL;
+    c->thinking = meta_int(r, "chat.thinking", 0, 1, 0) && c->think_end.len;
+    c->system_trim = meta_int(r, "chat.system_trim", 0, 15, 0);
+    c->user_trim = meta_int(r, "chat.user_trim", 0, 15, 0);
+    c->assistant_trim = meta_int(r, "chat.assistant_trim", 0, 15, 0);
+}
+
+static void read_defaults(const Reader *r, Model *m)
+{
+    const MetaRecord *levels = find_meta(r, "q4_levels", META_INT), *stops = find_meta(r, "stop_ids", META_INT);
+    if (levels && levels->count != 16)
+        die("%s: q4_levels: wanted 16 numbers, found %u", r->file.path, levels->count);
+    for (uint32_t i = 0; levels && i < 16; i++) {
+        int64_t level = meta_int_at(r, levels, i);
+        if (level < -127 || level > 127)
+            die("%s: q4_levels: wanted -127 to 127, found %lld", r->file.path, (long long)level);
+        m->q4_levels[i] = (int8_t)level;
+    }
+    if (stops && stops->count > MAX_STOPS)
+        die("%s: stop_ids: wanted at most %d, found %u", r->file.path, MAX_STOPS, stops->count);
+    for (uint32_t i = 0; stops && i < stops->count; i++) {
+        int64_t id = meta_int_at(r, stops, i);
+        if (id < 0 || id >= m->config.vocab_size)
+            die("%s: stop_ids: wanted ids below vocab_size %d, found %lld", r->file.path, m->config.vocab_size,
+                (long long)id);
+        m->stop_ids[m->n_stops++] = (int)id;
+    }
+    const MetaRecord *hash = find_meta(r, "tokenizer_hash", META_INT);
+    m->tokenizer_hash = hash && hash->count ? (uint64_t)meta_int_at(r, hash, 0) : 0;
+    m->sampling = (SamplerSettings){
+        .temperature = (float)meta_float(r, "sampling.temperature", 0, 100, 1),
+        .top_p = (float)meta_float(r, "sampling.top_p", 0, 1, 1),
+        .min_p = (float)meta_float(r, "sampling.min_p", 0, 1, 0),
+        .repetition_penalty = (float)meta_float(r, "sampling.repetition_penalty", 1e-3, 100, 1),
+        .presence_penalty = (float)meta_float(r, "sampling.presence_penalty", -100, 100, 0),
+        .top_k = meta_int(r, "sampling.top_k", 0, INT_MAX, 0)};
+}
+
+static void bind_mlp(Reader *r, const Config *c, const char *layer, bool sparse, Mlp *mlp)
+{
+    int D = c->hidden_size, E = c->num_experts, I = sparse ? c->moe_intermediate_size : c->intermediate_size;
+    int shared = c->shared_expert_intermediate_size;
+    if (!sparse) {
+        mlp->gate_up_proj = bind_matrix(r, layer, "mlp.gate_up_proj", REQUIRED, 1, true, I, D);
+        mlp->down_proj = bind_matrix(r, layer, "mlp.down_proj", REQUIRED, 1, false, D, I);
+        return;
+    }
+    if (E < 1 || c->num_experts_per_tok < 1 || c->num_experts_per_tok > E)
+        die("%s: num_experts_per_tok: wanted 1 to num_experts %d, found %d", r->file.path, E, c->num_experts_per_tok);
+    mlp->gate = bind_matrix(r, layer, "mlp.gate", REQUIRED, 0, false, E, D);
+    mlp->gate_up_proj = bind_matrix(r, layer, "mlp.experts.gate_up_proj", REQUIRED, E, true, I, D);
+    mlp->down_proj = bind_matrix(r, layer, "mlp.experts.down_proj", REQUIRED, E, false, D, I);
+    mlp->shared_gate_up = bind_matrix(r, layer, "mlp.shared_expert.gate_up_proj", REQUIRED, 1, true, shared, D);
+    mlp->shared_down = bind_matrix(r, layer, "mlp.shared_expert.down_proj", REQUIRED, 1, false, D, shared);
+    mlp->shared_expert_gate = bind_floats(r, layer, "mlp.shared_expert_gate", REQUIRED, D, 0);
+}
+
+static void bind_linear(Reader *r, const Config *c, const char *layer, LinearAttn *a)
+{
+    int D = c->hidden_size, nv = c->linear_num_value_heads;
+    a->in_proj_qkvz = bind_matrix(r, layer, "linear_attn.in_proj_qkvz", REQUIRED, 0, false, c->conv_dim + c->value_dim, D);
+    a->in_proj_ba = bind_matrix(r, layer, "linear_attn.in_proj_ba", REQUIRED, 0, false, 2 * nv, D);
+    a->conv1d = bind_floats(r, layer, "linear_attn.conv1d", REQUIRED, c->linear_conv_kernel_dim, c->conv_dim);
+    a->A_log = bind_floats(r, layer, "linear_attn.A_log", REQUIRED, nv, 0);
+    a->dt_bias = bind_floats(r, layer, "linear_attn.dt_bias", REQUIRED, nv, 0);
+    a->norm = bind_floats(r, layer, "linear_attn.norm", REQUIRED, c->linear_value_head_dim, 0);
+    a->out_proj = bind_matrix(r, layer, "linear_attn.out_proj", REQUIRED, 0, false, D, c->value_dim);
+}
+
+static void bind_attention(Reader *r, const Config *c, const char *layer, SelfAttn *a)
+{
+    int D = c->hidden_size, hd = c->head_dim, q_dim = c->num_attention_heads * hd;
+    int rows = 2 * q_dim + 2 * c->num_key_value_heads * hd;
+    a->qgkv_proj = bind_matrix(r, layer, "self_attn.qgkv_proj", REQUIRED, 0, false, rows, D);
+    a->qgkv_bias = bind_floats(r, layer, "self_attn.qgkv_bias", OPTIONAL, rows, 0);
+    a->q_norm = bind_floats(r, layer, "self_attn.q_norm", REQUIRED, hd, 0);
+    a->k_norm = bind_floats(r, layer, "self_attn.k_norm", REQUIRED, hd, 0);
+    a->o_proj = bind_matrix(r, layer, "self_attn.o_proj", REQUIRED, 0, false, D, q_dim);
+    a->o_bias = bind_floats(r, layer, "self_attn.o_bias", OPTIONAL, D, 0);
+}
+
+static void bind_layers(Reader *r, Model *m)
+{
+    Config *c = &m->config;
+    const MetaRecord *kinds = find_meta(r, "layer_types", META_INT), *mlps = find_meta(r, "mlp_types", META_INT);
+    uint32_t n = (uint32_t)c->num_hidden_layers;
+    if (!kinds || kinds->count != n || !mlps || mlps->count != n)
+        die("%s: layer_types and mlp_types: wanted %u entries each, found %u and %u", r->file.path, n,
+            kinds ? kinds->count : 0, mlps ? mlps->count : 0);
+    m->layers = grow(NULL, n, sizeof *m->layers);
+    memset(m->layers, 0, n * sizeof *m->layers);
+    for (uint32_t i = 0; i < n; i++) {
+        Layer *l = &m->layers[i];
+        char layer[32];
+        snprintf(layer, sizeof layer, "layers.%u.", i);
+        bool sparse = meta_int_at(r, mlps, i) == 1;
+        l->full_attention = meta_int_at(r, kinds, i) == 1;
+        l->input_layernorm = bind_floats(r, layer, "input_layernorm", REQUIRED, c->hidden_size, 0);
+        l->post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, c->hidden_size, 0);
+        l->attn.index = c->has_full;
+        l->linear.index = c->has_linear;
+        *(l->full_attention ? &c->has_full : &c->has_linear) += 1;
+        *(sparse ? &c->has_sparse : &c->has_dense) += 1;
+        if (l->full_attention) bind_attention(r, c, layer, &l->attn);
+        else bind_linear(r, c, layer, &l->linear);
+        bind_mlp(r, c, layer, sparse, &l->mlp);
+    }
+}
+
+/* Open a checkpoint: afterwards every pointer of the model points into the mapping and is safe to follow. */
+static Model open_model(const char *path)
+{
+    Reader r = open_reader(path);
+    Model m = {.file = r.file};
+    read_config(&r, &m.config);
+    read_rope(&r, &m);
+    read_defaults(&r, &m);
+    read_chat(&r, &m.chat);
+    int V = m.config.vocab_size, D = m.config.hidden_size;
+    m.embed_tokens = bind_matrix(&r, "", "embed_tokens", REQUIRED, 0, false, V, D);
+    bind_layers(&r, &m);
+    m.norm = bind_floats(&r, "", "norm", REQUIRED, D, 0);
+    m.lm_head = bind_matrix(&r, "", "lm_head", OPTIONAL, 0, false, V, D);
+    if (!m.lm_head.data) m.lm_head = m.embed_tokens;
+    m.has_mtp = find_tensor(&r, "mtp.fc") != NULL;
+    for (uint32_t i = 0; i < r.header->n_tensors; i++) {
+        m.quantized |= r.tensors[i].type >= Q8;
+        if (r.tensors[i].type == Q4 && !find_meta(&r, "q4_levels", META_INT)) die("%s: key q4_levels: missing", path);
+    }
+    return m;
+}
+
+/* ============================== Part II: the model ============================== */
+
+/* ---- 6. Small blocks ---- */
+
+/* One forward's context, handed to every stage of it. */
+typedef struct {
+    Engine *e;
+    const Layer *layer;
+    const int *tokens;    /* [n] */
+    int n;                /* tokens in this batch */
+    int pos;              /* position of the first of them */
+    const float *norm;    /* weight for the norm stage */
+    bool add_out;         /* the norm stage first adds work.out to x */
+} Pass;
+
+/* y = x / sqrt(mean(x^2) + eps) * (1 + w): zero-centred RMSNorm, w stored as the distance from one. */
+static void rmsnorm(const Kernels *kn, float *y, const float *x, const float *w, int n, float eps)
+{
+    float scale = 1 / sqrtf(kn->dot(x, x, n) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * (1 + w[i]);
+}
+
+/* x = x / sqrt(sum(x^2) + 1e-6) * scale */
+static void l2norm(const Kernels *kn, float *x, int n, float scale)
+{
+    scale /= sqrtf(kn->dot(x, x, n) + 1e-6f);
+    for (int i = 0; i < n; i++) x[i] *= scale;
+}
+
+/* x = x sigmoid(x); s is scratch [n] */
+static void silu(const Kernels *kn, float *x, float *s, int n)
+{
+    kn->sigmoid(s, x, n);
+    for (int i = 0; i < n; i++) x[i] *= s[i];
+}
+
+static float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+/* x = softmax(x) */
+static void softmax(const Kernels *kn, float *x, int n)
+{
+    float max = x[0];
+    for (int i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
+    float scale = 1 / kn->exp_sum(x, max, n);
+    for (int i = 0; i < n; i++) x[i] *= scale;
+}
+
+/* Rotate the first rotary_dim of a head by the position's angles: (x_i, x_i+half) turn together; the rest stays.
+ * rope: [half][cos, sin] */
+static void rope_partial(float *x, const float *rope, int half)
+{
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], c = rope[2 * i], s = rope[2 * i + 1];
+        x[i] = a * c - b * s;
+        x[i + half] = b * c + a * s;
+    }
+}
+
+static void fill_rope(const Model *m, float *rope, int pos, int n)
+{
+    int half = m->config.rotary_dim / 2;
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < half; i++, rope += 2) {
+            double angle = (double)(pos + t) * m->inv_freq[i]; /* double: exact enough at position 262,144 */
+            rope[0] = (float)cos(angle) * m->rope_scale;
+            rope[1] = (float)sin(angle) * m->rope_scale;
+        }
+}
+
+/* Row r of an activation buffer in the form a matrix of this type multiplies with. */
+static const void *act_row(const Acts *a, Type type, size_t r)
+{
+    return type >= Q8 ? (const void *)(a->q + r * a->blocks) : (const void *)(a->f + r * a->ld);
+}
+
+static void quantize_row(const Engine *e, Acts *a, size_t r)
+{
+    if (e->model.quantized) e->kernels->quantize(a->q + r * a->blocks, a->f + r * a->ld, a->cols);
+}
+
+/* Row r of a matrix as floats: embedding lookup. out: [cols] */
+static void matrix_row(const Matrix *m, const int8_t *levels, int row, float *out)
+{
+    const uint8_t *tile = m->data + (size_t)(row / TILE) * m->tile_bytes;
+    int r = row % TILE;
+    for (int c = 0; c < m->cols; c++) {
+        if (m->type == F32) {
+            memcpy(&out[c], tile + ((size_t)c * TILE + r) * 4, 4);
+        } else if (m->type == BF16) {
+            out[c] = bf16_to_float(((const uint16_t *)tile)[(c / 2 * TILE + r) * 2 + c % 2]);
+        } else { /* Q8, Q4: scales of a superblock, then groups of 4 columns: 16 rows x 4 */
+            const uint8_t *super = tile + (size_t)(c / SUPER) * tile_bytes(m->type, SUPER);
+            float scale = bf16_to_float(((const uint16_t *)super)[c % SUPER / BLOCK * TILE + r]);
+            int group = c % SUPER / 4, byte = r * 4 + c % 4;
+            const uint8_t *q = super + 2 * TILE * 2;
+            if (m->type == Q8) out[c] = scale * (float)(q[group * 64 + byte] - 128);
+            else { /* two groups share 64 bytes: j low, j + 4 high */
+                int block = group / 8, j = group % 8, nibbles = q[(block * 4 + j % 4) * 64 + byte];
+                out[c] = scale * (float)levels[j < 4 ? nibbles & 15 : nibbles >> 4];
+            }
+        }
+    }
+}
+
+/* y = W x for n rows of activations, spread over the threads by groups of tiles. */
+typedef struct {
+    const Engine *e;
+    const Matrix *w;
+    const Acts *x;
+    int n;
+    size_t first;         /* row of x to begin with */
+    float *y;             /* [n][ld], ld a multiple of TILE */
+    size_t ld;
+    const float *bias;    /* [rows] or NULL */
+} Matmul;
+
+enum { TILES_PER_ITEM = 4 };
+
+static void matmul_item(void *arg, int item, int thread)
+{
+    (void)thread;
+    const Matmul *m = arg;
+    const Kernels *kn = m->e->kernels;
+    int tiles = (m->w->rows + TILE - 1) / TILE, tile0 = item * TILES_PER_ITEM;
+    for (int t0 = 0; t0 < m->n; t0 += kn->rows) { /* rows outside: they stay in L1, the tiles in L2 */
+        int n = min_int(kn->rows, m->n - t0);
+        const void *x[MAX_ROWS];
+        for (int t = 0; t < n; t++) x[t] = act_row(m->x, m->w->type, m->first + (size_t)(t0 + t));
+        for (int i = tile0; i < min_int(tile0 + TILES_PER_ITEM, tiles); i++) {
+            float y[MAX_ROWS][TILE];
+            kn->tile[m->w->type](m->w->data + (size_t)i * m->w->tile_bytes, m->w->cols, x, n, y,
+                                 m->e->model.q4_levels);
+            int valid = min_int(TILE, m->w->rows - i * TILE);
+            for (int t = 0; t < n; t++) {
+                float *out = m->y + (size_t)(t0 + t) * m->ld + (size_t)i * TILE;
+                memcpy(out, y[t], sizeof y[t]);
+                for (int r = 0; m->bias && r < valid; r++) out[r] += m->bias[i * TILE + r];
+            }
+        }
+    }
+}
+
+static void matmul(Engine *e, const Matrix *w, const Acts *x, size_t first, int n, float *y, size_t ld,
+                   const float *bias)
+{
+    Matmul m = {e, w, x, n, first, y, ld, bias};
+    int tiles = (w->rows + TILE - 1) / TILE;
+    parallel_for(e->pool, (tiles + TILES_PER_ITEM - 1) / TILES_PER_ITEM, matmul_item, &m);
+}
+
+/* x += out (what the block before has made), then xn = norm(x), for one token. */
+static void norm_item(void *arg, int t, int thread)
+{
+    (void)thread;
+    Pass *p = arg;
+    Work *w = &p->e->work;
+    int D = p->e->model.config.hidden_size;
+    size_t ld = w->xn.ld;
+    float *x = w->x + (size_t)t * ld, *out = w->out + (size_t)t * ld;
+    for (int i = 0; p->add_out && i < D; i++) x[i] += out[i];
+    rmsnorm(p->e->kernels, w->xn.f + (size_t)t * ld, x, p->norm, D, p->e->model.config.rms_norm_eps);
+    quantize_row(p->e, &w->xn, (size_t)t);
+}
+
+static void add_and_norm(Pass *p, const float *weight, bool add_out)
+{
+    p->norm = weight;
+    p->add_out = add_out;
+    parallel_for(p->e->pool, p->n, norm_item, p);
+}
+
+static void quantize_mix_item(void *arg, int t, int thread)
+{
+    (void)thread;
+    Pass *p = arg;
+    quantize_row(p->e, &p->e->work.mix, (size_t)t);
+}
+
+/* Write rows [n][cols] of an intermediate tensor as DIR/LAYER.NAME.npy (numpy's format), when asked to. */
+static void dump(const Pass *p, const char *name, const float *data, int n, int cols, size_t ld)
+{
+    if (!p->e->dump_dir) return;
+    char path[PATH_MAX], header[128];
+    int layer = p->layer ? (int)(p->layer - p->e->model.layers) : -1;
+    if (layer < 0) snprintf(path, sizeof path, "%s/%s.npy", p->e->dump_dir, name);
+    else snprintf(path, sizeof path, "%s/layers.%d.%s.npy", p->e->dump_dir, layer, name);
+    FILE *f = fopen(path, "wb");
+    if (!f) die("%s: %s", path, strerror(errno));
+    memset(header, ' ', sizeof header);
+    memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
+    header[10 + snprintf(header + 10, 100, "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d)}", n, cols)] = ' ';
+    header[127] = '\n';
+    fwrite(header, 1, sizeof header, f);
+    for (int t = 0; t < n; t++) fwrite(data + (size_t)t * ld, sizeof(float), (size_t)cols, f);
+    if (fclose(f)) die("%s: %s", path, strerror(errno));
+}
+
+/* ---- 7. Gated DeltaNet (arXiv 2412.06464) ----
+ * One item is one value head h; its queries and keys come from key head h / (nv / nk), so a key head serves
+ * nv / nk neighbours (repeat_interleave). All heads are independent, and so are the columns of a head's state. */
+
+/* Channels [first, first + count) of token t after the causal depthwise convolution and silu:
+ * out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]); inputs before the batch come from the state.
+ * s: scratch [count] */
+static void conv_silu(const Pass *p, const float *conv_state, int first, int count, int t, float *out, float *s)
+{
+    const Config *c = &p->e->model.config;
+    const Work *w = &p->e->work;
+    int taps = c->linear_conv_kernel_dim;
+    for (int i = 0; i < count; i++) out[i] = 0;
+    for (int j = 0; j < taps; j++) {
+        int src = t - (taps - 1) + j;
+        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld
+                                   : conv_state + (size_t)(src + taps - 1) * (size_t)c->conv_dim;
+        const float *tap = p->layer->linear.conv1d + (size_t)j * (size_t)c->conv_dim;
+        for (int i = 0; i < count; i++) out[i] += tap[first + i] * in[first + i];
+    }
+    silu(p->e->kernels, out, s, count);
+}
+
+/* o = norm(o) w silu(z): RMS over the head, a plain weight, then the gate. s: scratch [2 dv] */
+static void gated_norm(const Pass *p, float *out, const float *o, const float *z, float *s)
+{
+    const Config *c = &p->e->model.config;
+    const Kernels *kn = p->e->kernels;
+    int dv = c->linear_value_head_dim;
+    float scale = 1 / sqrtf(kn->dot(o, o, dv) / (float)dv + c->rms_norm_eps);
+    float *gate = s + dv;
+    memcpy(gate, z, (size_t)dv * sizeof *gate);
+    silu(kn, gate, s, dv);
+    for (int i = 0; i < dv; i++) out[i] = o[i] * scale * p->layer->linear.norm[i] * gate[i];
+}
+
+/* How much of the memory stays and how strongly to write, for value head h of n tokens from t0:
+ * decay = exp(-exp(A_log) softplus(a + dt_bias)), beta = sigmoid(b) */
+static void gdn_gates(const Pass *p, int h, int t0, int n, float *decay, float *beta)
+{
+    const Work *w = &p->e->work;
+    const LinearAttn *a = &p->layer->linear;
+    int nv = p->e->model.config.linear_num_value_heads;
+    for (int t = 0; t < n; t++) {
+        const float *ba = w->ba + (size_t)(t0 + t) * w->ba_ld;
+        decay[t] = expf(-expf(a->A_log[h]) * softplus(ba[nv + h] + a->dt_bias[h]));
+        beta[t] = 1 / (1 + expf(-ba[h]));
+    }
+}
+
+static void gdn_head(void *arg, int h, int thread)
+{
+    const Pass *p = arg;
+    Engine *e = p->e;
+    const Config *c = &e->model.config;
+    Work *w = &e->work;
+    State *s = &e->state;
+    int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, dvp = (int)round_up((size_t)dv, TILE);
+    int kh = h / (c->linear_num_value_heads / c->linear_num_key_heads), index = p->layer->linear.index;
+    float *S = s->S + (size_t)index * s->S_layer + (size_t)h * (size_t)(dk * dvp);
+    const float *conv_state = s->conv + (size_t)index * s->conv_layer;
+    float *scratch = w->scratch + (size_t)thread * w->scratch_len;
+    float *q = scratch, *k = q + GDN_CHUNK * dk, *v = k + GDN_CHUNK * dk, *o = v + GDN_CHUNK * dvp;
+    float *decay = o + GDN_CHUNK * dvp, *beta = decay + GDN_CHUNK, *tmp = beta + GDN_CHUNK;
+    for (int t0 = 0; t0 < p->n; t0 += GDN_CHUNK) {
+        int n = min_int(GDN_CHUNK, p->n - t0);
+        for (int t = 0; t < n; t++) {
+            conv_silu(p, conv_state, kh * dk, dk, t0 + t, q + t * dk, tmp);
+            conv_silu(p, conv_state, c->key_dim + kh * dk, dk, t0 + t, k + t * dk, tmp);
+            conv_silu(p, conv_state, 2 * c->key_dim + h * dv, dv, t0 + t, v + t * dvp, tmp);
+            for (int i = dv; i < dvp; i++) v[t * dvp + i] = 0;
+            l2norm(e->kernels, q + t * dk, dk, 1 / sqrtf((float)dk)); /* queries are scaled as in attention */
+            l2norm(e->kernels, k + t * dk, dk, 1);
+        }
+        gdn_gates(p, h, t0, n, decay, beta);
+        for (int col = 0; col < dvp; col += TILE)
+            e->kernels->delta_rule(S + col * dk, dk, n, q, k, v + col, decay, beta, o + col, dvp);
+        for (int t = 0; t < n; t++) {
+            const float *z = w->proj + (size_t)(t0 + t) * w->proj_ld + c->conv_dim + h * dv;
+            gated_norm(p, w->mix.f + (size_t)(t0 + t) * w->mix.ld + h * dv, o + t * dvp, z, tmp);
+        }
+    }
+}
+
+/* The convolution's memory becomes the last kernel - 1 raw inputs of old memory and new batch together. */
+static void gdn_keep_inputs(const Pass *p)
+{
+    const Config *c = &p->e->model.config;
+    const Work *w = &p->e->work;
+    float *conv = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer;
+    int keep = c->linear_conv_kernel_dim - 1;
+    size_t row = (size_t)c->conv_dim;
+    for (int j = 0; j < keep; j++) {
+        int src = p->n - keep + j; /* in the batch; below zero: j + n in the old memory, not yet overwritten */
+        memmove(conv + (size_t)j * row, src >= 0 ? w->proj + (size_t)src * w->proj_ld : conv + (size_t)(j + p->n) * row,
+                row * sizeof *conv);
+    }
+}
+
+static void gdn_mixer(Pass *p)
+{
+    Engine *e = p->e;
+    Work *w = &e->work;
+    const Config *c = &e->model.config;
+    const LinearAttn *a = &p->layer->linear;
+    double start = now();
+    matmul(e, &a->in_proj_qkvz, &w->xn, 0, p->n, w->proj, w->proj_ld, NULL);
+    matmul(e, &a->in_proj_ba, &w->xn, 0, p->n, w->ba, w->ba_ld, NULL);
+    double projected = now();
+    dump(p, "linear_attn.qkvz", w->proj, p->n, c->conv_dim + c->value_dim, w->proj_ld);
+    w->mix.cols = c->value_dim;
+    parallel_for(e->pool, c->linear_num_value_heads, gdn_head, p);
+    gdn_keep_inputs(p);
+    dump(p, "linear_attn.gated_norm", w->mix.f, p->n, c->value_dim, w->mix.ld);
+    parallel_for(e->pool, p->n, quantize_mix_item, p);
+    double mixed = now();
+    matmul(e, &a->out_proj, &w->mix, 0, p->n, w->out, w->xn.ld, NULL);
+    e->seconds[T_DELTA] += mixed - projected;
+    e->seconds[T_PROJ] += now() - mixed + projected - start;
+}
+
+/* ---- 8. Gated attention ---- */
+
+/* Query head h of token t lies at proj[t][h hd], its gate q_dim further; then keys, then values. */
+static float *attn_gate(const Pass *p, int t, int h)
+{
+    const Config *c = &p->e->model.config;
+    return p->e->work.proj + (size_t)t * p->e->work.proj_ld + (c->num_attention_heads + h) * c->head_dim;
+}
+
+/* Where position pos of a head's values begins for dims [16 d, 16 d + 16): values of one KV_TILE lie together. */
+static size_t v_offset(const Config *c, int pos, int d)
+{
+    size_t tiles = round_up((size_t)c->head_dim, TILE) / TILE;
+    return ((size_t)(pos / KV_TILE) * tiles + (size_t)d) * KV_TILE * TILE + (size_t)(pos % KV_TILE) * TILE;
+}
+
+static void kv_put(const State *s, uint8_t *base, size_t at, float value)
+{
+    if (s->kv_f16) ((uint16_t *)base)[at] = float_to_f16(value);
+    else ((float *)base)[at] = value;
+}
+
+/* Norm and rotate one token's queries and keys, and store its keys and values. */
+static void attn_prepare(void *arg, int t, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Config *c = &p->e->model.config;
+    const SelfAttn *a = &p->layer->attn;
+    const Kernels *kn = p->e->kernels;
+    State *s = &p->e->state;
+    int hd = c->head_dim, H = c->num_attention_heads, G = c->num_key_value_heads, half = c->rotary_dim / 2;
+    const float *rope = p->e->work.rope + (size_t)t * (size_t)c->rotary_dim;
+    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld, *k = q + 2 * H * hd, *v = k + G * hd;
+    for (int h = 0; h < H; h++) {
+        rmsnorm(kn, q + h * hd, q + h * hd, a->q_norm, hd, c->rms_norm_eps);
+        rope_partial(q + h * hd, rope, half);
+        for (int i = 0; i < hd; i++) q[h * hd + i] *= 1 / sqrtf((float)hd);
+    }
+    int pos = p->pos + t;
+    for (int g = 0; g < G; g++) {
+        rmsnorm(kn, k + g * hd, k + g * hd, a->k_norm, hd, c->rms_norm_eps);
+        rope_partial(k + g * hd, rope, half);
+        size_t head = (size_t)a->index * s->kv_layer + (size_t)g * s->kv_head;
+        for (int i = 0; i < hd; i++) {
+            kv_put(s, s->k + head, ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE), k[g * hd + i]);
+            kv_put(s, s->v + head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[g * hd + i]);
+        }
+    }
+}
+
+/* Softmax attention of up to MAX_ROWS query rows over a range of positions, unfinished:
+ * o = sum of exp(score - m) v, l = sum of exp(score - m), m = the largest score (-inf: none seen). */
+typedef struct { float m, l; } Softmax;
+
+typedef struct {
+    const Pass *p;
+    int g, row0, n;       /* KV head; first row and number of rows. Row r: token r / group, head g group + r % group */
+    const void *q[MAX_ROWS];
+    int last[MAX_ROWS];   /* the row's own position: what it may look at */
+    Softmax sm[MAX_ROWS];
+    float *o;             /* [n][hdp] */
+    int hdp;
+} AttnRows;
+
+/* One step of the online softmax: positions [pos, pos + count), count <= KV_TILE. */
+static void attn_tile(AttnRows *a, int pos, int count, float (*score)[KV_TILE])
+{
+    const Engine *e = a->p->e;
+    const Config *c = &e->model.config;
+    const State *s = &e->state;
+    size_t head = (size_t)a->p->layer->attn.index * s->kv_layer + (size_t)a->g * s->kv_head;
+    size_t width = s->kv_f16 ? 2 : 4;
+    void (*tile)(const uint8_t *, int, const void *const *, int, float (*)[TILE], const int8_t *) =
+        s->kv_f16 ? e->kernels->tile_f16 : e->kernels->tile[F32];
+    float y[MAX_ROWS][TILE];
+    for (int i = 0; i < count; i += TILE) { /* scores: a tile of 16 keys against all rows */
+        tile(s->k + head + (size_t)(pos + i) * (size_t)c->head_dim * width, c->head_dim, a->q, a->n, y, NULL);
+        for (int r = 0; r < a->n; r++) memcpy(score[r] + i, y[r], sizeof y[r]);
+    }
+    const void *weights[MAX_ROWS];
+    for (int r = 0; r < a->n; r++) {
+        int seen = min_int(count, a->last[r] + 1 - pos);
+        float max = a->sm[r].m, *o = a->o + r * a->hdp;
+        for (int i = 0; i < seen; i++) max = score[r][i] > max ? score[r][i] : max;
+        for (int i = max_int(seen, 0); i < KV_TILE; i++) score[r][i] = -INFINITY;
+        weights[r] = score[r];
+        if (seen <= 0) { /* nothing here that this row may see */
+            memset(score[r], 0, sizeof score[r]);
+            continue;
+        }
+        float shrink = a->sm[r].m == -INFINITY ? 0 : expf(a->sm[r].m - max);
+        a->sm[r].l = a->sm[r].l * shrink + e->kernels->exp_sum(score[r], max, KV_TILE);
+        a->sm[r].m = max;
+        for (int i = 0; shrink != 1 && i < a->hdp; i++) o[i] *= shrink;
+    }
+    for (int d = 0; d < a->hdp / TILE; d++) { /* o += weights . values: a tile of 16 dims */
+        tile(s->v + head + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL);
+        for (int r = 0; r < a->n; r++)
+            for (int i = 0; i < TILE; i++) a->o[r * a->hdp + d * TILE + i] += y[r][i];
+    }
+}
+
+static void attn_range(AttnRows *a, int range, float *scratch)
+{
+    float (*score)[KV_TILE] = (float (*)[KV_TILE])scratch;
+    int end = min_int((range + 1) * KV_RANGE, a->last[a->n - 1] + 1);
+    for (int r = 0; r < a->n; r++) a->sm[r] = (Softmax){-INFINITY, 0};
+    memset(a->o, 0, (size_t)(a->n * a->hdp) * sizeof *a->o);
+    for (int pos = range * KV_RANGE; pos < end; pos += KV_TILE) attn_tile(a, pos, min_int(KV_TILE, end - pos), score);
+}
+
+/* (o, sm) of the ranges so far takes in the next range's. */
+static void attn_merge(float *o, Softmax *sm, const float *next, Softmax add, int n)
+{
+    if (add.m == -INFINITY) return;
+    float m = fmaxf(sm->m, add.m), a = sm->m == -INFINITY ? 0 : expf(sm->m - m), b = expf(add.m - m);
+    for (int i = 0; i < n; i++) o[i] = o[i] * a + next[i] * b;
+    *sm = (Softmax){m, sm->l * a + add.l * b};
+}
+
+/* mix = o / l . sigmoid(gate), for one row. s: scratch [hd] */
+static void attn_finish(const Pass *p, int g, int row, const float *o, float l, float *s)
+{
+    const Config *c = &p->e->model.config;
+    int hd = c->head_dim, group = c->num_attention_heads / c->num_key_value_heads, t = row / group;
+    int h = g * group + row % group;
+    float *out = p->e->work.mix.f + (size_t)t * p->e->work.mix.ld + h * hd;
+    p->e->kernels->sigmoid(s, attn_gate(p, t, h), hd);
+    for (int i = 0; i < hd; i++) out[i] = o[i] / l * s[i];
+}
+
+static AttnRows attn_rows(const Pass *p, int g, int block, float *o)
+{
+    const Config *c = &p->e->model.config;
+    int group = c->num_attention_heads / c->num_key_value_heads, rows = p->n * group;
+    AttnRows a = {.p = p, .g = g, .row0 = block * p->e->kernels->rows, .o = o};
+    a.n = min_int(p->e->kernels->rows, rows - a.row0);
+    a.hdp = (int)round_up((size_t)c->head_dim, TILE);
+    for (int r = 0; r < a.n; r++) {
+        int t = (a.row0 + r) / group, h = g * group + (a.row0 + r) % group;
+        a.q[r] = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim;
+        a.last[r] = p->pos + t;
+    }
+    return a;
+}
+
+static int attn_blocks(const Pass *p) /* groups of query rows that share a KV head's tiles */
+{
+    const Config *c = &p->e->model.config;
+    return (p->n * (c->num_attention_heads / c->num_key_value_heads) + p->e->kernels->rows - 1) / p->e->kernels->rows;
+}
+
+static int attn_ranges(int positions) { return (positions + KV_RANGE - 1) / KV_RANGE; }
+
+/* Many tokens: an item is a block of rows, which walks through all ranges. */
+static void attn_block(void *arg, int item, int thread)
+{
+    const Pass *p = arg;
+    float *scratch = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
+    int blocks = attn_blocks(p), hdp = (int)round_up((size_t)p->e->model.config.head_dim, TILE);
+    float *part = scratch + MAX_ROWS * KV_TILE, *o = part + MAX_ROWS * hdp;
+    AttnRows a = attn_rows(p, item / blocks, item % blocks, part);
+    Softmax sm[MAX_ROWS];
+    for (int r = 0; r < a.n; r++) sm[r] = (Softmax){-INFINITY, 0};
+    memset(o, 0, (size_t)(MAX_ROWS * hdp) * sizeof *o);
+    for (int range = 0; range < attn_ranges(a.last[a.n - 1] + 1); range++) {
+        attn_range(&a, range, scratch);
+        for (int r = 0; r < a.n; r++) attn_merge(o + r * hdp, &sm[r], part + r * hdp, a.sm[r], hdp);
+    }
+    for (int r = 0; r < a.n; r++) attn_finish(p, a.g, a.row0 + r, o + r * hdp, sm[r].l, scratch);
+}
+
+/* Few tokens: an item is a block of rows and one range; the partial results are merged afterwards.
+ * partial: [G][blocks][ranges][MAX_ROWS][hdp + m + l] */
+static float *attn_partial(const Pass *p, int g, int block, int range, int ranges)
+{
+    size_t row = round_up((size_t)p->e->model.config.head_dim, TILE) + TILE;
+    size_t index = ((size_t)g * (size_t)attn_blocks(p) + (size_t)block) * (size_t)ranges + (size_t)range;
+    return p->e->work.partial + index * MAX_ROWS * row;
+}
+
+static void attn_split(void *arg, int item, int thread)
+{
+    const Pass *p = arg;
+    float *scratch = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
+    int ranges = attn_ranges(p->pos + p->n), blocks = attn_blocks(p), range = item % ranges;
+    int block = item / ranges % blocks, g = item / ranges / blocks;
+    float *partial = attn_partial(p, g, block, range, ranges);
+    AttnRows a = attn_rows(p, g, block, partial);
+    attn_range(&a, range, scratch);
+    memcpy(partial + a.n * a.hdp, a.sm, (size_t)a.n * sizeof *a.sm);
+}
+
+static void attn_join(void *arg, int item, int thread)
+{
+    const Pass *p = arg;
+    float *o = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
+    int blocks = attn_blocks(p), ranges = attn_ranges(p->pos + p->n), block = item % blocks, g = item / blocks;
+    AttnRows a = attn_rows(p, g, block, NULL);
+    for (int r = 0; r < a.n; r++) {
+        Softmax sm = {-INFINITY, 0}, add;
+        memset(o, 0, (size_t)a.hdp * sizeof *o);
+        for (int range = 0; range < ranges; range++) {
+            const float *part = attn_partial(p, g, block, range, ranges);
+            memcpy(&add, part + a.n * a.hdp + 2 * r, sizeof add);
+            attn_merge(o, &sm, part + r * a.hdp, add, a.hdp);
+        }
+        attn_finish(p, g, a.row0 + r, o, sm.l, o + a.hdp);
+    }
+}
+
+static void attn_mixer(Pass *p)
+{
+    Engine *e = p->e;
+    Work *w = &e->work;
+    const Config *c = &e->model.config;
+    const SelfAttn *a = &p->layer->attn;
+    int G = c->num_key_value_heads, q_dim = c->num_attention_heads * c->head_dim;
+    double start = now();
+    matmul(e, &a->qgkv_proj, &w->xn, 0, p->n, w->proj, w->proj_ld, a->qgkv_bias);
+    double projected = now();
+    parallel_for(e->pool, p->n, attn_prepare, p);
+    dump(p, "self_attn.qgkv", w->proj, p->n, a->qgkv_proj.rows, w->proj_ld); /* q and k normed and rotated */
+    w->mix.cols = q_dim;
+    if (p->n <= MAX_ROWS) {
+        parallel_for(e->pool, G * attn_blocks(p) * attn_ranges(p->pos + p->n), attn_split, p);
+        parallel_for(e->pool, G * attn_blocks(p), attn_join, p);
+    } else {
+        parallel_for(e->pool, G * attn_blocks(p), attn_block, p);
+    }
+    dump(p, "self_attn.gated", w->mix.f, p->n, q_dim, w->mix.ld);
+    parallel_for(e->pool, p->n, quantize_mix_item, p);
+    double mixed = now();
+    matmul(e, &a->o_proj, &w->mix, 0, p->n, w->out, w->xn.ld, a->o_bias);
+    e->seconds[T_ATTN] += mixed - projected;
+    e->seconds[T_PROJ] += now() - mixed + projected - start;
+}
+
+/* ---- 9. Mixture of experts ---- */
+
+/* Softmax over *all* experts, then the k most likely; their weights are divided by their sum.
+ * Chosen experts are kept in ascending order: a token's sum over experts then has one order. */
+static void moe_route_item(void *arg, int t, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Config *c = &p->e->model.config;
+    Work *w = &p->e->work;
+    int k = c->num_experts_per_tok, *chosen = w->top_expert + (size_t)t * (size_t)k;
+    float *prob = w->router + (size_t)t * w->router_ld, *weight = w->top_weight + (size_t)t * (size_t)k, sum = 0;
+    softmax(p->e->kernels, prob, c->num_experts);
+    for (int i = 0; i < k; i++) {
+        int best = 0, at = i;
+        for (int x = 1; x < c->num_experts; x++)
+            if (prob[x] > prob[best]) best = x;
+        for (; at > 0 && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1], weight[at] = weight[at - 1];
+        chosen[at] = best;
+        weight[at] = prob[best];
+        sum += prob[best];
+        prob[best] = -1; /* out of the race */
+    }
+    for (int i = 0; c->norm_topk_prob && i < k; i++) weight[i] /= sum;
+    const float *x = w->xn.f + (size_t)t * w->xn.ld;
+    w->shared_weight[t] = 1 / (1 + expf(-p->e->kernels->dot(p->layer->mlp.shared_expert_gate, x, c->hidden_size)));
+}
+
+static void ffn_add(Work *w, const Matrix *gate_up, const Matrix *down, int expert, int first, int count)
+{
+    const Ffn *last = w->n_ffn ? &w->ffn[w->n_ffn - 1] : NULL;
+    int item = last ? last->first_item + (last->gate_up->rows + SUPER - 1) / SUPER : 0;
+    w->ffn[w->n_ffn++] = (Ffn){gate_up, down, expert, first, count, item};
+}
+
+/* Turn "which experts does a token want" into "which tokens does an expert get": one Ffn per expert in use, in
+ * ascending order, its tokens in slots one after the other; then the shared expert with all tokens. */
+static void moe_group(const Pass *p)
+{
+    const Config *c = &p->e->model.config;
+    const Mlp *mlp = &p->layer->mlp;
+    Work *w = &p->e->work;
+    int k = c->num_experts_per_tok, slot = 0, E = c->num_experts;
+    int *start = (int *)(void *)w->scratch; /* [E + 1] */
+    memset(start, 0, (size_t)(E + 1) * sizeof *start);
+    for (int i = 0; i < p->n * k; i++) start[w->top_expert[i] + 1]++;
+    for (int x = 0; x < E; x++) {
+        if (start[x + 1]) ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, x, slot, start[x + 1]);
+        slot += start[x + 1];
+        start[x + 1] = slot;
+    }
+    for (int i = 0; i < p->n * k; i++) {
+        int s = start[w->top_expert[i]]++;
+        w->slot_token[s] = i / k;
+        w->slot_weight[s] = w->top_weight[i];
+    }
+    ffn_add(w, &mlp->shared_gate_up, &mlp->shared_down, 0, slot, p->n);
+    for (int t = 0; t < p->n; t++) {
+        w->slot_token[slot + t] = t;
+        w->slot_weight[slot + t] = w->shared_weight[t];
+    }
+}
+
+/* h = silu(gate x) up x for one network and 64 of its intermediate units, all its tokens. */
+static void ffn_up_item(void *arg, int item, int thread)
+{
+    const Pass *p = arg;
+    const Engine *e = p->e;
+    const Work *w = &e->work;
+    const Kernels *kn = e->kernels;
+    int lo = 0, hi = w->n_ffn - 1;
+    while (lo < hi) { /* the last network that begins at or before this item */
+        int mid = (lo + hi + 1) / 2;
+        if (w->ffn[mid].first_item <= item) lo = mid;
+        else hi = mid - 1;
+    }
+    const Ffn *f = &w->ffn[lo];
+    const Matrix *m = f->gate_up;
+    int unit0 = (item - f->first_item) * SUPER, pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE;
+    const uint8_t *tiles = m->data + (size_t)f->expert * m->matrix_bytes + (size_t)(unit0 / TILE) * 2 * m->tile_bytes;
+    float *h = w->scratch + (size_t)thread * w->scratch_len, gate[MAX_ROWS][TILE], up[MAX_ROWS][TILE], s[TILE];
+    for (int c0 = 0; c0 < f->count; c0 += FFN_CHUNK) {
+        int chunk = min_int(FFN_CHUNK, f->count - c0);
+        memset(h, 0, (size_t)chunk * SUPER * sizeof *h);
+        for (int i = 0; i < pairs; i++)
+            for (int t0 = 0; t0 < chunk; t0 += kn->rows) {
+                int n = min_int(kn->rows, chunk - t0);
+                const void *x[MAX_ROWS];
+                for (int t = 0; t < n; t++)
+                    x[t] = act_row(&w->xn, m->type, (size_t)w->slot_token[f->first + c0 + t0 + t]);
+                kn->tile[m->type](tiles + (size_t)(2 * i) * m->tile_bytes, m->cols, x, n, gate, e->model.q4_levels);
+                kn->tile[m->type](tiles + (size_t)(2 * i + 1) * m->tile_bytes, m->cols, x, n, up, e->model.q4_levels);
+                for (int t = 0; t < n; t++) {
+                    silu(kn, gate[t], s, TILE);
+                    for (int r = 0; r < TILE; r++) h[(t0 + t) * SUPER + i * TILE + r] = gate[t][r] * up[t][r];
+                }
+            }
+        for (int t = 0; t < chunk; t++) {
+            size_t row = (size_t)(f->first + c0 + t);
+            memcpy(w->h.f + row * w->h.ld + unit0, h + t * SUPER, SUPER * sizeof *h);
+            if (e->model.quantized) kn->quantize(w->h.q + row * w->h.blocks + unit0 / SUPER, h + t * SUPER, SUPER);
+        }
+    }
+}
+
+/* out = sum over a token's networks of weight . down h, for a few tiles of rows: networks in ascending order. */
+static void ffn_down_item(void *arg, int item, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Engine *e = p->e;
+    const Work *w = &e->work;
+    const Kernels *kn = e->kernels;
+    int tiles = (e->model.config.hidden_size + TILE - 1) / TILE, tile0 = item * TILES_PER_ITEM;
+    int tile1 = min_int(tile0 + TILES_PER_ITEM, tiles);
+    for (int t = 0; t < p->n; t++)
+        memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));
+    for (const Ffn *f = w->ffn; f < w->ffn + w->n_ffn; f++) {
+        const Matrix *m = f->down;
+        for (int s0 = f->first; s0 < f->first + f->count; s0 += kn->rows) {
+            int n = min_int(kn->rows, f->first + f->count - s0);
+            const void *x[MAX_ROWS];
+            for (int s = 0; s < n; s++) x[s] = act_row(&w->h, m->type, (size_t)(s0 + s));
+            for (int i = tile0; i < tile1; i++) {
+                float y[MAX_ROWS][TILE];
+                kn->tile[m->type](m->data + (size_t)f->expert * m->matrix_bytes + (size_t)i * m->tile_bytes, m->cols, x, n,
+                                  y, e->model.q4_levels);
+                for (int s = 0; s < n; s++) {
+                    float *out = w->out + (size_t)w->slot_token[s0 + s] * w->xn.ld + i * TILE;
+                    for (int r = 0; r < TILE; r++) out[r] += w->slot_weight[s0 + s] * y[s][r];
+                }
+            }
+        }
+    }
+}
+
+static void mlp_block(Pass *p)
+{
+    Engine *e = p->e;
+    Work *w = &e->work;
+    const Config *c = &e->model.config;
+    const Mlp *mlp = &p->layer->mlp;
+    double start = now();
+    w->n_ffn = 0;
+    if (mlp->gate.data) {
+        matmul(e, &mlp->gate, &w->xn, 0, p->n, w->router, w->router_ld, NULL);
+        dump(p, "mlp.router_logits", w->router, p->n, c->num_experts, w->router_ld);
+        parallel_for(e->pool, p->n, moe_route_item, p);
+        moe_group(p);
+    } else { /* a dense layer: one network for all tokens */
+        ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, 0, 0, p->n);
+        for (int t = 0; t < p->n; t++) w->slot_token[t] = t, w->slot_weight[t] = 1;
+    }
+    const Ffn *last = &w->ffn[w->n_ffn - 1];
+    parallel_for(e->pool, last->first_item + (last->gate_up->rows + SUPER - 1) / SUPER, ffn_up_item, p);
+    parallel_for(e->pool, (int)round_up((size_t)c->hidden_size, TILE * TILES_PER_ITEM) / (TILE * TILES_PER_ITEM),
+                 ffn_down_item, p);
+    dump(p, "mlp", w->out, p->n, c->hidden_size, w->xn.ld);
+    e->seconds[T_MOE] += now() - start;
+}
+
+/* ---- 10. Forward ---- */
+
+static void embed_item(void *arg, int t, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Model *m = &p->e->model;
+    matrix_row(&m->embed_tokens, m->q4_levels, p->tokens[t], p->e->work.x + (size_t)t * p->e->work.xn.ld);
+}
+
+/* Run n <= work.batch tokens through all layers, extending the state by them. Afterwards work.xn holds the rows
+ * after the final norm. The caller has made sure that n more positions fit into the context. */
+static void forward(Engine *e, const int *tokens, int n)
+{
+    State *s = &e->state;
+    Model *m = &e->model;
+    Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len};
+    fill_rope(m, e->work.rope, p.pos, n);
+    parallel_for(e->pool, n, embed_item, &p);
+    for (int i = 0; i < m->config.num_hidden_layers; i++) {
+        p.layer = &m->layers[i];
+        add_and_norm(&p, p.layer->input_layernorm, i > 0);
+        dump(&p, "input", e->work.x, n, m->config.hidden_size, e->work.xn.ld);
+        if (p.layer->full_attention) attn_mixer(&p);
+        else gdn_mixer(&p);
+        dump(&p, "mixer", e->work.out, n, m->config.hidden_size, e->work.xn.ld);
+        add_and_norm(&p, p.layer->post_attention_layernorm, true);
+        mlp_block(&p);
+    }
+    p.layer = NULL;
+    add_and_norm(&p, m->norm, true);
+    dump(&p, "norm", e->work.xn.f, n, m->config.hidden_size, e->work.xn.ld);
+    for (int t = 0; t < n; t++) tokens_add(&s->tokens, tokens[t]);
+}
+
+/* Logits of rows [first, first + n) of the last forward, n <= HEAD_ROWS: work.logits[i][vocab]. */
+static const float *head_logits(Engine *e, int first, int n)
+{
+    double start = now();
+    matmul(e, &e->model.lm_head, &e->work.xn, (size_t)first, n, e->work.logits, e->work.logits_ld, NULL);
+    e->seconds[T_HEAD] += now() - start;
+    return e->work.logits;
+}
+
+/* ---- 11. State: allocation, snapshots ---- */
+
+static void state_reset(State *s)
+{
+    s->tokens.len = 0;
+    memset(s->recurrent, 0, s->recurrent_len * sizeof *s->recurrent);
+}
+
+static void state_init(State *s, const Config *c, int ctx, bool kv_f16)
+{
+    size_t dvp = round_up((size_t)c->linear_value_head_dim, TILE), hdp = round_up((size_t)c->head_dim, TILE);
+    size_t linear = (size_t)c->has_linear, full = (size_t)c->has_full;
+    s->ctx = ctx;
+    s->kv_f16 = kv_f16;
+    s->kv_head = mul(round_up((size_t)ctx, KV_TILE), hdp) * (kv_f16 ? 2 : 4);
+    s->kv_layer = mul(s->kv_head, (size_t)c->num_key_value_heads);
+    s->k = (uint8_t *)reserve(mul(s->kv_layer, full) / 4, "keys");
+    s->v = (uint8_t *)reserve(mul(s->kv_layer, full) / 4, "values");
+    s->S_layer = mul((size_t)c->linear_num_value_heads * dvp, (size_t)c->linear_key_head_dim);
+    s->conv_layer = (size_t)(c->linear_conv_kernel_dim - 1) * (size_t)c->conv_dim;
+    s->recurrent_len = linear * (s->S_layer + s->conv_layer);
+    s->recurrent = reserve(s->recurrent_len, "recurrent state");
+    s->S = s->recurrent;
+    s->conv = s->recurrent + linear * s->S_layer;
+}
+
+static void snapshot_take(Snapshot *snap, const State *s)
+{
+    if (!snap->recurrent) snap->recurrent = reserve(s->recurrent_len, "snapshot");
+    memcpy(snap->recurrent, s->recurrent, s->recurrent_len * sizeof *s->recurrent);
+    snap->n_tokens = s->tokens.len;
+}
+
+/* Back to the length the snapshot was taken at; keys and values beyond it are simply overwritten later. */
+static void snapshot_restore(const Snapshot *snap, State *s)
+{
+    memcpy(s->recurrent, snap->recurrent, s->recurrent_len * sizeof *s->recurrent);
+    s->tokens.len = snap->n_tokens;
+}
+
+static Acts acts_init(size_t rows, size_t cols, bool quantized)
+{
+    Acts a = {.cols = (int)cols, .ld = round_up(cols, SUPER), .blocks = round_up(cols, SUPER) / SUPER};
+    a.f = reserve(mul(rows, a.ld), "activations");
+    if (quantized) a.q = (ActBlock *)reserve(mul(rows, a.blocks) * sizeof *a.q / sizeof(float), "activations");
+    return a;
+}
+
+/* Reserve scratch for batches of up to `batch` tokens. */
+static void work_init(Engine *e, int batch)
+{
+    const Config *c = &e->model.config;
+    Work *w = &e->work;
+    bool q = e->model.quantized;
+    size_t n = (size_t)batch, D = (size_t)c->hidden_size, H = (size_t)c->num_attention_heads, hd = (size_t)c->head_dim;
+    size_t k = c->has_sparse ? (size_t)c->num_experts_per_tok : 0, E = c->has_sparse ? (size_t)c->num_experts : 0;
+    size_t linear_rows = (size_t)(c->conv_dim + c->value_dim), qgkv_rows = 2 * (H + (size_t)c->num_key_value_heads) * hd;
+    size_t inner = c->has_sparse ? (size_t)max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size) : 1;
+    if (c->has_dense) inner = inner > (size_t)c->intermediate_size ? inner : (size_t)c->intermediate_size;
+    w->batch = batch;
+    w->xn = acts_init(n, D, q);
+    w->x = reserve(n * w->xn.ld, "residual stream");
+    w->out = reserve(n * w->xn.ld, "residual stream");
+    w->proj_ld = round_up(linear_rows > qgkv_rows ? linear_rows : qgkv_rows, TILE);
+    w->proj = reserve(mul(n, w->proj_ld), "projections");
+    w->ba_ld = round_up(2 * (size_t)c->linear_num_value_heads, TILE);
+    w->ba = reserve(n * w->ba_ld, "gates");
+    w->mix = acts_init(n, H * hd > (size_t)c->value_dim ? H * hd : (size_t)c->value_dim, q);
+    w->rope = reserve(n * (size_t)c->rotary_dim, "rotary angles");
+    w->router_ld = round_up(E ? E : 1, TILE);
+    w->router = reserve(n * w->router_ld, "router");
+    w->top_expert = (int *)reserve(n * k, "router");
+    w->top_weight = reserve(n * k, "router");
+    w->shared_weight = reserve(n, "router");
+    w->ffn = grow(NULL, E + 1, sizeof *w->ffn);
+    w->slot_token = (int *)reserve(n * (k + 1), "router");
+    w->slot_weight = reserve(n * (k + 1), "router");
+    w->h = acts_init(n * (k + 1), inner, q);
+    w->logits_ld = round_up((size_t)c->vocab_size, TILE);
+    w->logits = reserve(HEAD_ROWS * w->logits_ld, "logits");
+    size_t hdp = round_up(hd, TILE), dk = (size_t)c->linear_key_head_dim, dvp = round_up((size_t)c->linear_value_head_dim, TILE);
+    size_t group = H / (size_t)c->num_key_value_heads, blocks = (MAX_ROWS * group + 3) / 4; /* a kernel takes 4 rows or more */
+    size_t ranges = (size_t)attn_ranges(e->state.ctx);
+    w->partial = reserve(mul(mul((size_t)c->num_key_value_heads * blocks, ranges), MAX_ROWS * (hdp + TILE)), "attention");
+    size_t gdn = GDN_CHUNK * 2 * (dk + dvp + 1) + 2 * (dk + dvp), attn = MAX_ROWS * (KV_TILE + 2 * hdp) + hdp;
+    size_t need = gdn > attn ? gdn : attn;
+    if (need < (size_t)FFN_CHUNK * SUPER) need = (size_t)FFN_CHUNK * SUPER;
+    if (need < E + 1) need = E + 1;
+    w->scratch_len = round_up(need, 1024);
+    w->scratch = reserve((size_t)pool_threads(e->pool) * w->scratch_len, "scratch");
+}
+
+/* ============================== Part III: text ============================== */
+
+/* ---- 12. Tokenizer: byte-level BPE over the bytes of text ----
+ * text -> added tokens cut out -> NFC -> split by a pattern -> bytes of each piece merged by rank. */
+
+typedef struct { uint32_t a, b, c; } Triple;
+
+typedef struct {
+    Mapping file;
+    int n_tokens;
+    uint64_t hash;
+    const uint32_t *offsets;   /* [n_tokens + 1] into bytes */
+    const uint8_t *bytes;
+    const Triple *merges;      /* [n_merges] left, right, result, in rank order */
+    uint32_t n_merges;
+    const uint32_t (*added)[2]; /* [n_added] id, flags (1 = special) */
+    uint32_t n_added;
+    uint8_t *special;          /* [n_tokens] 1: special, left out of text */
+    uint8_t *class_of;         /* [0x110000] letter, number, mark, space of a code point */
+    const Triple *ccc, *decomp, *comp; /* combining class ranges; cp -> a b; a b -> cp; each sorted */
+    uint32_t n_ccc, n_decomp, n_comp;
+    bool nfc, marks_are_letters; /* the second: Qwen3.5's split pattern */
+    int byte_token[256];       /* id of each single byte */
+    uint32_t *merge_slot;      /* open-addressing hash: (left, right) -> index into merges + 1 */
+    uint32_t merge_mask;
+} Tokenizer;
+
+enum { C_OTHER, C_LETTER, C_NUMBER, C_MARK, C_SPACE };
+
+typedef struct {
+    char magic[8];
+    uint32_t version, n_tokens, n_merges, n_added, n_classes, n_ccc, n_decomp, n_comp, pattern, flags;
+    uint64_t hash, file_size;
+} TokenizerHeader;
+
+static uint32_t pair_hash(uint32_t left, uint32_t right)
+{
+    uint64_t h = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
+    return (uint32_t)(h >> 32);
+}
+
+/* Index into merges of the pair, or -1. */
+static int64_t find_merge(const Tokenizer *t, uint32_t left, uint32_t right)
+{
+    for (uint32_t i = pair_hash(left, right) & t->merge_mask;; i = (i + 1) & t->merge_mask) {
+        uint32_t slot = t->merge_slot[i];
+        if (!slot) return -1;
+        if (t->merges[slot - 1].a == left && t->merges[slot - 1].b == right) return slot - 1;
+    }
+}
+
+/* The next section of the file: count x size bytes, 8-byte aligned. */
+static const void *section(const Tokenizer *t, size_t *at, size_t count, size_t size, const char *what)
+{
+    size_t start = round_up(*at, 8);
+    if (start > t->file.size || count > (t->file.size - start) / size)
+        die("%s: %s: wanted %zu x %zu bytes at %zu, found a file of %zu", t->file.path, what, count, size, start,
+            t->file.size);
+    *at = start + count * size;
+    return t->file.data + start;
+}
+
+static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, bool ranges, bool pairs, const char *what)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const Triple *x = &list[i], *before = i ? x - 1 : NULL;
+        bool fine = x->a < 0x110000 && (pairs ? x->b < 0x110000 && x->c < 0x110000 : true);
+        if (ranges) fine &= x->b >= x->a && x->b < 0x110000 && (!before || x->a > before->b);
+        else if (before) fine &= x->a > before->a || (x->a == before->a && x->b > before->b);
+        if (!fine) die("%s: %s entry %u: out of order or no code point", t->file.path, what, i);
+    }
+}
+
+static void index_merges(Tokenizer *t)
+{
+    uint32_t size = 16;
+    while (size < 2 * t->n_merges + 2) size *= 2;
+    t->merge_mask = size - 1;
+    t->merge_slot = grow(NULL, size, sizeof *t->merge_slot);
+    memset(t->merge_slot, 0, size * sizeof *t->merge_slot);
+    for (uint32_t i = 0; i < t->n_merges; i++) {
+        const Triple *m = &t->merges[i];
+        uint32_t n = (uint32_t)t->n_tokens;
+        if (m->a >= n || m->b >= n || m->c >= n)
+            die("%s: merge %u: wanted ids below %u, found %u %u %u", t->file.path, i, n, m->a, m->b, m->c);
+        uint32_t slot = pair_hash(m->a, m->b) & t->merge_mask;
+        while (t->merge_slot[slot]) slot = (slot + 1) & t->merge_mask;
+        t->merge_slot[slot] = i + 1;
+    }
+}
+
+static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes)
+{
+    size_t n = (size_t)t->n_tokens;
+    t->special = grow(NULL, n, 1);
+    memset(t->special, 0, n);
+    for (int b = 0; b < 256; b++) t->byte_token[b] = -1;
+    for (size_t id = 0; id < n; id++) {
+        if (t->offsets[id + 1] < t->offsets[id]) die("%s: token %zu: offsets run backwards", t->file.path, id);
+        if (t->offsets[id + 1] - t->offsets[id] == 1 && t->byte_token[t->bytes[t->offsets[id]]] < 0)
+            t->byte_token[t->bytes[t->offsets[id]]] = (int)id;
+    }
+    for (int b = 0; b < 256; b++)
+        if (t->byte_token[b] < 0) die("%s: no token for byte %d", t->file.path, b);
+    for (uint32_t i = 0; i < t->n_added; i++) {
+        if (t->added[i][0] >= n || t->offsets[t->added[i][0] + 1] == t->offsets[t->added[i][0]])
+            die("%s: added token %u: wanted the id of a text, found %u", t->file.path, i, t->added[i][0]);
+        t->special[t->added[i][0]] = t->added[i][1] & 1;
+    }
+    t->class_of = grow(NULL, 0x110000, 1);
+    memset(t->class_of, C_OTHER, 0x110000);
+    for (uint32_t i = 0; i < n_classes; i++)
+        memset(t->class_of + classes[i].a, (int)classes[i].c, classes[i].b - classes[i].a + 1);
+}
+
+static Tokenizer *open_tokenizer(const char *path)
+{
+    Tokenizer *t = grow(NULL, 1, sizeof *t);
+    memset(t, 0, sizeof *t);
+    t->file = map_file(path);
+    const TokenizerHeader *h = (const TokenizerHeader *)t->file.data;
+    if (memcmp(h->magic, "QWEN3TOK", 8)) die("%s: not a tokenizer of this program (make one with export.py --tokenizer)", path);
+    if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
+    if (h->file_size != t->file.size)
+        die("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (unsigned long long)h->file_size, t->file.size);
+    if (h->n_tokens < 1 || h->n_tokens > 1 << 24) die("%s: n_tokens: wanted 1 to %d, found %u", path, 1 << 24, h->n_tokens);
+    if (h->pattern > 1) die("%s: pattern: wanted 0 or 1, found %u", path, h->pattern);
+    if (h->n_merges > 1 << 26) die("%s: n_merges: wanted at most %d, found %u", path, 1 << 26, h->n_merges);
+    t->n_tokens = (int)h->n_tokens;
+    t->n_merges = h->n_merges, t->n_added = h->n_added, t->n_ccc = h->n_ccc, t->n_decomp = h->n_decomp, t->n_comp = h->n_comp;
+    t->nfc = h->flags & 1;
+    t->marks_are_letters = h->pattern == 1;
+    t->hash = h->hash;
+    size_t at = sizeof *h;
+    t->offsets = section(t, &at, h->n_tokens + (size_t)1, 4, "offsets");
+    t->merges = section(t, &at, h->n_merges, sizeof(Triple), "merges");
+    t->added = section(t, &at, h->n_added, 8, "added tokens");
+    const Triple *classes = section(t, &at, h->n_classes, sizeof(Triple), "classes");
+    t->ccc = section(t, &at, h->n_ccc, sizeof(Triple), "combining classes");
+    t->decomp = section(t, &at, h->n_decomp, sizeof(Triple), "decompositions");
+    t->comp = section(t, &at, h->n_comp, sizeof(Triple), "compositions");
+    t->bytes = section(t, &at, t->offsets[h->n_tokens], 1, "token bytes");
+    check_sorted(t, classes, h->n_classes, true, false, "class");
+    check_sorted(t, t->ccc, t->n_ccc, true, false, "combining class");
+    check_sorted(t, t->decomp, t->n_decomp, false, true, "decomposition");
+    check_sorted(t, t->comp, t->n_comp, false, true, "composition");
+    index_tokens(t, classes, h->n_classes);
+    index_merges(t);
+    return t;
+}
+
+/* ---- 12a. Code points and NFC ---- */
+
+enum { RAW_BYTE = 0x110000 }; /* a byte that is not UTF-8 travels as the code point RAW_BYTE + byte */
+
+/* One code point at s[0..n), n > 0; *len: its bytes. Overlong forms, surrogates and strays are raw bytes. */
+static uint32_t utf8_get(const uint8_t *s, size_t n, size_t *len)
+{
+    int more = s[0] < 0x80 ? 0 : s[0] >= 0xc2 && s[0] < 0xe0 ? 1 : (s[0] & 0xf0) == 0xe0 ? 2 : s[0] >= 0xf0 && s[0] < 0xf5 ? 3 : -1;
+    uint32_t cp = more <= 0 ? s[0] : s[0] & (0x3fu >> more);
+    *len = 1;
+    if (more == 0) return cp;
+    if (more < 0 || n <= (size_t)more) return RAW_BYTE + s[0];
+    for (int i = 1; i <= more; i++) {
+        if ((s[i] & 0xc0) != 0x80) return RAW_BYTE + s[0];
+        cp = cp << 6 | (s[i] & 0x3f);
+    }
+    if ((more == 2 && cp < 0x800) || (more == 3 && (cp < 0x10000 || cp > 0x10ffff)) || (cp >= 0xd800 && cp < 0xe000))
+        return RAW_BYTE + s[0];
+    *len = (size_t)more + 1;
+    return cp;
+}
+
+static void utf8_put(Str *out, uint32_t cp)
+{
+    uint8_t b[4];
+    size_t n = cp >= RAW_BYTE || cp < 0x80 ? 1 : cp < 0x800 ? 2 : cp < 0x10000 ? 3 : 4;
+    b[0] = cp >= RAW_BYTE ? (uint8_t)(cp - RAW_BYTE) : (uint8_t)cp;
+    if (n > 1) {
+        b[0] = (uint8_t)((0xf00 >> n) | cp >> (6 * (n - 1)));
+        for (size_t i = 1; i < n; i++) b[i] = (uint8_t)(0x80 | (cp >> (6 * (n - 1 - i)) & 0x3f));
+    }
+    str_add(out, b, n);
+}
+
+static const Triple *find_triple(const Triple *list, uint32_t n, uint32_t a, uint32_t b, bool use_b)
+{
+    uint32_t lo = 0, hi = n;
+    while (lo < hi) {
+        uint32_t mid = lo + (hi - lo) / 2;
+        if (list[mid].a < a || (use_b && list[mid].a == a && list[mid].b < b)) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < n && list[lo].a == a && (!use_b || list[lo].b == b) ? &list[lo] : NULL;
+}
+
+static uint32_t combining_class(const Tokenizer *t, uint32_t cp)
+{
+    uint32_t lo = 0, hi = t->n_ccc;
+    while (lo < hi) {
+        uint32_t mid = lo + (hi - lo) / 2;
+        if (t->ccc[mid].b < cp) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < t->n_ccc && t->ccc[lo].a <= cp ? t->ccc[lo].c : 0;
+}
+
+/* Hangul syllables compose by arithmetic (Unicode 3.12): L + V, LV + T. */
+enum { HANGUL_S = 0xac00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11a7, N_V = 21, N_T = 28, N_S = 19 * N_V * N_T };
+
+static void decompose(const Tokenizer *t, Tokens *out, uint32_t cp, int depth)
+{
+    if (cp - HANGUL_S < N_S) {
+        uint32_t s = cp - HANGUL_S;
+        tokens_add(out, (int)(HANGUL_L + s / (N_V * N_T)));
+        tokens_add(out, (int)(HANGUL_V + s / N_T % N_V));
+        if (s % N_T) tokens_add(out, (int)(HANGUL_T + s % N_T));
+        return;
+    }
+    const Triple *d = depth < 16 ? find_triple(t->decomp, t->n_decomp, cp, 0, false) : NULL;
+    if (!d) tokens_add(out, (int)cp);
+    else {
+        decompose(t, out, d->b, depth + 1);
+        if (d->c) decompose(t, out, d->c, depth + 1);
+    }
+}
+
+static uint32_t compose_pair(const Tokenizer *t, uint32_t a, uint32_t b)
+{
+    if (a - HANGUL_L < 19 && b - HANGUL_V < N_V) return HANGUL_S + ((a - HANGUL_L) * N_V + b - HANGUL_V) * N_T;
+    if (a - HANGUL_S < N_S && (a - HANGUL_S) % N_T == 0 && b - HANGUL_T - 1 < N_T - 1) return a + b - HANGUL_T;
+    const Triple *c = find_triple(t->comp, t->n_comp, a, b, true);
+    return c ? c->c : 0;
+}
+
+/* Marks between two starters in order of their class; equal classes keep theirs. */
+static void order_marks(int *cp, const uint8_t *class, int n)
+{
+    int counts[256] = {0}, *copy;
+    if (n < 2) return;
+    copy = grow(NULL, (size_t)n, sizeof *copy);
+    for (int i = 0; i < n; i++) counts[class[i]]++;
+    for (int i = 0, sum = 0; i < 256; i++) {
+        int count = counts[i];
+        counts[i] = sum;
+        sum += count;
+    }
+    for (int i = 0; i < n; i++) copy[counts[class[i]]++] = cp[i];
+    memcpy(cp, copy, (size_t)n * sizeof *cp);
+    free(copy);
+}
+
+/* Append the NFC form of text[0..n) to out: decompose, order the marks, compose (Unicode annex 15). */
+static void nfc(const Tokenizer *t, Str *out, const uint8_t *text, size_t n)
+{
+    Tokens d = {0};
+    for (size_t i = 0, len; i < n; i += len) decompose(t, &d, utf8_get(text + i, n - i, &len), 0);
+    uint8_t *class = grow(NULL, (size_t)d.len, 1);
+    for (int i = 0; i < d.len; i++) class[i] = (uint8_t)combining_class(t, (uint32_t)d.id[i]);
+    for (int i = 0, end; i < d.len; i = end) {
+        for (end = i; end < d.len && class[end]; end++) {}
+        order_marks(d.id + i, class + i, end - i);
+        for (; end < d.len && !class[end]; end++) {}
+    }
+    int starter = -1, last = 0, len = 0; /* last: class of the mark kept last behind the starter */
+    for (int i = 0; i < d.len; i++) {
+        int class_i = (int)combining_class(t, (uint32_t)d.id[i]);
+        bool blocked = starter < 0 || (len - 1 > starter && (last >= class_i || last == 0));
+        uint32_t whole = blocked ? 0 : compose_pair(t, (uint32_t)d.id[starter], (uint32_t)d.id[i]);
+        if (whole) {
+            d.id[starter] = (int)whole;
+            continue;
+        }
+        if (!class_i) starter = len;
+        last = class_i;
+        d.id[len++] = d.id[i];
+    }
+    for (int i = 0; i < len; i++) utf8_put(out, (uint32_t)d.id[i]);
+    free(class);
+    free(d.id);
+}
+
+/* ---- 12b. The split pattern ----
+ * (?i:'s|'t|'re|'ve|'m|'ll|'d) | [^\r\n\p{L}\p{N}]?\p{L}+ | \p{N} | ?[^\s\p{L}\p{N}]+[\r\n]* | \s*[\r\n]+
+ * | \s+(?!\S) | \s+          (Qwen3.5: marks count as letters) */
+
+typedef struct { const Tokenizer *t; const uint8_t *s; size_t n; } Scan;
+
+/* Class of the code point at i (C_OTHER at the end, with *len = 0). */
+static int class_at(const Scan *s, size_t i, size_t *len)
+{
+    *len = 0;
+    if (i >= s->n) return C_OTHER;
+    uint32_t cp = utf8_get(s->s + i, s->n - i, len);
+    int class = cp < 0x110000 ? s->t->class_of[cp] : C_OTHER;
+    return class == C_MARK ? (s->t->marks_are_letters ? C_LETTER : C_OTHER) : class;
+}
+
+static size_t skip_class(const Scan *s, size_t i, int class)
+{
+    for (size_t len; class_at(s, i, &len) == class && len;) i += len;
+    return i;
+}
+
+static size_t skip_newlines(const Scan *s, size_t i)
+{
+    while (i < s->n && (s->s[i] == '\r' || s->s[i] == '\n')) i++;
+    return i;
+}
+
+/* 's 't 're 've 'm 'll 'd in any case; the long s U+017F folds to s. Returns the end, or i for none. */
+static size_t contraction(const Scan *s, size_t i)
+{
+    size_t left = s->n - i;
+    if (s->s[i] != '\'' || left < 2) return i;
+    int a = tolower(s->s[i + 1]), b = left > 2 ? tolower(s->s[i + 2]) : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return i + 2;
+    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return i + 3;
+    return a == 0xc5 && b == 0xbf ? i + 3 : i;
+}
+
+/* End of the piece that begins at i < n. */
+static size_t next_piece(const Scan *s, size_t i)
+{
+    size_t len, next_len, end = contraction(s, i);
+    if (end > i) return end;
+    int class = class_at(s, i, &len);
+    bool newline = s->s[i] == '\r' || s->s[i] == '\n';
+    if (class == C_LETTER) return skip_class(s, i, C_LETTER);
+    int next = class_at(s, i + len, &next_len);
+    if (class != C_NUMBER && !newline && next == C_LETTER && next_len) return skip_class(s, i + len, C_LETTER);
+    if (class == C_NUMBER) return i + len;
+    if (class == C_OTHER) return skip_newlines(s, skip_class(s, i, C_OTHER));
+    if (s->s[i] == ' ' && next == C_OTHER && next_len) return skip_newlines(s, skip_class(s, i + 1, C_OTHER));
+    size_t last_newline = 0, last = i; /* white space: up to its last newline, else all but its last character */
+    for (end = i; class_at(s, end, &len) == C_SPACE && len; end += len) {
+        if (s->s[end] == '\r' || s->s[end] == '\n') last_newline = end + 1;
+        last = end;
+    }
+    if (last_newline) return last_newline;
+    return end == s->n || last == i ? end : last;
+}
+
+/* ---- 12c. Merging ---- */
+
+/* A piece of text as a list of symbols, and a heap of the merges that could happen in it. */
+typedef struct { int id, prev, next; } Symbol;
+typedef struct { uint32_t rank; int at, left, right; } Candidate;
+typedef struct {
+    Symbol *symbol;
+    Candidate *heap;
+    int n_heap;
+    size_t cap;
+} Merger;
+
+static bool candidate_before(const Candidate *a, const Candidate *b)
+{
+    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
+
+static void heap_push(Merger *m, Candidate c)
+{
+    int i = m->n_heap++;
+    for (; i > 0 && candidate_before(&c, &m->heap[(i - 1) / 2]); i = (i - 1) / 2) m->heap[i] = m->heap[(i - 1) / 2];
+    m->heap[i] = c;
+}
+
+static Candidate heap_pop(Merger *m)
+{
+    Candidate top = m->heap[0], c = m->heap[--m->n_heap];
+    int i = 0;
+    for (int child; (child = 2 * i + 1) < m->n_heap; i = child) {
+        if (child + 1 < m->n_heap && candidate_before(&m->heap[child + 1], &m->heap[child])) child++;
+        if (!candidate_before(&m->heap[child], &c)) break;
+        m->heap[i] = m->heap[child];
+    }
+    m->heap[i] = c;
+    return top;
+}
+
+static void consider(const Tokenizer *t, Merger *m, int at)
+{
+    int next = at < 0 ? -1 : m->symbol[at].next;
+    if (next < 0) return;
+    int64_t merge = find_merge(t, (uint32_t)m->symbol[at].id, (uint32_t)m->symbol[next].id);
+    if (merge >= 0) heap_push(m, (Candidate){(uint32_t)merge, at, m->symbol[at].id, m->symbol[next].id});
+}
+
+/* Bytes of one piece -> tokens: the adjacent pair of lowest rank merges first, the leftmost of equals. */
+static void merge_piece(const Tokenizer *t, Merger *m, const uint8_t *s, size_t n, Tokens *out)
+{
+    if (n == 1) {
+        tokens_add(out, t->byte_token[s[0]]);
+        return;
+    }
+    if (n > m->cap) { /* a merge makes at most two new candidates: 3 n in all */
+        m->cap = n * 2;
+        m->symbol = grow(m->symbol, m->cap, sizeof *m->symbol);
+        m->heap = grow(m->heap, m->cap, 3 * sizeof *m->heap);
+    }
+    m->n_heap = 0;
+    for (size_t i = 0; i < n; i++) m->symbol[i] = (Symbol){t->byte_token[s[i]], (int)i - 1, i + 1 < n ? (int)i + 1 : -1};
+    for (size_t i = 0; i + 1 < n; i++) consider(t, m, (int)i);
+    while (m->n_heap) {
+        Candidate c = heap_pop(m);
+        Symbol *left = &m->symbol[c.at], *right = left->next >= 0 ? &m->symbol[left->next] : NULL;
+        if (left->id != c.left || !right || right->id != c.right) continue; /* one of the two has changed since */
+        left->id = (int)t->merges[c.rank].c;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next >= 0) m->symbol[left->next].prev = c.at;
+        consider(t, m, left->prev);
+        consider(t, m, c.at);
+    }
+    for (int i = 0; i >= 0; i = m->symbol[i].next) tokens_add(out, m->symbol[i].id);
+}
+
+/* Text that contains no added token: normalize, split, merge. */
+static void encode_plain(const Tokenizer *t, Merger *m, const uint8_t *s, size_t n, Tokens *out)
+{
+    Str normal = {0};
+    bool simple = true; /* no code point from U+0300 on: nothing to compose */
+    for (size_t i = 0; simple && i < n; i++) simple = s[i] < 0xcc;
+    if (t->nfc && !simple) {
+        nfc(t, &normal, s, n);
+        s = (const uint8_t *)normal.data;
+        n = normal.len;
+    }
+    Scan scan = {t, s, n};
+    for (size_t i = 0, end; i < n; i = end) {
+        end = next_piece(&scan, i);
+        merge_piece(t, m, s + i, end - i, out);
+    }
+    free(normal.data);
+}
+
+/* Text with marks of which bytes may be part of an added token: the template's are, a chat user's are not. */
+typedef struct { Str bytes, trust; } Prompt;
+
+static void prompt_add(Prompt *p, const void *bytes, size_t n, bool trusted)
+{
+    str_add(&p->bytes, bytes, n);
+    char mark = trusted;
+    for (size_t i = 0; i < n; i++) str_add(&p->trust, &mark, 1);
+}
+
+/* The longest added token at s[0..n) whose bytes are all trusted, or -1; *len: its bytes. */
+static int added_token_at(const Tokenizer *t, const uint8_t *s, const char *trust, size_t n, size_t *len)
+{
+    int best = -1;
+    *len = 0;
+    for (uint32_t i = 0; i < t->n_added; i++) {
+        uint32_t id = t->added[i][0];
+        size_t size = t->offsets[id + 1] - t->offsets[id];
+        if (size > *len && size <= n && !memcmp(s, t->bytes + t->offsets[id], size) && !memchr(trust, 0, size)) {
+            best = (int)id;
+            *len = size;
+        }
+    }
+    return best;
+}
+
+/* Append a prompt's tokens to out. */
+static void encode(const Tokenizer *t, const Prompt *p, Tokens *out)
+{
+    const uint8_t *s = (const uint8_t *)p->bytes.data;
+    size_t n = p->bytes.len, plain = 0;
+    bool starts[256] = {0};
+    for (uint32_t i = 0; i < t->n_added; i++) starts[t->bytes[t->offsets[t->added[i][0]]]] = true;
+    Merger m = {0};
+    for (size_t i = 0, len; i < n; i++) {
+        int id = starts[s[i]] && p->trust.data[i] ? added_token_at(t, s + i, p->trust.data + i, n - i, &len) : -1;
+        if (id < 0) continue;
+        encode_plain(t, &m, s + plain, i - plain, out);
+        tokens_add(out, id);
+        plain = i + len;
+        i = plain - 1;
+    }
+    encode_plain(t, &m, s + plain, n - plain, out);
+    free(m.symbol);
+    free(m.heap);
+}
+
+/* The bytes of a token; an id without text has none. */
+static const uint8_t *token_bytes(const Tokenizer *t, int id, size_t *n)
+{
+    *n = 0;
+    if (id < 0 || id >= t->n_tokens) return t->bytes;
+    *n = t->offsets[id + 1] - t->offsets[id];
+    return t->bytes + t->offsets[id];
+}
+
+/* Writes tokens to stdout as text, holding back the bytes of a character that is not yet complete. */
+typedef struct { const Tokenizer *t; bool show_special; Str held, all; } Printer;
+
+static void printer_flush(Printer *p, bool all)
+{
+    const uint8_t *s = (const uint8_t *)p->held.data;
+    size_t done = 0, len;
+    while (done < p->held.len) {
+        uint32_t cp = utf8_get(s + done, p->held.len - done, &len);
+        int need = s[done] >= 0xf0 ? 4 : s[done] >= 0xe0 ? 3 : s[done] >= 0xc2 ? 2 : 1;
+        bool whole = true; /* could more bytes still complete it? */
+        if (cp >= RAW_BYTE && p->held.len - done < (size_t)need && s[done] < 0xf5) {
+            whole = false;
+            for (size_t i = done + 1; i < p->held.len; i++) whole |= (s[i] & 0xc0) != 0x80;
+        }
+        if (!whole && !all) break;
+        done += len;
+    }
+    if (!done) return;
+    fwrite(s, 1, done, stdout);
+    fflush(stdout);
+    memmove(p->held.data, s + done, p->held.len - done);
+    p->held.len -= done;
+}
+
+static void print_token(Printer *p, int id)
+{
+    size_t n;
+    const uint8_t *bytes = token_bytes(p->t, id, &n);
+    if (id < p->t->n_tokens && p->t->special[id] && !p->show_special) return;
+    str_add(&p->held, bytes, n);
+    str_add(&p->all, bytes, n);
+    printer_flush(p, false);
+}
+
+/* ---- 13. Sampler ---- */
+
+typedef struct { float logit; int id; double p; } Choice;
+
+typedef struct {
+    SamplerSettings set;
+    uint64_t rng;
+    int vocab;            /* ids below this one can be drawn */
+    uint8_t *seen;        /* [vocab] bit 0: in the text so far, bit 1: generated in this answer */
+    Choice *choice;       /* [vocab] */
+    float *logits;        /* [vocab] scratch */
+} Sampler;
+
+static void sampler_init(Sampler *s, SamplerSettings set, uint64_t seed, int vocab)
+{
+    *s = (Sampler){.set = set, .vocab = vocab};
+    s->rng = seed * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu; /* any seed, 0 too, starts somewhere else */
+    if (!s->rng) s->rng = 1;
+    s->seen = grow(NULL, (size_t)vocab, 1);
+    memset(s->seen, 0, (size_t)vocab);
+    s->choice = grow(NULL, (size_t)vocab, sizeof *s->choice);
+    s->logits = grow(NULL, (size_t)vocab, sizeof *s->logits);
+}
+
+/* The text's tokens count for the repetition penalty, this answer's for the presence penalty too. */
+static void sampler_saw(Sampler *s, int id, bool generated)
+{
+    if (id >= 0 && id < s->vocab) s->seen[id] |= generated ? 3 : 1;
+}
+
+static void sampler_new_answer(Sampler *s)
+{
+    for (int i = 0; i < s->vocab; i++) s->seen[i] &= 1;
+}
+
+/* xorshift64*: 53 random bits as a number in [0, 1). One call for each token drawn. */
+static double random_unit(Sampler *s)
+{
+    s->rng ^= s->rng >> 12;
+    s->rng ^= s->rng << 25;
+    s->rng ^= s->rng >> 27;
+    return (double)(s->rng * 0x2545f4914f6cdd1du >> 11) * 0x1p-53;
+}
+
+static int by_probability(const void *a, const void *b)
+{
+    const Choice *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return (x->id > y->id) - (x->id < y->id);
+}
+
+/* The k-th largest of x[0..n), by quickselect; x is reordered. */
+static float kth_largest(float *x, int n, int k)
+{
+    int lo = 0, hi = n - 1;
+    while (lo < hi) {
+        float pivot = x[lo + (hi - lo) / 2];
+        int i = lo, j = hi;
+        while (i <= j) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i <= j) {
+                float swap = x[i];
+                x[i++] = x[j];
+                x[j--] = swap;
+            }
+        }
+        if (k - 1 <= j) hi = j;
+        else if (k - 1 >= i) lo = i;
+        else break;
+    }
+    return x[k - 1];
+}
+
+/* Penalties, in transformers' and vLLM's order: repetition divides positive and multiplies negative logits of every
+ * token in the text; presence subtracts from those of this answer. A logit that is no number counts as -inf. */
+static void penalize(const Sampler *s, const float *logits, float *out)
+{
+    for (int i = 0; i < s->vocab; i++) {
+        float x = logits[i];
+        if (s->seen[i] & 1 && s->set.repetition_penalty != 1)
+            x = x > 0 ? x / s->set.repetition_penalty : x * s->set.repetition_penalty;
+        if (s->seen[i] & 2) x -= s->set.presence_penalty;
+        out[i] = x == x ? x : -INFINITY;
+    }
+}
+
+/* The distribution that `sample` draws from, most likely first: penalties, temperature, top-k, top-p, min-p as
+ * transformers applies them. Returns how many choices are left; their p sum to 1. Needs temperature > 0. */
+static int sampler_distribution(Sampler *s, const float *logits)
+{
+    int n = 0, keep = 0;
+    float kth = -INFINITY;
+    penalize(s, logits, s->logits);
+    for (int i = 0; i < s->vocab; i++) s->logits[i] /= s->set.temperature;
+    if (s->set.top_k > 0 && s->set.top_k < s->vocab) {
+        float *copy = (float *)(void *)s->choice; /* free until the choices are filled in below */
+        memcpy(copy, s->logits, (size_t)s->vocab * sizeof *copy);
+        kth = kth_largest(copy, s->vocab, s->set.top_k);
+    }
+    for (int i = 0; i < s->vocab; i++)
+        if (s->logits[i] >= kth && s->logits[i] > -INFINITY) s->choice[n++] = (Choice){s->logits[i], i, 0};
+    if (!n) s->choice[n++] = (Choice){0, 0, 1};
+    qsort(s->choice, (size_t)n, sizeof *s->choice, by_probability);
+    double sum = 0, before = 0, kept = 0;
+    for (int i = 0; i < n; i++) sum += s->choice[i].p = exp((double)s->choice[i].logit - (double)s->choice[0].logit);
+    for (int i = 0; i < n; i++) s->choice[i].p /= sum;
+    for (; keep < n; keep++) { /* top-p: until the likelier ones reach p; min-p: against the likeliest */
+        double p = s->choice[keep].p;
+        if (keep && (before >= (double)s->set.top_p || p < (double)s->set.min_p * s->choice[0].p)) break;
+        before += p;
+    }
+    for (int i = 0; i < keep; i++) kept += s->choice[i].p;
+    for (int i = 0; i < keep; i++) s->choice[i].p /= kept;
+    return keep;
+}
+
+/* The next token: the likeliest at temperature 0 (the first of equals), else one draw. */
+static int sample(Sampler *s, const float *logits)
+{
+    if (s->set.temperature == 0) {
+        int best = 0;
+        penalize(s, logits, s->logits);
+        for (int i = 1; i < s->vocab; i++)
+            if (s->logits[i] > s->logits[best]) best = i;
+        return best;
+    }
+    int n = sampler_distribution(s, logits), i = 0;
+    double u = random_unit(s);
+    for (; i < n - 1 && (u -= s->choice[i].p) >= 0; i++) {}
+    return s->choice[i].id;
+}
+
+/* ============================== Part IV: the machine room ============================== */
+
+/* ---- 14. Threads: a pool that spins briefly, then sleeps ----
+ * parallel_for hands out items one by one, so a slow core takes fewer. Which thread makes an item changes no bit. */
+
+struct Pool {
+    int n;                       /* threads, the caller included */
+    int spins;                   /* looks at `generation` before sleeping; few when cores are short */
+    pthread_t thread[MAX_THREADS];
+    atomic_uint generation;      /* counts the loops; a new value wakes the workers */
+    atomic_int next, busy;       /* next item to hand out; workers still at it */
+    atomic_int sleepers;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    int items;
+    void (*fn)(void *arg, int item, int thread);
+    void *arg;
+    bool quit;
+};
+
+static int pool_threads(const Pool *pool) { return pool->n; }
+
+static void cpu_relax(void)
+{
+#if defined HAVE_X86
+    _mm_pause();
+#elif defined HAVE_NEON
+    __asm__ volatile("yield");
+#endif
+}
+
+static void pool_work(Pool *p, int thread)
+{
+    for (int i; (i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < p->items;) p->fn(p->arg, i, thread);
+}
+
+/* Wait until the generation differs from `seen`: spin, then sleep. */
+static unsigned pool_wait(Pool *p, unsigned seen)
+{
+    unsigned g;
+    for (int i = 0; i < p->spins; i++) {
+        if ((g = atomic_load_explicit(&p->generation, memory_order_acquire)) != seen) return g;
+        cpu_relax();
+    }
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->sleepers, 1);
+    while ((g = atomic_load(&p->generation)) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    atomic_fetch_sub(&p->sleepers, 1);
+    pthread_mutex_unlock(&p->mutex);
+    return g;
+}
+
+typedef struct { Pool *pool; int thread; } Worker;
+
+static void *pool_thread(void *arg)
+{
+    Worker w = *(Worker *)arg;
+    free(arg);
+    for (unsigned seen = 0;;) {
+        seen = pool_wait(w.pool, seen);
+        if (w.pool->quit) return NULL;
+        pool_work(w.pool, w.thread);
+        atomic_fetch_sub_explicit(&w.pool->busy, 1, memory_order_release);
+    }
+}
+
+/* Cores this process may use, counting hyperthreads of a core once. */
+static int physical_cores(void)
+{
+    int count = 0;
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set)) return 1;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        char path[96], list[16] = "";
+        if (!CPU_ISSET(cpu, &set)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *f = fopen(path, "r");
+        bool first = true; /* the first of its siblings that we may use stands for the core */
+        int sibling;
+        if (f && fgets(list, sizeof list, f) && (sibling = atoi(list)) < cpu && CPU_ISSET(sibling, &set)) first = false;
+        if (f) fclose(f);
+        count += first;
+    }
+#else
+    count = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    return min_int(max_int(count, 1), MAX_THREADS);
+}
+
+static Pool *pool_create(int n)
+{
+    Pool *p = grow(NULL, 1, sizeof *p);
+    memset(p, 0, sizeof *p);
+    p->n = n;
+    p->spins = n <= physical_cores() ? 20000 : 100;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    for (int i = 1; i < n; i++) {
+        Worker *w = grow(NULL, 1, sizeof *w);
+        *w = (Worker){p, i};
+        int error = pthread_create(&p->thread[i], NULL, pool_thread, w);
+        if (error) die("cannot start thread %d of %d: %s", i + 1, n, strerror(error));
+    }
+    return p;
+}
+
+static void pool_signal(Pool *p)
+{
+    atomic_fetch_add(&p->generation, 1);
+    if (!atomic_load(&p->sleepers)) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void pool_free(Pool *p)
+{
+    p->quit = true;
+    pool_signal(p);
+    for (int i = 1; i < p->n; i++) pthread_join(p->thread[i], NULL);
+    free(p);
+}
+
+/* Call fn(arg, item, thread) for every item, spread over the pool; thread < pool_threads tells whose scratch to use. */
+static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int thread), void *arg)
+{
+    if (p->n == 1 || items <= 1) {
+        for (int i = 0; i < items; i++) fn(arg, i, 0);
+        return;
+    }
+    p->items = items;
+    p->fn = fn;
+    p->arg = arg;
+    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
+    atomic_store_explicit(&p->busy, p->n - 1, memory_order_relaxed);
+    pool_signal(p);
+    pool_work(p, 0);
+    for (int i = 0; atomic_load_explicit(&p->busy, memory_order_acquire); i++) {
+        if (i < p->spins) cpu_relax();
+        else sched_yield();
+    }
+}
+
+/* ---- 15. Kernels ----
+ * From here to the table, this file includes itself once for each instruction set: the same C, other widths of
+ * vector, and two operations that differ: `dot4` (int8) and `load_f16`. The pass called plain is their definition.
+ * FN(name) names a pass's copy of a function; VB is the vector's bytes. A tile's 16 rows are PARTS vectors. */
+#define KERNEL_PASS plain
+#define VB 16
+#define ROWS 4
+#include "qwen3next.c"
+#undef KERNEL_PASS
+#if defined HAVE_X86
+#define KERNEL_PASS avx2
+#define VB 32
+#define ROWS 4
+#define USE_AVX2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#include "qwen3next.c"
+#undef KERNEL_PASS
+#define KERNEL_PASS avx512
+#define VB 64
+#define ROWS 8
+#define USE_AVX512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#include "qwen3next.c"
+#undef KERNEL_PASS
+#elif defined HAVE_NEON
+#define KERNEL_PASS neon
+#define VB 16
+#define ROWS 4
+#define USE_NEON
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#include "qwen3next.c"
+#undef KERNEL_PASS
+#endif
+
+#else /* KERNEL_PASS: one pass over the kernels */
+
+#ifndef TARGET
+#define TARGET
+#endif
+#define FN2(name, pass) name##_##pass
+#define FN1(name, pass) FN2(name, pass)
+#define FN(name) FN1(name, KERNEL_PASS)
+#define vf FN(vf)
+#define vfu FN(vfu)
+#define vi FN(vi)
+#define viu FN(viu)
+#define vb FN(vb)
+#define vbu FN(vbu)
+#define INLINE TARGET static inline __attribute__((always_inline))
+#define LANES (VB / 4)
+#define PARTS (TILE / LANES)
+#if !defined USE_AVX2 && !defined USE_AVX512 && !defined USE_NEON
+#define UNROLL
+#elif defined __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef float vf __attribute__((vector_size(VB), may_alias));
+typedef float vfu __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VB), may_alias));
+typedef int32_t viu __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef uint8_t vb __attribute__((vector_size(VB), may_alias));
+typedef uint8_t vbu __attribute__((vector_size(VB), aligned(1), may_alias));
+
+/* LANES floats from 16-bit floats: bf16 is the upper half of a float. */
+INLINE void FN(load_bf16)(vf *out, const uint16_t *p)
+{
+    typedef uint16_t half __attribute__((vector_size(VB / 2), aligned(2), may_alias));
+    *out = (vf)(__builtin_convertvector(*(const half *)p, vi) << 16);
+}
+
+INLINE void FN(load_f16)(vf *out, const uint16_t *p)
+{
+#if defined USE_AVX512
+    *out = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined USE_AVX2
+    *out = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined USE_NEON
+    *out = (vf)vcvt_f32_f16(vld1_f16((const __fp16 *)p));
+#else
+    vf v = {0};
+    for (int i = 0; i < LANES; i++) v[i] = f16_to_float(p[i]);
+    *out = v;
+#endif
+}
+
+/* The int8 heart: each lane (row) adds the products of its 4 weights (stored + 128) with 4 activations.
+ * DOT_UNSIGNED: the instruction takes the weights as stored, so sums begin at -128 * (sum of activations). */
+#if defined USE_AVX512
+#define DOT_UNSIGNED 1
+#else
+#define DOT_UNSIGNED 0
+#endif
+INLINE void FN(dot4)(vi *sum, const vb *w, const int8_t *x)
+{
+    int32_t four;
+    memcpy(&four, x, 4);
+#if defined USE_AVX512
+    *sum = (vi)_mm512_dpbusd_epi32((__m512i)*sum, (__m512i)*w, _mm512_set1_epi32(four));
+#elif defined USE_AVX2 /* vpmaddubsw wants unsigned x signed and saturates beyond 16 bits: |w| times x with w's sign */
+    __m256i s = _mm256_xor_si256((__m256i)*w, _mm256_set1_epi8(-128));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(_mm256_set1_epi32(four), s));
+    *sum += (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined USE_NEON
+    int8x16_t s = vreinterpretq_s8_u8(veorq_u8((uint8x16_t)*w, vdupq_n_u8(128)));
+    *sum = (vi)vdotq_s32((int32x4_t)*sum, s, vreinterpretq_s8_s32(vdupq_n_s32(four)));
+#else
+    for (int r = 0; r < LANES; r++)
+        for (int i = 0; i < 4; i++) (*sum)[r] += ((*w)[4 * r + i] - 128) * x[i];
+#endif
+}
+
+/* Bytes as q8 stores them from q4's nibbles: codebook value + 128. */
+INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels)
+{
+#if defined USE_AVX512
+    __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(_mm_loadu_si128((const __m128i *)levels), _mm_set1_epi8(-128)));
+    *out = (vb)_mm512_shuffle_epi8(table, (__m512i)*index);
+#elif defined USE_AVX2
+    __m256i table = _mm256_broadcastsi128_si256(_mm_xor_si128(_mm_loadu_si128((const __m128i *)levels), _mm_set1_epi8(-128)));
+    *out = (vb)_mm256_shuffle_epi8(table, (__m256i)*index);
+#elif defined USE_NEON
+    *out = (vb)vqtbl1q_u8(veorq_u8(vreinterpretq_u8_s8(vld1q_s8(levels)), vdupq_n_u8(128)), (uint8x16_t)*index);
+#else
+    for (int i = 0; i < VB; i++) (*out)[i] = (uint8_t)(levels[(*index)[i]] + 128);
+#endif
+}
+
+/* One tile against n rows, n a constant: y[t] = sum over c of column c times x[t][c], in the order of c. */
+INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, bool f16)
+{
+    vf acc[ROWS][PARTS], column[PARTS];
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int p = 0; p < PARTS; p++) acc[t][p] = (vf){0};
+    for (int c = 0; c < cols; c++) {
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            if (f16) FN(load_f16)(&column[p], (const uint16_t *)w + (size_t)c * TILE + p * LANES);
+            else column[p] = *(const vfu *)((const float *)w + (size_t)c * TILE + p * LANES);
+        }
+        UNROLL for (int t = 0; t < n; t++)
+            UNROLL for (int p = 0; p < PARTS; p++) acc[t][p] += column[p] * ((const float *)x[t])[c];
+    }
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int p = 0; p < PARTS; p++) *(vfu *)(y[t] + p * LANES) = acc[t][p];
+}
+
+/* bf16 tiles hold pairs of columns, so that one load gives two vectors: even columns in the upper halves' places
+ * after a shift, odd ones after a mask. Even and odd columns are summed apart and added last. */
+INLINE void FN(bf16_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n)
+{
+    vf even[ROWS][PARTS], odd[ROWS][PARTS];
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int p = 0; p < PARTS; p++) even[t][p] = odd[t][p] = (vf){0};
+    for (int c = 0; c < cols; c += 2)
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            vi pair = *(const viu *)(w + ((size_t)c * TILE + (size_t)p * LANES * 2) * 2);
+            vf lower = (vf)(pair << 16), upper = (vf)(pair & (int32_t)0xffff0000);
+            UNROLL for (int t = 0; t < n; t++) {
+                even[t][p] += lower * ((const float *)x[t])[c];
+                odd[t][p] += upper * ((const float *)x[t])[c + 1];
+            }
+        }
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int p = 0; p < PARTS; p++) *(vfu *)(y[t] + p * LANES) = even[t][p] + odd[t][p];
+}
+
+/* 16 weights groups of 4 columns of a block of 32: exact integer sums, then one scale for all: scale_w * scale_x. */
+INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const int8_t *levels)
+{
+    vf acc[ROWS][PARTS];
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int p = 0; p < PARTS; p++) acc[t][p] = (vf){0};
+    for (int super = 0; super * SUPER < cols; super++) {
+        const uint16_t *scales = (const uint16_t *)w;
+        w += 2 * TILE * 2;
+        UNROLL for (int b = 0; b < 2; b++)
+            UNROLL for (int p = 0; p < PARTS; p++) {
+                vi sum[ROWS];
+                vf scale;
+                UNROLL for (int t = 0; t < n; t++)
+                    sum[t] = (vi){0} + (DOT_UNSIGNED ? ((const ActBlock *)x[t])[super].bias[b] : 0);
+                UNROLL for (int j = 0; j < 8; j++) {
+                    vb tile;
+                    if (levels) {
+                        tile = *(const vbu *)(w + (b * 4 + j % 4) * 64 + p * VB);
+                        if (j < 4) tile &= 15;
+                        else tile >>= 4;
+                        FN(look_up)(&tile, &tile, levels);
+                    } else {
+                        tile = *(const vbu *)(w + (b * 8 + j) * 64 + p * VB);
+                    }
+                    UNROLL for (int t = 0; t < n; t++)
+                        FN(dot4)(&sum[t], &tile, ((const ActBlock *)x[t])[super].q + b * BLOCK + j * 4);
+                }
+                FN(load_bf16)(&scale, scales + b * TILE + p * LANES);
+                UNROLL for (int t = 0; t < n; t++)
+                    acc[t][p] += __builtin_convertvector(sum[t], vf) * (scale * ((const ActBlock *)x[t])[super].d[b]);
+            }
+        w += TILE * SUPER / (levels ? 2 : 1);
+    }
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int p = 0; p < PARTS; p++) *(vfu *)(y[t] + p * LANES) = acc[t][p];
+}
+
+/* The tile kernels of the table: one body, instantiated for every number of rows so that sums stay in registers. */
+#define EACH_ROWS(call)                                                                                                \
+    switch (n) {                                                                                                       \
+    case 1: { enum { N = 1 }; call; break; }                                                                           \
+    case 2: { enum { N = 2 }; call; break; }                                                                           \
+    case 3: { enum { N = 3 }; call; break; }                                                                           \
+    case 4: { enum { N = 4 }; call; break; }                                                                           \
+    case 5: { enum { N = ROWS < 5 ? ROWS : 5 }; call; break; }                                                         \
+    case 6: { enum { N = ROWS < 6 ? ROWS : 6 }; call; break; }                                                         \
+    case 7: { enum { N = ROWS < 7 ? ROWS : 7 }; call; break; }                                                         \
+    default: { enum { N = ROWS }; call; }                                                                              \
+    }
+#define TILE_KERNEL(name, call)                                                                                        \
+    TARGET static void FN(name)(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE],            \
+                                const int8_t *levels)                                                                  \
+    {                                                                                                                  \
+        (void)levels;                                                                                                  \
+        EACH_ROWS(call)                                                                                                \
+    }
+TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, false))
+TILE_KERNEL(tile_f16, FN(f32_rows)(w, cols, x, y, N, true))
+TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N))
+TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, NULL))
+TILE_KERNEL(tile_q4, FN(int8_rows)(w, cols, x, y, N, levels))
+
+/* Floats to int8 blocks of 32, scale = largest / 127, rounded to nearest; zero padded to a whole superblock. */
+TARGET static void FN(quantize)(ActBlock *out, const float *x, int n)
+{
+    for (int i = 0; i < n; i += BLOCK) {
+        float v[BLOCK] = {0}, max = 0;
+        int b = i / BLOCK % 2, sum = 0;
+        memcpy(v, x + i, (size_t)(n - i < BLOCK ? n - i : BLOCK) * sizeof *v);
+        for (int j = 0; j < BLOCK; j++) max = fabsf(v[j]) > max ? fabsf(v[j]) : max;
+        ActBlock *a = out + i / SUPER;
+        float inverse = max > 0 && max < INFINITY ? 127 / max : 0;
+        for (int j = 0; j < BLOCK; j++) { /* adding 1.5 * 2^23 rounds to nearest even */
+            float r = v[j] * inverse + 0x1.8p23f;
+            int32_t bits;
+            memcpy(&bits, &r, 4);
+            a->q[b * BLOCK + j] = (int8_t)bits;
+            sum += (int8_t)bits;
+        }
+        a->d[b] = max / 127;
+        a->bias[b] = -128 * sum;
+    }
+    if ((n + BLOCK - 1) / BLOCK % 2) { /* the second half of the last superblock */
+        ActBlock *a = out + n / SUPER;
+        memset(a->q + BLOCK, 0, BLOCK);
+        a->d[1] = 0;
+        a->bias[1] = 0;
+    }
+}
+
+/* a . b in four interleaved vectors, summed pairwise, then lane by lane. */
+TARGET static float FN(dot)(const float *a, const float *b, int n)
+{
+    vf acc[4] = {{0}};
+    float sum = 0;
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) acc[j] += *(const vfu *)(a + i + j * LANES) * *(const vfu *)(b + i + j * LANES);
+    vf all = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    for (; i < n; i++) sum += a[i] * b[i];
+    for (int j = 0; j < LANES; j++) sum += all[j];
+    return sum;
+}
+
+/* exp(x) for LANES values: x = k ln 2 + r, a polynomial of degree 7 for e^r, and k into the exponent.
+ * Within 2 units in the last place; 0 below -87, saturated above 88. */
+INLINE void FN(exp)(vf *out, const vf *in)
+{
+    vf x = *in;
+    vi low = x < -87.0f, high = x > 88.0f;
+    x = (vf)((~(low | high) & (vi)x) | (high & (vi)(x * 0 + 88.0f)));
+    vf k = x * 1.44269504f + 0x1.8p23f;
+    vi shift = (vi)k;
+    k -= 0x1.8p23f;
+    vf r = (x - k * 0x1.62e4p-1f) - k * 1.42860677e-6f;
+    vf p = r * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    vi bits = (vi)p + (shift << 23);
+    *out = (vf)(~low & bits);
+}
+
+TARGET static void FN(sigmoid)(float *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i += LANES) {
+        vf v = {0};
+        if (n - i >= LANES) v = -*(const vfu *)(x + i);
+        else for (int j = 0; j < n - i; j++) v[j] = -x[i + j];
+        FN(exp)(&v, &v);
+        v = 1.0f / (1.0f + v);
+        if (n - i >= LANES) *(vfu *)(y + i) = v;
+        else for (int j = 0; j < n - i; j++) y[i + j] = v[j];
+    }
+}
+
+TARGET static float FN(exp_sum)(float *x, float max, int n)
+{
+    vf all = {0};
+    float sum = 0;
+    for (int i = 0; i < n; i += LANES) {
+        vf v = (vf){0} - INFINITY;
+        if (n - i >= LANES) v = *(const vfu *)(x + i);
+        else for (int j = 0; j < n - i; j++) v[j] = x[i + j];
+        v -= max;
+        FN(exp)(&v, &v);
+        all += v;
+        if (n - i >= LANES) *(vfu *)(x + i) = v;
+        else for (int j = 0; j < n - i; j++) x[i + j] = v[j];
+    }
+    for (int j = 0; j < LANES; j++) sum += all[j];
+    return sum;
+}
+
+/* The delta rule for 16 value columns, token after token, with the state in L1:
+ *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q
+ * S: [dk][16]; q, k: [n][dk]; v, o: [n][ldv]; decay, beta: [n]. Four partial sums each, added pairwise. */
+TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v,
+                                  const float *decay, const float *beta, float *o, int ldv)
+{
+    for (int t = 0; t < n; t++, q += dk, k += dk, v += ldv, o += ldv)
+        for (int p = 0; p < PARTS; p++) {
+            vf read[4] = {{0}}, out[4] = {{0}};
+            float *s = S + p * LANES;
+            int i = 0;
+            for (; i + 4 <= dk; i += 4)
+                UNROLL for (int j = 0; j < 4; j++) read[j] += *(const vfu *)(s + (i + j) * TILE) * k[i + j];
+            for (; i < dk; i++) read[0] += *(const vfu *)(s + i * TILE) * k[i];
+            vf u = (*(const vfu *)(v + p * LANES) - ((read[0] + read[1]) + (read[2] + read[3])) * decay[t]) * beta[t];
+            for (i = 0; i + 4 <= dk; i += 4)
+                UNROLL for (int j = 0; j < 4; j++) {
+                    vf row = *(const vfu *)(s + (i + j) * TILE) * decay[t] + u * k[i + j];
+                    *(vfu *)(s + (i + j) * TILE) = row;
+                    out[j] += row * q[i + j];
+                }
+            for (; i < dk; i++) {
+                vf row = *(const vfu *)(s + i * TILE) * decay[t] + u * k[i];
+                *(vfu *)(s + i * TILE) = row;
+                out[0] += row * q[i];
+            }
+            *(vfu *)(o + p * LANES) = (out[0] + out[1]) + (out[2] + out[3]);
+        }
+}
+
+#define QUOTE2(x) #x
+#define QUOTE(x) QUOTE2(x)
+static const Kernels FN(kernels) = {
+    QUOTE(KERNEL_PASS), ROWS,
+    {NULL, FN(tile_f32), FN(tile_bf16), FN(tile_q8), FN(tile_q4)}, FN(tile_f16),
+    FN(quantize), FN(dot), FN(sigmoid), FN(exp_sum), FN(delta_rule)};
+
+#undef TARGET
+#undef VB
+#undef ROWS
+#undef USE_AVX2
+#undef USE_AVX512
+#undef USE_NEON
+#undef FN
+#undef FN1
+#undef FN2
+#undef vf
+#undef vfu
+#undef vi
+#undef viu
+#undef vb
+#undef vbu
+#undef INLINE
+#undef LANES
+#undef PARTS
+#undef UNROLL
+#undef DOT_UNSIGNED
+#undef EACH_ROWS
+#undef TILE_KERNEL
+#undef QUOTE
+#undef QUOTE2
+#endif /* KERNEL_PASS */
+
+#ifndef KERNEL_PASS /* ---------- the rest is compiled once again ---------- */
+
+/* The kernel sets of this build, best last, and whether this processor can run each. */
+static const Kernels *const KERNEL_SETS[] = {
+    &kernels_plain,
+#if defined HAVE_X86
+    &kernels_avx2, &kernels_avx512,
+#elif defined HAVE_NEON
+    &kernels_neon,
+#endif
+};
+
+static bool kernels_run_here(const Kernels *k)
+{
+#if defined HAVE_X86
+    __builtin_cpu_init();
+    if (!strcmp(k->name, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* f16c came before avx2 */
+    if (!strcmp(k->name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
+#if defined HAVE_NEON && defined __linux__
+    if (!strcmp(k->name, "neon")) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#endif
+    return k != NULL;
+}
+
+/* The set called `name`, or for NULL the best that runs here. */
+static const Kernels *choose_kernels(const char *name)
+{
+    static const char *const known[] = {"plain", "avx2", "avx512", "neon"};
+    const Kernels *best = NULL;
+    for (size_t i = 0; i < sizeof KERNEL_SETS / sizeof *KERNEL_SETS; i++)
+        if ((!name || !strcmp(KERNEL_SETS[i]->name, name)) && kernels_run_here(KERNEL_SETS[i])) best = KERNEL_SETS[i];
+    for (size_t i = 0; name && !best && i < sizeof known / sizeof *known; i++)
+        if (!strcmp(known[i], name)) die("--cpu %s: this processor or build cannot run these kernels", name);
+    return best;
+}
+
+/* ============================== Part V: the program ============================== */
+
+static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon */
+
+static void on_interrupt(int sig) { (void)sig; interrupted++; }
+
+/* What the command line asked for. */
+typedef struct {
+    const char *model, *mode, *text, *file, *out, *system, *tokenizer, *load, *save, *dump, *cpu, *kv;
+    double temperature, top_p, min_p, presence, repetition; /* NAN: not given */
+    int64_t top_k, seed, n, ctx, threads, draft, depth, batch; /* -1: not given */
+    uint64_t memory;
+    bool ids, echo, quiet, verbose, help, version;
+} Args;
+
+/* All that a mode works with. */
+typedef struct {
+    Args args;
+    Engine engine;
+    Tokenizer *tokenizer; /* NULL until some text has to be read or written */
+    Sampler sampler;
+    double prompt_seconds, answer_seconds;
+    int prompt_tokens, answer_tokens;
+} Run;
+
+static void report_fed(const Run *r, const int *ids, int n)
+{
+    if (!r->args.verbose || !n) return;
+    fputs("fed:", stderr);
+    for (int i = 0; i < n; i++) fprintf(stderr, " %d", ids[i]);
+    fputc('\n', stderr);
+}
+
+static void show_progress(const Run *r, int done, int n)
+{
+    if (r->args.quiet || n <= r->engine.work.batch / 4 || !isatty(2)) return;
+    fprintf(stderr, "\rprompt: %d of %d tokens%s", done, n, done == n ? "\r\033[K" : "");
+}
+
+/* Feed tokens to the model in batches. Stops early at an interrupt. Returns how many it fed. */
+static int feed(Run *r, const int *ids, int n)
+{
+    double start = now();
+    int done = 0;
+    while (done < n && !interrupted) {
+        int batch = min_int(n - done, r->engine.work.batch);
+        forward(&r->engine, ids + done, batch);
+        for (int i = 0; i < batch; i++) sampler_saw(&r->sampler, ids[done + i], false);
+        done += batch;
+        show_progress(r, done, n);
+    }
+    report_fed(r, ids, done);
+    r->prompt_seconds += now() - start;
+    r->prompt_tokens += done;
+    return done;
+}
+
+/* ---- 16. Chat template ---- */
+
+/* Content as the template renders it: bits 1, 2 strip white space before and after it, 4 and 8 newlines. */
+static void trim(const char **s, size_t *n, int bits)
+{
+    while (*n && ((bits & 1 && isspace((unsigned char)**s)) || (bits & 4 && **s == '\n'))) (*s)++, (*n)--;
+    while (*n && ((bits & 2 && isspace((unsigned char)(*s)[*n - 1])) || (bits & 8 && (*s)[*n - 1] == '\n'))) (*n)--;
+}
+
+static void add_piece(Prompt *p, const Str *piece) { prompt_add(p, piece->data, piece->len, true); }
+
+static void add_turn(Prompt *p, const Str *prefix, const char *text, size_t n, int bits, const Str *suffix)
+{
+    trim(&text, &n, bits);
+    add_piece(p, prefix);
+    prompt_add(p, text, n, false);
+    add_piece(p, suffix);
+}
+
+/* What the template keeps of an earlier answer: without its thinking, trimmed. */
+static void kept_answer(const ChatPieces *c, const Str *answer, const char **text, size_t *n)
+{
+    *text = answer->data;
+    *n = answer->len;
+    for (const char *s = answer->data; c->thinking && (s = strstr(s, c->think_end.data));) {
+        s += c->think_end.len;
+        *text = s;
+        *n = answer->len - (size_t)(s - answer->data);
+    }
+    if (c->thinking && *text != answer->data) trim(text, n, 4);
+    trim(text, n, c->assistant_trim);
+}
+
+/* A conversation: what has been fed lies in the state; `answer` is the last reply, not yet closed by the template. */
+typedef struct {
+    Run *run;
+    const char *system;    /* NULL: none given */
+    Str system_text;       /* owns it when /system set it */
+    bool begun, answered;  /* anything fed; the last answer is open */
+    bool prompted;         /* the generation prompt of the last answer was fed */
+    Snapshot start, mark;  /* before the last turn; before its generation prompt */
+    Str answer;
+} Chat;
+
+/* Close the last turn. Usually its tokens simply stay; where the template would render the answer otherwise
+ * (thinking dropped, text trimmed), the state goes back to the mark and the kept text is fed instead. */
+static void close_answer(Chat *c, Prompt *p)
+{
+    const ChatPieces *t = &c->run->engine.model.chat;
+    const char *text;
+    size_t n;
+    if (!c->answered) return;
+    kept_answer(t, &c->answer, &text, &n);
+    bool same = n == c->answer.len && t->generation_prompt.len == t->assistant_prefix.len &&
+                !memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
+    if (c->prompted && same) {
+        add_piece(p, &t->assistant_suffix);
+        return;
+    }
+    if (c->prompted) {
+        snapshot_restore(&c->mark, &c->run->engine.state);
+        if (c->run->args.verbose) fprintf(stderr, "rewind: %d\n", c->mark.n_tokens);
+    }
+    add_turn(p, &t->assistant_prefix, text, n, 0, &t->assistant_suffix);
+}
+
+/* ---- 17. Generate: the one loop that makes tokens ---- */
+
+/* The answer from the tokens of `prompt_logits`' row on: draws, prints and feeds until a stop token, n tokens, a full
+ * context or an interrupt. Generated ids are appended to `made` (the stop token too). Needs one fed token at least. */
+static void generate(Run *r, int limit, Printer *printer, Tokens *made, int last_row)
+{
+    Engine *e = &r->engine;
+    double start = now();
+    const float *logits = head_logits(e, last_row, 1);
+    for (int count = 0; limit == 0 || count < limit; count++) {
+        if (interrupted) break;
+        int id = sample(&r->sampler, logits);
+        sampler_saw(&r->sampler, id, true);
+        tokens_add(made, id);
+        r->answer_tokens++;
+        bool stop = false;
+        for (int i = 0; i < e->model.n_stops; i++) stop |= e->model.stop_ids[i] == id;
+        if (r->args.ids) printf(count ? " %d" : "%d", id), fflush(stdout);
+        else if (!stop || r->args.verbose) print_token(printer, id);
+        if (stop || (limit && count + 1 == limit)) break;
+        if (e->state.tokens.len == e->state.ctx) {
+            warn("the context of %d tokens is full (-c sets it)", e->state.ctx);
+            break;
+        }
+        forward(e, &id, 1);
+        report_fed(r, &id, 1);
+        logits = head_logits(e, 0, 1);
+    }
+    r->answer_seconds += now() - start;
+}
+
+static int last_row(const Run *r, int fed) { return (fed - 1) % r->engine.work.batch; }
+
+static void report_speed(Run *r)
+{
+    if (!r->args.quiet)
+        fprintf(stderr, "[prompt %d tokens, %.1f tokens/s; answer %d tokens, %.1f tokens/s; context %d of %d]\n",
+                r->prompt_tokens, r->prompt_seconds > 0 ? r->prompt_tokens / r->prompt_seconds : 0, r->answer_tokens,
+                r->answer_seconds > 0 ? r->answer_tokens / r->answer_seconds : 0, r->engine.state.tokens.len,
+                r->engine.state.ctx);
+    r->prompt_tokens = r->answer_tokens = 0;
+    r->prompt_seconds = r->answer_seconds = 0;
+}
+
+/* Find and open the tokenizer: -z, else tokenizer.bin beside the model, the program, or in the working directory. */
+static Tokenizer *need_tokenizer(Run *r)
+{
+    if (r->tokenizer) return r->tokenizer;
+    char beside[PATH_MAX], program[PATH_MAX] = "";
+    const char *slash = r->args.model ? strrchr(r->args.model, '/') : NULL, *path = r->args.tokenizer;
+    if (!path) {
+        snprintf(beside, sizeof beside, "%.*stokenizer.bin", slash ? (int)(slash - r->args.model + 1) : 0, r->args.model);
+        ssize_t n = readlink("/proc/self/exe", program, sizeof program - 16);
+        if (n > 0) program[n] = 0;
+        char *end = strrchr(program, '/');
+        if (end) strcpy(end + 1, "tokenizer.bin");
+        path = !access(beside, F_OK) ? beside : end && !access(program, F_OK) ? program : "tokenizer.bin";
+        if (access(path, F_OK)) die("tokenizer.bin: not beside the model, the program or in the working directory (-z names it)");
+        path = strcpy(grow(NULL, strlen(path) + 1, 1), path);
+    }
+    r->tokenizer = open_tokenizer(path);
+    const Model *m = &r->engine.model;
+    if (m->file.data && r->tokenizer->n_tokens > m->config.vocab_size)
+        die("%s: n_tokens: the model's vocabulary wants at most %d, found %d", path, m->config.vocab_size, r->tokenizer->n_tokens);
+    if (m->tokenizer_hash && m->tokenizer_hash != r->tokenizer->hash)
+        die("%s: hash: the model was exported with tokenizer %016llx, found %016llx", path,
+            (unsigned long long)m->tokenizer_hash, (unsigned long long)r->tokenizer->hash);
+    return r->tokenizer;
+}
+
+static int parse_ids(const Run *r, const Str *text, Tokens *out)
+{
+    int vocab = r->engine.model.config.vocab_size;
+    for (const char *s = text->data; *s;) {
+        char *end;
+        while (isspace((unsigned char)*s)) s++;
+        if (!*s) break;
+        errno = 0;
+        long id = strtol(s, &end, 10);
+        if (end == s || errno || id < 0 || id >= vocab || (*end && !isspace((unsigned char)*end)))
+            die("prompt: wanted token ids from 0 to %d, found \"%.20s\"", vocab - 1, s);
+        tokens_add(out, (int)id);
+        s = end;
+    }
+    if (strlen(text->data) != text->len) die("prompt: wanted token ids, found a zero byte");
+    return out->len;
+}
+
+static Str prompt_text(const Run *r)
+{
+    Str s = {0};
+    if (r->args.file) return read_all(r->args.file);
+    if (!r->args.text || !strcmp(r->args.text, "-")) return read_all("-");
+    str_add(&s, r->args.text, strlen(r->args.text));
+    return s;
+}
+
+/* The prompt's tokens: ids as given, or text, encoded with special tokens recognised. Must fit into the context. */
+static Tokens prompt_tokens(Run *r, int room)
+{
+    Tokens out = {0};
+    Str text = prompt_text(r);
+    if (r->args.ids) {
+        parse_ids(r, &text, &out);
+    } else {
+        Prompt p = {0};
+        prompt_add(&p, text.data, text.len, true);
+        encode(need_tokenizer(r), &p, &out);
+        free(p.bytes.data);
+        free(p.trust.data);
+    }
+    free(text.data);
+    if (!out.len) die("prompt: wanted at least one token, found none");
+    if (out.len > room) die("prompt: %d tokens do not fit into the context of %d (-c sets it)", out.len, room);
+    return out;
+}
+
+static int mode_generate(Run *r)
+{
+    Printer printer = {.show_special = r->args.verbose};
+    Tokens prompt = prompt_tokens(r, r->engine.state.ctx), made = {0};
+    if (!r->args.ids) printer.t = need_tokenizer(r);
+    for (int i = 0; r->args.echo && i < prompt.len; i++)
+        if (r->args.ids) printf("%d ", prompt.id[i]);
+        else print_token(&printer, prompt.id[i]);
+    if (feed(r, prompt.id, prompt.len) == prompt.len)
+        generate(r, (int)max_int((int)r->args.n, 0), &printer, &made, last_row(r, prompt.len));
+    if (printer.t) printer_flush(&printer, true);
+    if (r->args.ids) putchar('\n');
+    else if (isatty(1)) putchar('\n');
+    report_speed(r);
+    return interrupted ? 130 : 0;
+}
+
+/* ---- 18. Chat ---- */
+
+static void free_prompt(Prompt *p)
+{
+    free(p->bytes.data);
+    free(p->trust.data);
+    *p = (Prompt){0};
+}
+
+static void chat_clear(Chat *c)
+{
+    state_reset(&c->run->engine.state);
+    memset(c->run->sampler.seen, 0, (size_t)c->run->sampler.vocab);
+    c->begun = c->answered = c->prompted = false;
+}
+
+/* The tokens of the next turn: what closes the last answer, the user's text, and the cue for the answer. */
+static void chat_encode(Chat *c, const Str *text, Tokens *turn, Tokens *cue)
+{
+    const ChatPieces *t = &c->run->engine.model.chat;
+    Prompt p = {0};
+    if (!c->begun) {
+        add_piece(&p, &t->prefix);
+        if (c->system) add_turn(&p, &t->system_prefix, c->system, strlen(c->system), t->system_trim, &t->system_suffix);
+        else add_piece(&p, &t->default_system);
+    }
+    close_answer(c, &p);
+    add_turn(&p, &t->user_prefix, text->data, text->len, t->user_trim, &t->user_suffix);
+    encode(c->run->tokenizer, &p, turn);
+    free_prompt(&p);
+    add_piece(&p, &t->generation_prompt);
+    encode(c->run->tokenizer, &p, cue);
+    free_prompt(&p);
+}
+
+/* Generate the answer; a Ctrl-C ends it where it is. */
+static void chat_answer(Chat *c, const Tokens *cue)
+{
+    Run *r = c->run;
+    Printer printer = {.t = r->tokenizer, .show_special = r->args.verbose};
+    Tokens made = {0};
+    snapshot_take(&c->mark, &r->engine.state);
+    sampler_new_answer(&r->sampler);
+    str_set(&c->answer, "", 0);
+    c->prompted = cue->len == 0 || feed(r, cue->id, cue->len) == cue->len;
+    if (c->prompted) generate(r, (int)max_int((int)r->args.n, 0), &printer, &made, last_row(r, cue->len));
+    else snapshot_restore(&c->mark, &r->engine.state);
+    printer_flush(&printer, true);
+    putchar('\n');
+    fflush(stdout);
+    str_add(&c->answer, printer.all.data, printer.all.len);
+    free(printer.held.data), free(printer.all.data), free(made.id);
+}
+
+/* One turn: feed the user's text in the template, then answer. A turn that does not fit, or whose reading is
+ * interrupted, leaves the conversation as it was. */
+static void chat_turn(Chat *c, const Str *text)
+{
+    Run *r = c->run;
+    State *s = &r->engine.state;
+    Tokens turn = {0}, cue = {0};
+    int before = s->tokens.len;
+    interrupted = 0;
+    chat_encode(c, text, &turn, &cue);
+    if (s->tokens.len != before) c->prompted = false; /* went back: the answer's kept text is part of `turn` */
+    if (turn.len + cue.len >= s->ctx - s->tokens.len) {
+        warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", turn.len + cue.len,
+             s->ctx - s->tokens.len, s->ctx);
+    } else {
+        snapshot_take(&c->start, s);
+        if (feed(r, turn.id, turn.len) < turn.len) {
+            snapshot_restore(&c->start, s);
+            warn("stopped before the answer; the message is forgotten");
+        } else {
+            c->begun = c->answered = true;
+            chat_answer(c, &cue);
+        }
+        report_speed(r);
+    }
+    free(turn.id), free(cue.id);
+}
+
+typedef enum { GOT, END, BREAK } Input;
+
+/* One line from standard input, without its newline; END: no more; BREAK: Ctrl-C. */
+static Input read_line(Str *line)
+{
+    str_set(line, "", 0);
+    for (char ch;;) {
+        ssize_t n = read(0, &ch, 1);
+        if (n < 0 && errno == EINTR && interrupted) return BREAK;
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return line->len ? GOT : END;
+        if (ch == '\n') return GOT;
+        str_add(line, &ch, 1);
+    }
+}
+
+/* A user's message: a line, or what stands between two """, over as many lines as it takes. */
+static Input read_message(bool prompt, Str *message)
+{
+    static const char fence[] = "\"\"\"";
+    Str line = {0};
+    interrupted = 0;
+    if (prompt) fputs("> ", stderr);
+    Input got = read_line(message);
+    if (got != GOT || message->len < 3 || memcmp(message->data, fence, 3)) return got;
+    str_set(message, message->data + 3, message->len - 3);
+    while (got == GOT && (message->len < 3 || memcmp(message->data + message->len - 3, fence, 3))) {
+        if (prompt) fputs(". ", stderr);
+        got = read_line(&line);
+        if (got == GOT && message->len) str_add(message, "\n", 1);
+        if (got == GOT) str_add(message, line.data, line.len);
+    }
+    if (got == GOT) message->len -= 3; /* the closing fence, and the newline before it */
+    if (got == GOT && message->len && message->data[message->len - 1] == '\n') message->len--;
+    message->data[message->len] = 0;
+    free(line.data);
+    return got == BREAK ? BREAK : GOT;
+}
+
+static bool set_sampling(SamplerSettings *s, const char *name, const char *value)
+{
+    char *end;
+    double x = strtod(value, &end);
+    if (end == value || *end || !(x == x)) return false;
+    if (!strcmp(name, "temp") && x >= 0 && x <= 100) s->temperature = (float)x;
+    else if (!strcmp(name, "top_p") && x >= 0 && x <= 1) s->top_p = (float)x;
+    else if (!strcmp(name, "top_k") && x >= 0 && x <= 1e9) s->top_k = (int)x;
+    else if (!strcmp(name, "min_p") && x >= 0 && x <= 1) s->min_p = (float)x;
+    else if (!strcmp(name, "repetition_penalty") && x > 0 && x <= 100) s->repetition_penalty = (float)x;
+    else if (!strcmp(name, "presence_penalty") && x >= -100 && x <= 100) s->presence_penalty = (float)x;
+    else return false;
+    return true;
+}
+
+static long peak_memory_mb(void)
+{
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss / 1024;
+}
+
+static void chat_show(const Chat *c)
+{
+    const Run *r = c->run;
+    const SamplerSettings *s = &r->sampler.set;
+    fprintf(stderr, "model %s, %d layers, %d threads, kernels %s\ncontext %d of %d tokens, peak memory %ld MB\n", r->args.model,
+            r->engine.model.config.num_hidden_layers, pool_threads(r->engine.pool), r->engine.kernels->name,
+            r->engine.state.tokens.len, r->engine.state.ctx, peak_memory_mb());
+    fprintf(stderr, "temp %g top_p %g top_k %d min_p %g repetition_penalty %g presence_penalty %g n %lld\nsystem: %s\n",
+            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p, (double)s->repetition_penalty,
+            (double)s->presence_penalty, (long long)r->args.n, c->system ? c->system : "(none)");
+}
+
+static void chat_set(Chat *c, char *rest)
+{
+    char *name = strtok(rest, " "), *value = strtok(NULL, " ");
+    char *end = value;
+    long long number = value ? strtoll(value, &end, 10) : 0;
+    bool whole = value && end != value && !*end && number >= 0;
+    if (name && whole && !strcmp(name, "seed")) c->run->sampler.rng = (uint64_t)number * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu;
+    else if (name && whole && number < INT_MAX && !strcmp(name, "n")) c->run->args.n = number;
+    else if (!name || !value || !set_sampling(&c->run->sampler.set, name, value))
+        fputs("/set temp|top_p|top_k|min_p|repetition_penalty|presence_penalty|seed|n NUMBER\n", stderr);
+}
+
+/* A line that begins with a slash. Returns false to leave. */
+static bool chat_command(Chat *c, Str *line)
+{
+    char *word = line->data, *rest = strchr(word, ' ');
+    if (rest) *rest++ = 0;
+    else rest = word + strlen(word);
+    if (!strcmp(word, "/exit") || !strcmp(word, "/quit") || !strcmp(word, "/bye")) return false;
+    if (!strcmp(word, "/help") || !strcmp(word, "/?")) {
+        fputs("/clear            forget the conversation\n"
+              "/system TEXT      set the system prompt (none: remove it) and start anew\n"
+              "/set NAME VALUE   temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, seed, n\n"
+              "/show             model, context, memory, settings\n"
+              "/exit             leave (Ctrl-D too); Ctrl-C stops an answer\n"
+              "\"\"\"               begins and ends a message of several lines\n", stderr);
+    } else if (!strcmp(word, "/clear")) {
+        chat_clear(c);
+    } else if (!strcmp(word, "/system")) {
+        str_set(&c->system_text, rest, strlen(rest));
+        c->system = *rest ? c->system_text.data : NULL;
+        chat_clear(c);
+        fputs("a new conversation begins\n", stderr);
+    } else if (!strcmp(word, "/set")) {
+        chat_set(c, rest);
+    } else if (!strcmp(word, "/show")) {
+        chat_show(c);
+    } else {
+        fprintf(stderr, "%s: no such command (/help lists them)\n", word);
+    }
+    return true;
+}
+
+static int mode_chat(Run *r)
+{
+    Chat c = {.run = r, .system = r->args.system};
+    Str message = {0};
+    if (!r->engine.model.chat.present) die("%s: holds no chat template (-m generate completes text)", r->args.model);
+    if (r->args.ids) die("--ids: chat reads text");
+    need_tokenizer(r);
+    if (r->args.text || r->args.file) {
+        message = prompt_text(r);
+        chat_turn(&c, &message);
+        return interrupted ? 130 : 0;
+    }
+    if (!r->args.quiet && isatty(0)) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
+    for (int breaks = 0; breaks < 2;) {
+        Input got = read_message(!r->args.quiet && isatty(0), &message);
+        if (got == END) break;
+        if (got == BREAK) {
+            fputs(breaks++ ? "\n" : "\n(Ctrl-C again, Ctrl-D or /exit leaves)\n", stderr);
+            continue;
+        }
+        breaks = 0;
+        if (message.len && message.data[0] == '/') {
+            if (!chat_command(&c, &message)) break;
+        } else if (message.len) {
+            chat_turn(&c, &message);
+            if (interrupted > 1) break; /* a second Ctrl-C during the answer */
+        }
+    }
+    return 0;
+}
+
+/* ---- 19. Other modes ---- */
+
+static int mode_tokenize(Run *r)
+{
+    const Tokenizer *t = need_tokenizer(r);
+    Str text = prompt_text(r);
+    Prompt p = {0};
+    Tokens ids = {0};
+    prompt_add(&p, text.data, text.len, true);
+    encode(t, &p, &ids);
+    for (int i = 0; i < ids.len; i++) {
+        printf(r->args.ids ? "%d\n" : "%d\t", ids.id[i]);
+        size_t n;
+        const uint8_t *bytes = token_bytes(t, ids.id[i], &n);
+        if (r->args.ids) continue;
+        for (size_t b = 0; b < n; b++)
+            if (bytes[b] == '\\') fputs("\\\\", stdout);
+            else if (bytes[b] == '\n') fputs("\\n", stdout);
+            else if (bytes[b] == '\t') fputs("\\t", stdout);
+            else if (bytes[b] == '\r') fputs("\\r", stdout);
+            else if (bytes[b] < 0x20 || bytes[b] >= 0x7f) printf("\\x%02x", bytes[b]);
+            else putchar(bytes[b]);
+        putchar('\n');
+    }
+    free(text.data), free(ids.id);
+    free_prompt(&p);
+    return 0;
+}
+
+/* Run a prompt batch by batch and hand each position's logits to `take`, in order. */
+static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, int pos, const float *logits), void *arg)
+{
+    Engine *e = &r->engine;
+    for (int done = 0; done < prompt->len && !interrupted;) {
+        int batch = min_int(prompt->len - done, e->work.batch);
+        forward(e, prompt->id + done, batch);
+        for (int row = 0; row < batch; row += HEAD_ROWS) {
+            int n = min_int(HEAD_ROWS, batch - row);
+            const float *logits = head_logits(e, row, n);
+            for (int i = 0; i < n; i++) take(arg, done + row + i, logits + (size_t)i * e->work.logits_ld);
+        }
+        done += batch;
+        show_progress(r, done, prompt->len);
+    }
+}
+
+typedef struct { FILE *file; const char *path; size_t vocab; } LogitsFile;
+
+static void write_logits(void *arg, int pos, const float *logits)
+{
+    (void)pos;
+    LogitsFile *l = arg;
+    if (fwrite(logits, sizeof *logits, l->vocab, l->file) != l->vocab) {
+        unlink(l->path);
+        die("%s: %s", l->path, strerror(errno));
+    }
+}
+
+static int mode_logits(Run *r)
+{
+    Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
+    if (r->args.dump && prompt.len > r->engine.work.batch)
+        die("--dump: takes one batch of at most %d tokens, found %d", r->engine.work.batch, prompt.len);
+    char temporary[PATH_MAX];
+    snprintf(temporary, sizeof temporary, "%s.%ld.tmp", r->args.out, (long)getpid()); /* no half file under the final name */
+    LogitsFile l = {fopen(temporary, "wb"), temporary, (size_t)r->engine.model.config.vocab_size};
+    if (!l.file) die("%s: %s", temporary, strerror(errno));
+    each_logits(r, &prompt, write_logits, &l);
+    bool written = !fclose(l.file) && !interrupted && !rename(temporary, r->args.out);
+    if (!written) unlink(temporary);
+    if (!written && !interrupted) die("%s: %s", r->args.out, strerror(errno));
+    return interrupted ? 130 : 0;
+}
+
+typedef struct { const int *ids; int n, vocab; double nll; } Score;
+
+static void score_logits(void *arg, int pos, const float *logits)
+{
+    Score *s = arg;
+    double max = -INFINITY, sum = 0;
+    if (pos + 1 >= s->n) return;
+    for (int i = 0; i < s->vocab; i++) max = fmax(max, (double)logits[i]);
+    for (int i = 0; i < s->vocab; i++) sum += exp((double)logits[i] - max);
+    s->nll += max + log(sum) - (double)logits[s->ids[pos + 1]];
+}
+
+/* Mean negative log likelihood of each token given all before it; the first has none before it. */
+static int mode_perplexity(Run *r)
+{
+    Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
+    if (prompt.len < 2) die("prompt: wanted at least two tokens, found %d", prompt.len);
+    Score s = {prompt.id, prompt.len, r->engine.model.config.vocab_size, 0};
+    each_logits(r, &prompt, score_logits, &s);
+    if (interrupted) return 130;
+    double nll = s.nll / (prompt.len - 1);
+    printf("tokens %d\nnll %.9g\nperplexity %.9g\n", prompt.len - 1, nll, exp(nll));
+    return 0;
+}
+
+/* Bytes of weights one decoded token reads: everything but the embedding and the experts not chosen. */
+static double bytes_per_token(const Model *m)
+{
+    const Config *c = &m->config;
+    double bytes = (double)m->lm_head.matrix_bytes;
+    for (int i = 0; i < c->num_hidden_layers; i++) {
+        const Layer *l = &m->layers[i];
+        const Matrix *all[] = {&l->linear.in_proj_qkvz, &l->linear.in_proj_ba, &l->linear.out_proj, &l->attn.qgkv_proj,
+                               &l->attn.o_proj, &l->mlp.gate, &l->mlp.shared_gate_up, &l->mlp.shared_down};
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++) bytes += (double)all[k]->matrix_bytes;
+        double experts = l->mlp.gate.data ? c->num_experts_per_tok : 1;
+        bytes += experts * (double)(l->mlp.gate_up_proj.matrix_bytes + l->mlp.down_proj.matrix_bytes);
+    }
+    return bytes;
+}
+
+static int mode_inspect(Run *r)
+{
+    const Model *m = &r->engine.model;
+    const Header *h = (const Header *)m->file.data;
+    const MetaRecord *meta = (const MetaRecord *)(m->file.data + 64);
+    const TensorRecord *t = (const TensorRecord *)(meta + h->n_meta);
+    for (uint32_t i = 0; i < h->n_meta; i++) {
+        printf("%s", meta[i].key);
+        for (uint32_t k = 0; k < meta[i].count && meta[i].type <= META_FLOAT; k++) {
+            const uint8_t *at = m->file.data + meta[i].offset + 8 * (size_t)k;
+            int64_t whole;
+            double real;
+            memcpy(&whole, at, 8), memcpy(&real, at, 8);
+            if (meta[i].type == META_INT) printf(" %lld", (long long)whole);
+            else printf(" %.9g", real);
+        }
+        if (meta[i].type == META_STRING) {
+            fputs(" \"", stdout);
+            for (size_t k = 0; k < meta[i].size; k++) {
+                int ch = m->file.data[meta[i].offset + k];
+                if (ch == '\n') fputs("\\n", stdout);
+                else putchar(ch);
+            }
+            putchar('"');
+        }
+        putchar('\n');
+    }
+    for (uint32_t i = 0; i < h->n_tensors; i++) {
+        printf("%-48s %-5s [", t[i].name, TYPE_NAMES[t[i].type]);
+        for (uint32_t k = 0; k < t[i].rank; k++) printf(k ? ", %llu" : "%llu", (unsigned long long)t[i].shape[k]);
+        printf("] offset %llu bytes %llu\n", (unsigned long long)t[i].offset, (unsigned long long)t[i].size);
+    }
+    printf("total %zu bytes\nread per token %.0f bytes\n", m->file.size, bytes_per_token(m));
+    return 0;
+}
+
+enum { READ_PIECE = 1 << 20 };
+typedef struct { const uint8_t *data; atomic_ullong sum; } ReadTest;
+
+static void read_piece(void *arg, int item, int thread)
+{
+    (void)thread;
+    ReadTest *t = arg;
+    const uint64_t *p = (const uint64_t *)(t->data + (size_t)item * READ_PIECE);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < READ_PIECE / 8; i++) sum += p[i];
+    atomic_fetch_add(&t->sum, sum);
+}
+
+/* Reading speed of the mapped checkpoint with all threads, in GB/s: the best of three passes. */
+static double read_bandwidth(Run *r)
+{
+    const Mapping *f = &r->engine.model.file;
+    size_t pieces = f->size / READ_PIECE;
+    ReadTest t = {.data = f->data};
+    double best = 0;
+    if (pieces > 2048) pieces = 2048;
+    for (int pass = 0; pass < 4 && pieces; pass++) { /* the first brings the pages in */
+        double start = now();
+        parallel_for(r->engine.pool, (int)pieces, read_piece, &t);
+        double speed = (double)pieces * READ_PIECE / (now() - start) / 1e9;
+        if (pass && speed > best) best = speed;
+    }
+    return best;
+}
+
+static void bench_tokens(Run *r, int n, bool one_by_one, const char *name)
+{
+    uint64_t seed = 1;
+    int *ids = grow(NULL, (size_t)n, sizeof *ids);
+    for (int i = 0; i < n; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        ids[i] = (int)((seed >> 33) % (uint64_t)r->engine.model.config.tokenizer_size);
+    }
+    memset(r->engine.seconds, 0, sizeof r->engine.seconds);
+    double start = now();
+    if (one_by_one)
+        for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1), head_logits(&r->engine, 0, 1);
+    else if (feed(r, ids, n)) head_logits(&r->engine, last_row(r, n), 1);
+    double seconds = now() - start;
+    static const char *const parts[] = {"projections", "deltanet", "attention", "experts", "head"};
+    if (name) printf("%s_%d %.2f tok/s\n", name, n, n / seconds);
+    for (int i = 0; name && i < 5; i++)
+        printf("%s_%s %.1f %%\n", name, parts[i], 100 * r->engine.seconds[i] / seconds);
+    fflush(stdout);
+    free(ids);
+}
+
+static int mode_bench(Run *r)
+{
+    int ctx = r->engine.state.ctx, depth = (int)max_int((int)r->args.depth, 0);
+    int prompt = min_int(512, ctx - depth), decode = min_int(128, ctx - depth);
+    if (depth && (prompt < 512 || decode < 128)) die("--depth %d: wanted room for 512 more in the context of %d (-c)", depth, ctx);
+    double before = read_bandwidth(r);
+    bench_tokens(r, min_int(16, ctx), false, NULL); /* brings the weights in */
+    state_reset(&r->engine.state);
+    if (depth) bench_tokens(r, depth, false, NULL);
+    Snapshot deep = {0};
+    snapshot_take(&deep, &r->engine.state);
+    bench_tokens(r, prompt, false, "prefill");
+    snapshot_restore(&deep, &r->engine.state);
+    double start = now();
+    bench_tokens(r, decode, true, "decode");
+    double speed = decode / (now() - start), bandwidth = fmax(before, read_bandwidth(r)), bytes = bytes_per_token(&r->engine.model) / 1e9;
+    printf("read_bandwidth %.2f GB/s\ndecode_bytes %.4f GB/token\ndecode_of_bandwidth %.1f %%\npeak_memory %ld MB\n", bandwidth, bytes,
+           bandwidth > 0 ? 100 * speed * bytes / bandwidth : 0, peak_memory_mb());
+    return 0;
+}
+
+/* ---- 20. Command line ---- */
+
+typedef enum { TEXT, REAL, WHOLE, BYTES, FLAG, LATER } OptionKind;
+
+typedef struct {
+    const char *name, *letter; /* --name, -letter */
+    OptionKind kind;
+    size_t field;              /* offset in Args */
+    double lo, hi;             /* of numbers, inclusive */
+    const char *value, *help;
+} Option;
+
+#define AT(field) offsetof(Args, field)
+static const Option OPTIONS[] = {
+    {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect"},
+    {"input", "i", TEXT, AT(text), 0, 0, "TEXT", "the prompt; - reads standard input"},
+    {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file"},
+    {"ids", NULL, FLAG, AT(ids), 0, 0, NULL, "prompt and output are token ids (tokenize: text in, ids out)"},
+    {"output", "o", TEXT, AT(out), 0, 0, "FILE", "where logits writes: float32, [tokens][vocab]"},
+    {"temp", "t", REAL, AT(temperature), 0, 100, "X", "temperature; 0 takes the likeliest token"},
+    {"top-p", "p", REAL, AT(top_p), 0, 1, "X", "keep the likeliest tokens up to this probability"},
+    {"top-k", "k", WHOLE, AT(top_k), 0, 1e9, "N", "keep the N likeliest tokens; 0: all"},
+    {"min-p", NULL, REAL, AT(min_p), 0, 1, "X", "drop tokens below X times the likeliest one's probability"},
+    {"presence-penalty", NULL, REAL, AT(presence), -100, 100, "X", "subtracted from logits of tokens in this answer"},
+    {"repetition-penalty", NULL, REAL, AT(repetition), 1e-3, 100, "X", "divides logits of tokens in the text"},
+    {"seed", "s", WHOLE, AT(seed), 0, 9e18, "N", "seed; default: the clock"},
+    {"tokens", "n", WHOLE, AT(n), 0, 1e9, "N", "tokens to make; 0, the default: until it stops"},
+    {"ctx", "c", WHOLE, AT(ctx), 1, 1 << 28, "N", "context; default: what the model was trained for"},
+    {"system", "y", TEXT, AT(system), 0, 0, "TEXT", "system prompt"},
+    {"tokenizer", "z", TEXT, AT(tokenizer), 0, 0, "FILE", "tokenizer; default: tokenizer.bin beside the model, the program, or here"},
+    {"threads", "j", WHOLE, AT(threads), 1, MAX_THREADS, "N", "threads; default: the physical cores"},
+    {"draft", "d", WHOLE, AT(draft), 0, 8, "N", "tokens drafted by MTP a step; 0: off (more: not yet)"},
+    {"load", NULL, LATER, AT(load), 0, 0, "FILE", "go on with a saved conversation (not yet)"},
+    {"save", NULL, LATER, AT(save), 0, 0, "FILE", "save the conversation (not yet)"},
+    {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
+    {"memory", NULL, LATER, AT(memory), 0, 0, "N", "bytes of weights to keep in memory (not yet)"},
+    {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
+    {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
+    {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models) or f32"},
+    {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 512"},
+    {"depth", NULL, WHOLE, AT(depth), 0, 1 << 28, "N", "bench: positions to fill first"},
+    {"quiet", "q", FLAG, AT(quiet), 0, 0, NULL, "no statistics or progress"},
+    {"verbose", "v", FLAG, AT(verbose), 0, 0, NULL, "show special tokens and the ids fed"},
+    {"help", "h", FLAG, AT(help), 0, 0, NULL, "this text"},
+    {"version", NULL, FLAG, AT(version), 0, 0, NULL, "print the version"},
+};
+enum { N_OPTIONS = sizeof OPTIONS / sizeof *OPTIONS };
+
+__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fputs(PROGRAM ": ", stderr);
+    vfprintf(stderr, format, args);
+    fputs(" (-h lists the options)\n", stderr);
+    va_end(args);
+    exit(2);
+}
+
+static void print_help(void)
+{
+    printf("usage: " PROGRAM " MODEL [options]\n\nRuns a Qwen3-Next checkpoint made by export.py. Without -m: chat when there is no prompt and\n"
+           "standard input is a terminal, else generate.\n\n");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        char left[64];
+        const Option *o = &OPTIONS[i];
+        snprintf(left, sizeof left, "%s%s%s--%s%s%s", o->letter ? "-" : "    ", o->letter ? o->letter : "", o->letter ? ", " : "",
+                 o->name, o->value ? " " : "", o->value ? o->value : "");
+        printf("  %-28s %s\n", left, o->help);
+    }
+}
+
+static const Option *find_option(const char *arg)
+{
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &OPTIONS[i];
+        if (arg[0] == '-' && arg[1] == '-' ? !strcmp(arg + 2, o->name) : o->letter && !strcmp(arg + 1, o->letter)) return o;
+    }
+    usage_error("%s: no such option", arg);
+}
+
+static void set_option(Args *args, const Option *o, const char *arg, const char *value)
+{
+    char *field = (char *)args + o->field, *end;
+    errno = 0;
+    if (o->kind == LATER) usage_error("%s: this version cannot do that yet", arg);
+    if (o->kind == FLAG) *(bool *)(void *)field = true;
+    if (o->kind == TEXT) *(const char **)(void *)field = value;
+    if (o->kind == WHOLE) {
+        long long x = strtoll(value, &end, 10);
+        if (end == value || *end || errno || (double)x < o->lo || (double)x > o->hi)
+            usage_error("%s: wanted a whole number from %.0f to %.0f, found \"%s\"", arg, o->lo, o->hi, value);
+        *(int64_t *)(void *)field = x;
+    }
+    if (o->kind == REAL) {
+        double x = strtod(value, &end);
+        if (end == value || *end || !(x >= o->lo && x <= o->hi))
+            usage_error("%s: wanted a number from %g to %g, found \"%s\"%s", arg, o->lo, o->hi, value,
+                        !strcmp(o->name, "temp") ? " (threads: -j)" : "");
+        *(double *)(void *)field = x;
+    }
+}
+
+static Args parse_args(int argc, char **argv)
+{
+    Args a = {.temperature = NAN, .top_p = NAN, .min_p = NAN, .presence = NAN, .repetition = NAN, .top_k = -1, .seed = -1, .n = 0,
+              .ctx = -1, .threads = -1, .draft = -1, .depth = 0, .batch = 512};
+    for (int i = 1; i < argc; i++) {
+        if (argv[i][0] != '-' || !argv[i][1]) {
+            if (a.model) usage_error("%s: one model is enough, %s was given before", argv[i], a.model);
+            a.model = argv[i];
+            continue;
+        }
+        const Option *o = find_option(argv[i]);
+        if (o->kind != FLAG && i + 1 >= argc) usage_error("%s: wants a value: %s", argv[i], o->value);
+        set_option(&a, o, argv[i], o->kind == FLAG ? NULL : argv[i + 1]);
+        i += o->kind != FLAG;
+    }
+    return a;
+}
+
+typedef struct { const char *name; int (*run)(Run *r); bool engine; } Mode; /* engine: needs state and threads */
+
+static const Mode MODES[] = {
+    {"chat", mode_chat, true}, {"generate", mode_generate, true}, {"logits", mode_logits, true},
+    {"perplexity", mode_perplexity, true}, {"tokenize", mode_tokenize, false}, {"bench", mode_bench, true},
+    {"inspect", mode_inspect, false}};
+
+static const Mode *choose_mode(Args *a)
+{
+    static const char *const later[] = {"classify", "tag", "answer", "trace"};
+    bool prompt = a->text || a->file;
+    if (!a->mode) a->mode = !prompt && isatty(0) ? "chat" : "generate";
+    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
+        if (!strcmp(a->mode, later[i])) usage_error("-m %s: this version cannot do that yet", a->mode);
+    for (size_t i = 0; i < sizeof MODES / sizeof *MODES; i++)
+        if (!strcmp(a->mode, MODES[i].name)) return &MODES[i];
+    usage_error("-m %s: no such mode", a->mode);
+}
+
+/* Combinations that make no sense are refused, not ignored. */
+static void check_args(const Args *a)
+{
+    bool logits = !strcmp(a->mode, "logits");
+    if (!a->model) usage_error("wanted a model, found none");
+    if (a->draft > 0) usage_error("-d %lld: this version cannot draft yet", (long long)a->draft);
+    if (a->text && a->file) usage_error("-i and -f: one prompt is enough");
+    if (logits && !a->out) usage_error("-m logits: wants -o FILE");
+    if (!logits && a->out) usage_error("-o: only -m logits writes a file");
+    if (!logits && a->dump) usage_error("--dump: goes with -m logits");
+    if (a->depth && strcmp(a->mode, "bench")) usage_error("--depth: goes with -m bench");
+    if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");
+    if (a->ids && (!strcmp(a->mode, "chat") || !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect")))
+        usage_error("--ids: -m %s takes no ids", a->mode);
+    if (a->kv && strcmp(a->kv, "f16") && strcmp(a->kv, "f32")) usage_error("--kv: wanted f16 or f32, found \"%s\"", a->kv);
+    static const char *const sets[] = {"plain", "avx2", "avx512", "neon"};
+    bool known = !a->cpu;
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) known |= a->cpu && !strcmp(a->cpu, sets[i]);
+    if (!known) usage_error("--cpu: wanted plain, avx2, avx512 or neon, found \"%s\"", a->cpu);
+}
+
+static SamplerSettings sampling_of(const Args *a, SamplerSettings s)
+{
+    if (!isnan(a->temperature)) s.temperature = (float)a->temperature;
+    if (!isnan(a->top_p)) s.top_p = (float)a->top_p;
+    if (!isnan(a->min_p)) s.min_p = (float)a->min_p;
+    if (!isnan(a->presence)) s.presence_penalty = (float)a->presence;
+    if (!isnan(a->repetition)) s.repetition_penalty = (float)a->repetition;
+    if (a->top_k >= 0) s.top_k = (int)a->top_k;
+    return s;
+}
+
+static void start_engine(Run *r)
+{
+    Engine *e = &r->engine;
+    const Args *a = &r->args;
+    const Config *c = &e->model.config;
+    int ctx = a->ctx > 0 ? (int)a->ctx : c->max_position_embeddings;
+    if (ctx > c->max_position_embeddings)
+        die("-c %d: the model was made for at most %d positions", ctx, c->max_position_embeddings);
+    e->kernels = choose_kernels(a->cpu);
+    e->pool = pool_create(a->threads > 0 ? (int)a->threads : physical_cores());
+    e->dump_dir = a->dump;
+    bool f32 = a->kv ? !strcmp(a->kv, "f32") : !e->model.quantized;
+    state_init(&e->state, c, ctx, !f32);
+    work_init(e, min_int((int)a->batch, ctx));
+    uint64_t seed = a->seed >= 0 ? (uint64_t)a->seed : (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
+    sampler_init(&r->sampler, sampling_of(a, e->model.sampling), seed, c->tokenizer_size);
+    if (a->verbose)
+        fprintf(stderr, "kernels %s, threads %d, context %d, seed %llu\n", e->kernels->name, pool_threads(e->pool), ctx,
+                (unsigned long long)seed);
+}
+
+int main(int argc, char **argv)
+{
+    Run r = {.args = parse_args(argc, argv)};
+    if (r.args.help) return print_help(), 0;
+    if (r.args.version) return puts(PROGRAM " " VERSION), 0;
+    const Mode *mode = choose_mode(&r.args);
+    check_args(&r.args);
+    struct sigaction action = {.sa_handler = on_interrupt}; /* no SA_RESTART: Ctrl-C ends a read */
+    sigaction(SIGINT, &action, NULL);
+    r.engine.model = open_model(r.args.model);
+    if (mode->engine) start_engine(&r);
+    int status = mode->run(&r);
+    if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
+    if (r.engine.pool) pool_free(r.engine.pool);
+    return status;
+}
+
+#endif /* KERNEL_PASS */

@@ -1,0 +1,72 @@
+# qwen3next.c: `make run` to chat, `make test` to test, `make help` for the rest.
+# CC and CFLAGS may be given on the command line: make CC=clang CFLAGS="-O2 -g".
+
+CC     ?= cc
+CFLAGS ?= -O3
+
+# What the program needs in any build, whatever CFLAGS says.
+BUILD = $(CC) -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread
+
+# Programs made by other tools go to folders that git ignores.
+PYTHON = .venv/bin/python
+PYTEST = -q --durations=10
+
+# The engine. The binary is portable: kernels for newer processors carry their own target attributes
+# inside the C file and are chosen when the program starts, so no -march is wanted here.
+qwen3next: qwen3next.c Makefile           ## the program (default)
+	$(BUILD) -o $@ $< -lm
+
+# The shortest way to see it work: build, then chat with the small model that comes with the repository.
+run: qwen3next                            ## build, then chat with the demo checkpoint
+	./qwen3next demo/stories.bin
+
+# Everything that is promised is tested here. The first run makes .venv and installs what the tests import.
+test: qwen3next qwen3next-debug .venv/installed   ## run all tests
+	$(PYTHON) -m pytest $(PYTEST) test_all.py
+
+# Speed on this machine, on made-up weights of a middle size: drawn once into build/, then measured.
+bench: qwen3next build/bench.bin          ## measure prefill, decode and memory bandwidth
+	./qwen3next build/bench.bin -m bench
+
+build/bench.bin: export.py Makefile | .venv/installed
+	mkdir -p build
+	printf '%s' '$(BENCH_CONFIG)' > build/bench.json
+	$(PYTHON) export.py --random build/bench.json --seed 1 --type q4 -o $@
+
+# A sixth of the real model's width and depth each way, the real ratio of DeltaNet to attention layers.
+BENCH_CONFIG = {"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 12, \
+  "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "linear_num_key_heads": 8, \
+  "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts": 128, \
+  "num_experts_per_tok": 10, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, \
+  "intermediate_size": 1024, "rope_theta": 10000000, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+
+# Finds memory errors and undefined behaviour at the place where they happen. Slow; the tests use it on damaged files.
+debug: qwen3next-debug                    ## build with AddressSanitizer and UndefinedBehaviorSanitizer
+qwen3next-debug: qwen3next.c Makefile
+	$(BUILD) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $< -lm
+
+# Finds data races between the threads of the pool.
+tsan: qwen3next-tsan                      ## build with ThreadSanitizer
+qwen3next-tsan: qwen3next.c Makefile
+	$(BUILD) -g -O1 -fsanitize=thread -o $@ $< -lm
+
+# No vector instructions at all: for reading along in a debugger, and for processors without kernels of their own.
+plain: qwen3next-plain                    ## build with the plain C kernels only
+qwen3next-plain: qwen3next.c Makefile
+	$(BUILD) -DPLAIN_ONLY -o $@ $< -lm
+
+# One place for the Python packages, away from the system's. Made again when requirements.txt changes.
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+# The list that you get here is read from the ## comments above.
+help:                                     ## list these targets
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+# Back to what git has. The virtual environment takes long to make, so it stays: rm -r .venv.
+clean:                                    ## remove everything that was built
+	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain build
+
+.PHONY: run test bench debug tsan plain help clean

@@ -1,0 +1,1621 @@
+#!/usr/bin/env python3
+"""Hugging Face checkpoint of Qwen3-Next -> the flat checkpoint that qwen3next.c maps; tokenizer.json -> tokenizer.bin.
+
+    python export.py SOURCE -o model.bin [--type f32|bf16|q8|q4] [--mtp FILE_OR_DIR] [--check]
+    python export.py --tokenizer tokenizer.json -o tokenizer.bin
+    python export.py --random config.json --seed N -o model.bin --type q4
+
+The work streams: a plan says, tensor by tensor, which rows of which source tensors make it up; rows are read,
+converted and written a chunk at a time, so that memory does not grow with the model. Contents:
+
+    1  errors and small things      5  metadata                8  tokenizer.bin
+    2  the source of tensors        6  the file                9  chat pieces
+    3  config                       7  --random, --check      10  command line
+    4  plan, and stored types
+
+Names in shapes: D hidden, V vocabulary, H/G attention heads/kv heads, hd head_dim, nk/nv key/value heads of a linear
+layer, dk/dv their sizes, Kd = nk*dk, Vd = nv*dv, E experts, I intermediate size, R rows, C columns of a matrix.
+"""
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import struct
+import sys
+import unicodedata
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+# ---- 1. Errors and small things ----------------------------------------------------------------------------------
+
+
+class ExportError(Exception):
+    """What the user is told, on one line, before exit status 1."""
+
+
+def fail(where, what, wanted=None, found=None):
+    """Raise the error `WHERE: WHAT, wanted X, found Y`."""
+    tail = "" if wanted is None else f", wanted {wanted}"
+    raise ExportError(f"{where}: {what}{tail}" + ("" if found is None else f", found {found}"))
+
+
+def say(text):
+    """Progress, warnings and results for people go to standard error."""
+    tqdm.write(f"export.py: {text}", file=sys.stderr)
+
+
+def fnv1a(data, h=0xCBF29CE484222325):
+    """64-bit FNV-1a of bytes, going on from h."""
+    for byte in data:
+        h = ((h ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return h
+
+
+def signed64(u):
+    """The int64 with the bits of the unsigned u."""
+    return u - (1 << 64) if u >> 63 else u
+
+
+def align(n, a):
+    """n rounded up to a multiple of a."""
+    return -(-n // a) * a
+
+
+BF16_MAX = np.float32(3.3895314e38)
+
+
+def from_bf16(bits):
+    """uint16 bit patterns -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(x):
+    """Finite float32 -> bf16 bit patterns (uint16), to nearest, ties to even."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((u + (0x7FFF + ((u >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def to_bf16_up(x):
+    """Non-negative float32 -> bf16 bit patterns, never smaller than x."""
+    return ((np.ascontiguousarray(x, np.float32).view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
+
+
+def read_json(path):
+    """The JSON object in a file; anything else is an error that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        fail(path, f"cannot be read: {e.strerror}")
+    except ValueError as e:
+        fail(path, f"is not JSON: {e}")
+    if not isinstance(value, dict):
+        fail(path, "top level", "an object", type(value).__name__)
+    return value
+
+
+@contextlib.contextmanager
+def well_formed(path):
+    """Turns the errors of reading values of an unexpected kind out of a JSON file into one that names the file."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+        fail(path, f"a value is missing or of the wrong kind: {type(e).__name__}: {e}")
+
+
+@contextlib.contextmanager
+def written(path):
+    """A binary file under a temporary name beside `path`, renamed to it at the end; on any failure it is removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as f:
+            yield f
+        os.replace(temporary, path)
+    except OSError as e:
+        fail(path, f"cannot be written: {e.strerror}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- 2. The source of tensors ------------------------------------------------------------------------------------
+# A source has names(), shape(name), where(name) for messages, and rows(name, first, count) -> float32 [count, C], the
+# tensor seen as a matrix of its last axis. Another container (GGUF) is another class with these four methods.
+
+Entry = namedtuple("Entry", "file dtype shape offset")   # offset in bytes from the start of the file
+
+
+class Safetensors:
+    """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small."""
+
+    DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+
+    def __init__(self, paths):
+        self.files, self.entries = {}, {}
+        for path in paths:
+            try:
+                self.files[path] = os.open(path, os.O_RDONLY)
+            except OSError as e:
+                fail(path, f"cannot be read: {e.strerror}")
+            self.entries.update(self._header(path))
+
+    def _header(self, path):
+        """Entries of one file. Format: u64 length of the header, the header (JSON), the data."""
+        fd = self.files[path]
+        size = os.fstat(fd).st_size
+        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        if size < 8 or length > size - 8:
+            fail(path, "file is cut short, safetensors header", f"{8 + length} bytes", f"{size} bytes")
+        try:
+            header = json.loads(os.pread(fd, length, 8))
+            header.pop("__metadata__", None)
+            entries = {name: self._entry(path, name, h, 8 + length, size) for name, h in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            fail(path, f"safetensors header is damaged: {e}")
+        return entries
+
+    def _entry(self, path, name, header, base, size):
+        begin, end = header["data_offsets"]
+        dtype, shape = header["dtype"], tuple(header["shape"])
+        if base + end > size or begin < 0:
+            fail(path, f"{name}: file is cut short", f"{base + end} bytes", f"{size} bytes")
+        if dtype in self.DTYPES and end - begin != math.prod(shape) * self.DTYPES[dtype].itemsize:
+            fail(path, f"{name}: size", f"{math.prod(shape) * self.DTYPES[dtype].itemsize} bytes", f"{end - begin}")
+        return Entry(path, dtype, shape, base + begin)
+
+    def names(self):
+        return self.entries.keys()
+
+    def shape(self, name):
+        return self.entries[name].shape
+
+    def where(self, name):
+        return self.entries[name].file
+
+    def rows(self, name, first, count):
+        """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and infinity are refused."""
+        entry = self.entries[name]
+        dtype = self.DTYPES.get(entry.dtype) or fail(
+            entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
+        columns = entry.shape[-1]
+        size = count * columns * dtype.itemsize
+        try:
+            raw = os.pread(self.files[entry.file], size, entry.offset + first * columns * dtype.itemsize)
+        except OSError as e:
+            fail(entry.file, f"{name}: cannot be read: {e.strerror}")
+        if len(raw) != size:
+            fail(entry.file, f"{name}: file is cut short")
+        raw = np.frombuffer(raw, dtype).reshape(count, columns)
+        with np.errstate(over="ignore"):
+            x = from_bf16(raw) if entry.dtype == "BF16" else raw.astype(np.float32)
+        if not np.abs(x).max(initial=0) <= BF16_MAX:        # so NaN is refused too
+            fail(entry.file, f"{name}: a value is not finite in bf16", "finite weights", "NaN or infinity")
+        return x
+
+
+class Merged:
+    """A source with the mtp.* tensors of a second one, which win over its own."""
+
+    def __init__(self, main, extra):
+        self.sources = {name: main for name in main.names() if not name.startswith("mtp.")}
+        self.sources.update({name: extra for name in extra.names() if name.startswith("mtp.")})
+
+    def names(self):
+        return self.sources.keys()
+
+    def shape(self, name):
+        return self.sources[name].shape(name)
+
+    def where(self, name):
+        return self.sources[name].where(name)
+
+    def rows(self, name, first, count):
+        return self.sources[name].rows(name, first, count)
+
+
+def safetensors_files(path):
+    """The weight files of a directory: model.safetensors, else the shards that the index names, else all there are."""
+    if path.is_file():
+        return [path]
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        return sorted(path.glob("*.safetensors")) or fail(path, "no weights", "*.safetensors", "none")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        fail(index, "weight_map", "an object", type(weight_map).__name__)
+    shards = [path / name for name in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.exists():
+            fail(shard, "shard named by the index is missing")
+    return shards
+
+
+def open_source(path):
+    """A file or directory of the command line -> a source of tensors."""
+    path = Path(path)
+    if not path.exists():
+        fail(path, "no such file or directory")
+    source = Safetensors(safetensors_files(path))
+    if not source.entries:
+        fail(path, "holds no tensors")
+    return source
+
+
+# ---- 3. Config ---------------------------------------------------------------------------------------------------
+
+# What transformers assumes for absent keys (Qwen3NextConfig).
+DEFAULTS = dict(
+    vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=48, num_attention_heads=16,
+    num_key_value_heads=2, head_dim=256, max_position_embeddings=32768, rms_norm_eps=1e-6, attention_bias=False,
+    linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
+    linear_num_value_heads=32, decoder_sparse_step=1, moe_intermediate_size=512, shared_expert_intermediate_size=512,
+    num_experts_per_tok=10, num_experts=512, norm_topk_prob=True, tie_word_embeddings=False, hidden_act="silu",
+    partial_rotary_factor=0.25, full_attention_interval=4, mlp_only_layers=[])
+
+SIZES = [key for key, value in DEFAULTS.items() if type(value) is int]   # positive integers; num_experts may be 0
+LAYER_KINDS = {"linear_attention": 0, "full_attention": 1}
+
+
+class Config:
+    """config.json checked, with transformers' defaults: c.hidden_size and so on, c.layers, c.sparse, c.rope."""
+
+    def __init__(self, path):
+        self.path, self.json = path, read_json(path)
+        with well_formed(path):
+            self._read()
+
+    def _read(self):
+        for key, value in DEFAULTS.items():
+            found = self.json.get(key)
+            setattr(self, key, value if found is None else found)
+        self._refuse_other_models()
+        self._check_numbers()
+        self.layers = self._layer_types()          # [num_hidden_layers] 0 linear attention, 1 full attention
+        self.sparse = [self._is_sparse(i) for i in range(self.num_hidden_layers)]
+        self.rope = self._rope()
+        self.rope_meta = self._rope_meta()
+        self.rotary_dim = int(self.head_dim * self.rope["partial_rotary_factor"])
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            fail(self.path, "partial_rotary_factor * head_dim", f"even, 2..{self.head_dim}", self.rotary_dim)
+        self.key_dim = self.linear_num_key_heads * self.linear_key_head_dim
+        self.value_dim = self.linear_num_value_heads * self.linear_value_head_dim
+
+    def _refuse_other_models(self):
+        """Anything that would change the mathematics in a way this exporter does not know."""
+        wanted = dict(model_type="qwen3_next", hidden_act="silu", use_sliding_window=False, quantization_config=None)
+        for key, value in wanted.items():
+            found = self.json.get(key)
+            if found != value and (found is not None or key == "model_type"):
+                fail(self.path, key, value or "none", found)
+        for name in self.json.get("architectures") or ["Qwen3NextForCausalLM"]:
+            if name != "Qwen3NextForCausalLM":
+                fail(self.path, f"architecture {name} is not supported yet", "Qwen3NextForCausalLM")
+
+    def _check_numbers(self):
+        for key in SIZES:
+            value, least = getattr(self, key), 0 if key == "num_experts" else 1
+            if type(value) is not int or not least <= value < 1 << 31:
+                fail(self.path, key, f"an integer of at least {least}", repr(value))
+        for key in ("rms_norm_eps", "partial_rotary_factor"):
+            if not isinstance(getattr(self, key), (int, float)):
+                fail(self.path, key, "a number", getattr(self, key))
+        for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
+                          ("num_attention_heads", "num_key_value_heads")):
+            if getattr(self, many) % getattr(self, few):
+                fail(self.path, many, f"a multiple of {few} ({getattr(self, few)})", getattr(self, many))
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            fail(self.path, "num_experts_per_tok", f"at most {self.num_experts}", self.num_experts_per_tok)
+
+    def _layer_types(self):
+        types = self.json.get("layer_types")
+        if types is None:
+            every = self.full_attention_interval
+            return [int((i + 1) % every == 0) for i in range(self.num_hidden_layers)]
+        if len(types) != self.num_hidden_layers:
+            fail(self.path, "layer_types", f"{self.num_hidden_layers} entries", len(types))
+        for name in types:
+            if name not in LAYER_KINDS:
+                fail(self.path, "layer_types", " or ".join(LAYER_KINDS), name)
+        return [LAYER_KINDS[name] for name in types]
+
+    def _is_sparse(self, i):
+        """Whether layer i has experts (transformers, Qwen3NextDecoderLayer)."""
+        return int(i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0)
+
+    def _rope(self):
+        """Rotary parameters in the spelling of transformers 5, from it or from rope_theta and rope_scaling (4.57)."""
+        rope = dict(self.json.get("rope_scaling") or self.json.get("rope_parameters") or {})
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        if rope["rope_type"] not in ("default", "linear", "yarn"):
+            fail(self.path, "rope_type", "default, linear or yarn", rope["rope_type"])
+        if any(isinstance(value, dict) for value in rope.values()):
+            fail(self.path, "rope_parameters", "one set for all layers", "one for each layer type")
+        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.25)):
+            if rope.get(key) is None:
+                rope[key] = default if self.json.get(key) is None else self.json[key]
+        if rope["rope_type"] != "default" and "factor" not in rope:
+            fail(self.path, "rope factor", "a number", "none")
+        return rope
+
+    def _rope_meta(self):
+        """Metadata of the rotary embedding; YaRN (arXiv 2309.00071) resolved as in modeling_rope_utils.py."""
+        rope, most = self.rope, self.max_position_embeddings
+        meta = dict(rope_theta=float(rope["rope_theta"]), rope_type=rope["rope_type"])
+        if rope["rope_type"] == "linear":
+            meta["rope_factor"] = float(rope["factor"])
+        if rope["rope_type"] != "yarn":
+            return meta
+        original = (self.json.get("original_max_position_embeddings")
+                    or rope.get("original_max_position_embeddings") or most)
+        factor = rope["factor"] or most / original
+        attention = rope.get("attention_factor")
+        if attention is None:
+            scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+            attention = scale(m) / scale(m_all) if m and m_all else scale(1)
+        return dict(meta, rope_factor=float(factor), rope_original_max_position_embeddings=int(original),
+                    rope_beta_fast=float(rope.get("beta_fast") or 32),
+                    rope_beta_slow=float(rope.get("beta_slow") or 1),
+                    rope_attention_factor=float(attention), rope_truncate=int(rope.get("truncate", True)))
+
+
+# ---- 4. Plan, and stored types -----------------------------------------------------------------------------------
+# kinds: "float"   float32 as it is: norms, vectors, the convolution
+#        "small"   a matrix kept bf16 when that is exact, else f32
+#        "matrix"  stored as --type says
+#        "head"    embedding and output head: as --type says, but q8 under q4
+
+Rows = namedtuple("Rows", "name first count")               # rows of a source tensor
+Tensor = namedtuple("Tensor", "name kind shape data type", defaults=[None])
+# data of a matrix: one tuple for each matrix of the leading axis, holding one list of Rows, or two (gate, up) that
+# are stored tile by tile in turn. data of a float: a function source -> float32 array. type: a Type, set by typed().
+
+
+def ungroup(groups, *widths):
+    """Spans (first, count) that sort group-interleaved rows by part: part 0 of all groups, part 1 of all, ..."""
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return [(g * sum(widths) + s, w) for s, w in zip(starts, widths) for g in range(groups)]
+
+
+class Plan:
+    """What goes into the file: self.tensors in order, self.wanted {source name: shape they need}.
+
+    packed: source names of experts that are one tensor for all experts (transformers 5) instead of one each."""
+
+    def __init__(self, config, mtp, tied, packed=frozenset()):
+        self.c, self.packed, self.tensors, self.wanted = config, packed, [], {}
+        D, V = config.hidden_size, config.vocab_size
+        self.matrix("embed_tokens", "head", [V, D], self.rows("model.embed_tokens.weight", V, D))
+        for i, (attention, sparse) in enumerate(zip(config.layers, config.sparse)):
+            self.layer(f"model.layers.{i}.", f"layers.{i}.", attention, sparse)
+        self.vector("norm", "model.norm.weight", D)
+        if not tied:
+            self.matrix("lm_head", "head", [V, D], self.rows("lm_head.weight", V, D))
+        if mtp:
+            self.matrix("mtp.fc", "matrix", [D, 2 * D], self.rows("mtp.fc.weight", D, 2 * D))
+            for name in ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"):
+                self.vector(name, name + ".weight", D)
+            self.layer("mtp.layers.0.", "mtp.layers.0.", attention=1, sparse=1)
+
+    def want(self, name, *shape):
+        self.wanted[name] = shape
+        return name
+
+    def rows(self, name, R, C, spans=None):
+        """The rows of source matrix [R, C], all or the spans (first, count)."""
+        self.want(name, R, C)
+        return [Rows(name, first, count) for first, count in spans or [(0, R)]]
+
+    def matrix(self, name, kind, shape, *pieces):
+        self.tensors.append(Tensor(name, kind, tuple(shape), [tuple(pieces)]))
+
+    def vector(self, name, source_name, n):
+        self.want(source_name, n)
+        self.floats(name, [n], lambda source: source.rows(source_name, 0, 1)[0])
+
+    def floats(self, name, shape, data):
+        self.tensors.append(Tensor(name, "float", tuple(shape), data))
+
+    def layer(self, src, dst, attention, sparse):
+        D = self.c.hidden_size
+        self.vector(dst + "input_layernorm", src + "input_layernorm.weight", D)
+        (self.attention if attention else self.linear)(src, dst)
+        self.vector(dst + "post_attention_layernorm", src + "post_attention_layernorm.weight", D)
+        (self.experts if sparse else self.dense)(src + "mlp.", dst + "mlp.")
+
+    def linear(self, src, dst):
+        """Gated DeltaNet. The checkpoint groups rows by key head: [q k v.. z..] and [b.. a..] (transformers,
+        Qwen3NextGatedDeltaNet.fix_query_key_value_ordering); here all q, all k, all v, all z, and all b, all a."""
+        c, src, dst = self.c, src + "linear_attn.", dst + "linear_attn."
+        D, Kd, Vd, nk, nv = c.hidden_size, c.key_dim, c.value_dim, c.linear_num_key_heads, c.linear_num_value_heads
+        dk, dv, K, ratio = c.linear_key_head_dim, c.linear_value_head_dim, c.linear_conv_kernel_dim, nv // nk
+        R, channels = 2 * Kd + 2 * Vd, 2 * Kd + Vd
+        self.matrix(dst + "in_proj_qkvz", "matrix", [R, D], self.rows(
+            src + "in_proj_qkvz.weight", R, D, ungroup(nk, dk, dk, ratio * dv, ratio * dv)))
+        self.matrix(dst + "in_proj_ba", "small", [2 * nv, D], self.rows(
+            src + "in_proj_ba.weight", 2 * nv, D, ungroup(nk, ratio, ratio)))
+        conv = self.want(src + "conv1d.weight", channels, 1, K)
+        self.floats(dst + "conv1d", [K, channels], lambda source: source.rows(conv, 0, channels).T)
+        self.vector(dst + "A_log", src + "A_log", nv)
+        self.vector(dst + "dt_bias", src + "dt_bias", nv)
+        self.vector(dst + "norm", src + "norm.weight", dv)
+        self.matrix(dst + "out_proj", "matrix", [D, Vd], self.rows(src + "out_proj.weight", D, Vd))
+
+    def attention(self, src, dst):
+        """Gated attention. q_proj holds [query gate] head by head; here all queries, all gates, all keys, values."""
+        c, src, dst = self.c, src + "self_attn.", dst + "self_attn."
+        D, hd = c.hidden_size, c.head_dim
+        Qd, Gd = c.num_attention_heads * hd, c.num_key_value_heads * hd
+        spans = ungroup(c.num_attention_heads, hd, hd)
+        self.matrix(dst + "qgkv_proj", "matrix", [2 * Qd + 2 * Gd, D],
+                    self.rows(src + "q_proj.weight", 2 * Qd, D, spans) + self.rows(src + "k_proj.weight", Gd, D)
+                    + self.rows(src + "v_proj.weight", Gd, D))
+        if c.attention_bias:
+            q, k, v = [self.want(f"{src}{x}_proj.bias", n) for x, n in (("q", 2 * Qd), ("k", Gd), ("v", Gd))]
+            self.floats(dst + "qgkv_bias", [2 * Qd + 2 * Gd], lambda source: np.concatenate(
+                [source.rows(q, 0, 1)[0, first:first + n] for first, n in spans]
+                + [source.rows(k, 0, 1)[0], source.rows(v, 0, 1)[0]]))
+            self.vector(dst + "o_bias", src + "o_proj.bias", D)
+        self.vector(dst + "q_norm", src + "q_norm.weight", hd)
+        self.vector(dst + "k_norm", src + "k_norm.weight", hd)
+        self.matrix(dst + "o_proj", "matrix", [D, Qd], self.rows(src + "o_proj.weight", D, Qd))
+
+    def dense(self, src, dst, I=None):
+        """Gated MLP: gate and up as one tensor [1, 2, I, D]."""
+        D, I = self.c.hidden_size, I or self.c.intermediate_size
+        self.matrix(dst + "gate_up_proj", "matrix", [1, 2, I, D],
+                    self.rows(src + "gate_proj.weight", I, D), self.rows(src + "up_proj.weight", I, D))
+        self.matrix(dst + "down_proj", "matrix", [1, D, I], self.rows(src + "down_proj.weight", D, I))
+
+    def experts(self, src, dst):
+        """Sparse MLP: router, experts stacked, shared expert and its gate."""
+        c, D = self.c, self.c.hidden_size
+        E, I = c.num_experts, c.moe_intermediate_size
+        self.matrix(dst + "gate", "small", [E, D], self.rows(src + "gate.weight", E, D))
+        for name, shape, find in (("gate_up_proj", (E, 2, I, D), self.gate_up), ("down_proj", (E, D, I), self.down)):
+            self.tensors.append(Tensor(f"{dst}experts.{name}", "matrix", shape,
+                                       [find(src + "experts.", e, I, D) for e in range(E)]))
+        self.dense(src + "shared_expert.", dst + "shared_expert.", c.shared_expert_intermediate_size)
+        gate = self.want(src + "shared_expert_gate.weight", 1, D)
+        self.floats(dst + "shared_expert_gate", [D], lambda source: source.rows(gate, 0, 1)[0])
+
+    def gate_up(self, src, e, I, D):
+        if src + "gate_up_proj" in self.packed:
+            name = self.want(src + "gate_up_proj", self.c.num_experts, 2 * I, D)
+            return [Rows(name, 2 * I * e, I)], [Rows(name, 2 * I * e + I, I)]
+        return self.rows(f"{src}{e}.gate_proj.weight", I, D), self.rows(f"{src}{e}.up_proj.weight", I, D)
+
+    def down(self, src, e, I, D):
+        if src + "down_proj" in self.packed:
+            return [Rows(self.want(src + "down_proj", self.c.num_experts, D, I), D * e, D)],
+        return self.rows(f"{src}{e}.down_proj.weight", D, I),
+
+    def check(self, source, path):
+        """Refuse a source with tensors missing, of another shape, or that nobody would read."""
+        names = source.names()
+        for name, shape in self.wanted.items():
+            if name not in names:
+                fail(path, f"{name} is missing", list(shape), "none")
+            if tuple(source.shape(name)) != shape:
+                fail(source.where(name), f"{name}: shape", list(shape), list(source.shape(name)))
+        for name in names:
+            if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+                fail(source.where(name), f"{name} is not a tensor of this model")
+
+
+# A matrix [..., R, C] is stored matrix by matrix, each in tiles of 16 rows (the last zero padded) and all C columns;
+# gate and up matrices alternate tile by tile. In a tile, rows run fastest but for what one lane of a kernel takes:
+#   f32   for each column: 16 floats
+#   bf16  for each pair of columns: 16 x 2 bf16
+#   q8    for each 64 columns: 2 x 16 bf16 scales [block of 32][row], then for each 4 columns 16 x 4 bytes q+128;
+#         a weight is scale * q, q = -127..127
+#   q4    for each 64 columns: the same scales, then for block b and j = 0..3 16 x 4 bytes, byte i holding the levels
+#         of columns 32b+4j+i (low four bits) and 32b+16+4j+i (high); a weight is scale * Q4_LEVELS[index]
+# Columns are padded to whole pairs or 64s with zeros; in q4, which has no 0, a begun block ends in smallest levels.
+TILE = 16
+Type = namedtuple("Type", "name code tile_bytes encode decode")
+# encode: float32 [T, 16, C] -> uint8 [T, tile_bytes(C)]; decode: that and C -> float32 [T, 16, C], scales or None
+
+
+def encode_f32(x):
+    return np.ascontiguousarray(x.transpose(0, 2, 1)).view(np.uint8).reshape(len(x), -1)
+
+
+def decode_f32(tiles, C):
+    return tiles.view(np.float32).reshape(len(tiles), C, TILE).transpose(0, 2, 1), None
+
+
+def encode_bf16(x):
+    pairs = to_bf16(pad_columns(x, 2)).reshape(len(x), TILE, -1, 2)
+    return np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).view(np.uint8).reshape(len(x), -1)
+
+
+def decode_bf16(tiles, C):
+    pairs = from_bf16(tiles.view(np.uint16)).reshape(len(tiles), -1, TILE, 2)
+    return pairs.transpose(0, 2, 1, 3).reshape(len(tiles), TILE, -1)[:, :, :C], None
+
+
+def pad_columns(x, multiple):
+    """[T, 16, C] -> the same with C zero padded to a multiple."""
+    extra = -x.shape[2] % multiple
+    return np.pad(x, ((0, 0), (0, 0), (0, extra))) if extra else x
+
+
+def superblocks(x, quantize):
+    """[T, 16, C] -> scales uint16 [T, S, 2, 16], codes uint8 [T, 16, S, 64]; quantize works on [N, 32]."""
+    x = pad_columns(x, 64)
+    T, S = len(x), x.shape[2] // 64
+    scales, codes = quantize(np.ascontiguousarray(x).reshape(-1, 32))
+    return np.ascontiguousarray(scales.reshape(T, TILE, S, 2).transpose(0, 2, 3, 1)), codes.reshape(T, TILE, S, 64)
+
+
+def join(scales, packed):
+    """scales uint16 [T, S, 2, 16] and codes uint8 [T, S, bytes] -> tiles [T, S * (64 + bytes)]."""
+    T, S = scales.shape[:2]
+    return np.concatenate([scales.view(np.uint8).reshape(T, S, 64), packed.reshape(T, S, -1)], 2).reshape(T, -1)
+
+
+def split(tiles, bytes_each):
+    """The inverse of join: float32 scales [T, 16, S, 2], codes uint8 [T, S, bytes]."""
+    blocks = tiles.reshape(len(tiles), -1, 64 + bytes_each)
+    scales = np.ascontiguousarray(blocks[:, :, :64]).view(np.uint16).reshape(*blocks.shape[:2], 2, TILE)
+    return from_bf16(scales).transpose(0, 3, 1, 2), blocks[:, :, 64:]
+
+
+def values(scales, levels, C):
+    """scales [T, 16, S, 2] times levels [T, 16, S, 64] -> values [T, 16, C] and the scale of each."""
+    each = np.repeat(scales, 32, axis=3).reshape(*levels.shape[:2], -1)[:, :, :C]
+    return each * levels.reshape(*levels.shape[:2], -1)[:, :, :C], each
+
+
+def quantize_q8(w):
+    """[N, 32] -> scale bits [N], q+128 [N, 32]. The scale is max|w|/127 rounded up to bf16, so that |q| <= 127."""
+    bits = to_bf16_up(np.abs(w).max(1) / np.float32(127))
+    scale = from_bf16(bits)[:, None]
+    q = np.divide(w, scale, out=np.zeros_like(w), where=scale > 0)
+    return bits, (np.clip(np.rint(q), -127, 127) + 128).astype(np.uint8)
+
+
+def encode_q8(x):
+    scales, codes = superblocks(x, quantize_q8)
+    T, S = scales.shape[:2]
+    return join(scales, codes.reshape(T, TILE, S, 16, 4).transpose(0, 2, 3, 1, 4))
+
+
+def decode_q8(tiles, C):
+    scales, codes = split(tiles, 1024)
+    q = codes.reshape(*codes.shape[:2], 16, TILE, 4).transpose(0, 3, 1, 2, 4).astype(np.float32) - 128
+    return values(scales, q.reshape(*q.shape[:3], 64), C)
+
+
+# The 16 levels of q4, found by Lloyd's iteration on blocks of 32 normal values, each with its best signed scale:
+# skewed levels and a free sign beat symmetric ones (relative error 0.0726 against 0.0776 at the same 4.5 bits).
+Q4_LEVELS = np.array([-127, -100, -78, -61, -46, -33, -21, -9, 2, 13, 24, 36, 49, 64, 82, 106], np.float32)
+# Where the search puts the largest weight of a block at first, in units of the levels: chosen greedily from a fine
+# grid; with eight the error is 0.2 % above that of the whole grid.
+Q4_TARGETS = (-128, 110, -137, -119, -104, 104, 116, -125)
+Q4_TINY = 1e-36                                             # blocks of smaller weights count as zero
+# Nearest level by table: floor(2 * value) + 512 -> index, exact since the midpoints are halves of integers.
+Q4_INDEX = np.searchsorted((Q4_LEVELS[1:] + Q4_LEVELS[:-1]), np.arange(-512, 512), side="right").astype(np.uint8)
+Q4_NEAREST = Q4_LEVELS[Q4_INDEX]
+
+
+def q4_places(w, inverse):
+    """[N, 32] weights and [N] 1/scale -> int16 places in the tables above."""
+    return (w * (2 * inverse)[:, None] + np.float32(512)).astype(np.int16)
+
+
+def q4_fit(w, inverse):
+    """Levels nearest to w/scale for each block; the products <w, levels> and <levels, levels>, [N] each."""
+    levels = Q4_NEAREST.take(q4_places(w, inverse), mode="clip")
+    return np.einsum("ij,ij->i", w, levels), np.einsum("ij,ij->i", levels, levels)
+
+
+def reciprocal(x):
+    """1/x, and 0 where x is 0."""
+    return np.divide(np.float32(1), x, out=np.zeros_like(x), where=x != 0)
+
+
+def quantize_q4_blocks(w):
+    """[N, 32] -> scale bits [N], level indices [N, 32], of least squared error among the scales tried. Given the
+    levels l nearest to w/scale, the best scale is <w,l>/<l,l> and its error <w,w> - <w,l>^2/<l,l>: two such steps
+    a target."""
+    largest = np.take_along_axis(w, np.abs(w).argmax(1)[:, None], 1)[:, 0]
+    largest[np.abs(largest) < Q4_TINY] = 0
+    unit = w * reciprocal(largest)[:, None]                 # the search sees weights of magnitude 0..1
+    best_gain, best = np.full((2, len(w)), -1, np.float32)
+    for target in Q4_TARGETS:
+        wl, ll = q4_fit(unit, np.full(len(w), target, np.float32))
+        wl, ll = q4_fit(unit, ll * reciprocal(wl))
+        gain = wl * wl / ll
+        better = gain > best_gain
+        np.copyto(best_gain, gain, where=better)
+        np.copyto(best, wl / ll, where=better)
+    bits = to_bf16(best * largest)
+    return bits, Q4_INDEX.take(q4_places(w, reciprocal(from_bf16(bits))), mode="clip")
+
+
+def quantize_q4(w, step=2048):
+    """quantize_q4_blocks in portions that stay in the cache."""
+    parts = [quantize_q4_blocks(w[i:i + step]) for i in range(0, len(w), step)]
+    return tuple(np.concatenate(part) for part in zip(*parts))
+
+
+def encode_q4(x):
+    scales, codes = superblocks(x, quantize_q4)
+    T, S = scales.shape[:2]
+    codes = codes.reshape(T, TILE, S, 2, 2, 4, 4)           # tile, row, superblock, block, half, j, i
+    return join(scales, (codes[:, :, :, :, 0] | codes[:, :, :, :, 1] << 4).transpose(0, 2, 3, 4, 1, 5))
+
+
+def decode_q4(tiles, C):
+    scales, codes = split(tiles, 512)
+    codes = codes.reshape(*codes.shape[:2], 2, 4, TILE, 4).transpose(0, 4, 1, 2, 3, 5)
+    index = np.stack([codes & 15, codes >> 4], 4)           # tile, row, superblock, block, half, j, i
+    return values(scales, Q4_LEVELS[index].reshape(*index.shape[:3], 64), C)
+
+
+F32 = Type("f32", 1, lambda C: C * 64, encode_f32, decode_f32)
+BF16 = Type("bf16", 2, lambda C: -(-C // 2) * 64, encode_bf16, decode_bf16)
+Q8 = Type("q8", 3, lambda C: -(-C // 64) * 1088, encode_q8, decode_q8)
+Q4 = Type("q4", 4, lambda C: -(-C // 64) * 576, encode_q4, decode_q4)
+FLOAT = Type("float", 0, None, None, None)
+TYPES = {t.name: t for t in (F32, BF16, Q8, Q4)}
+
+
+def typed(tensors, type_name, small):
+    """The tensors with their stored types; small(tensor) tells BF16 or F32 for the small ones."""
+    stored = TYPES[type_name]
+    kinds = {"float": lambda t: FLOAT, "small": small, "matrix": lambda t: stored,
+             "head": lambda t: Q8 if stored is Q4 else stored}
+    return [t._replace(type=kinds[t.kind](t)) for t in tensors]
+
+
+def small_type(source, tensor):
+    """BF16 when it holds every value of the tensor exactly, else F32."""
+    x = read_rows(source, tensor.data[0][0], 0, tensor.shape[0])
+    return BF16 if np.array_equal(from_bf16(to_bf16(x)), x) else F32
+
+
+def tiles_of(tensor):
+    """Tiles of each matrix of the tensor, gate and up counted as one."""
+    return -(-tensor.shape[-2] // TILE)
+
+
+def stored_bytes(tensor):
+    if tensor.type is FLOAT:
+        return 4 * math.prod(tensor.shape)
+    matrices = math.prod(tensor.shape[:-2])
+    return matrices * tiles_of(tensor) * tensor.type.tile_bytes(tensor.shape[-1])
+
+
+def read_rows(source, pieces, first, count):
+    """Rows first .. first+count of the rows that the pieces list, float32 [count, C]."""
+    parts, at = [], 0
+    for piece in pieces:
+        low, high = max(first, at), min(first + count, at + piece.count)
+        if low < high:
+            parts.append(source.rows(piece.name, piece.first + low - at, high - low))
+        at += piece.count
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+# ---- 5. Metadata -------------------------------------------------------------------------------------------------
+# A dict: int or list of int -> int64, float -> float64, str -> string, list of str -> list of strings.
+
+META_KEYS = """hidden_size num_hidden_layers vocab_size num_attention_heads num_key_value_heads head_dim rotary_dim
+    max_position_embeddings linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+    linear_conv_kernel_dim num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
+    intermediate_size""".split()
+
+
+def config_meta(config, type_name, tensors):
+    """Metadata of the model itself."""
+    meta = dict(model_type="qwen3_next", weights_type=type_name)
+    meta.update({key: getattr(config, key) for key in META_KEYS})
+    meta.update(norm_topk_prob=int(config.norm_topk_prob), layer_types=config.layers, mlp_types=config.sparse,
+                has_mtp=int(any(t.name == "mtp.fc" for t in tensors)), rms_norm_eps=float(config.rms_norm_eps),
+                **config.rope_meta)
+    if any(t.type is Q4 for t in tensors):
+        meta["q4_levels"] = [int(level) for level in Q4_LEVELS]
+    return meta
+
+
+def id_list(value):
+    """eos_token_id as configs spell it (absent, one id, several) -> list of ids."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def sampling_meta(path):
+    """Sampling defaults of generation_config.json; what it leaves out is transformers' default."""
+    if not path.exists():
+        return {}
+    found = {key: value for key, value in read_json(path).items() if value is not None}
+    get = lambda key, default: float(found.get(key, default))
+    return {"sampling.temperature": get("temperature", 1) if found.get("do_sample") else 0.0,
+            "sampling.top_p": get("top_p", 1), "sampling.top_k": int(found.get("top_k", 50)),
+            "sampling.min_p": get("min_p", 0), "sampling.repetition_penalty": get("repetition_penalty", 1),
+            "sampling.presence_penalty": get("presence_penalty", 0)}
+
+
+def source_meta(config, directory, tokenizer):
+    """Metadata from the files beside the weights. tokenizer: a TokenizerFile or None."""
+    generation = directory / "generation_config.json"
+    stops = id_list(read_json(generation).get("eos_token_id")) if generation.exists() else []
+    stops += id_list(config.json.get("eos_token_id"))
+    with well_formed(generation):
+        meta = sampling_meta(generation)
+    if tokenizer:
+        stops += [tokenizer.added[text] for text in ("<|im_end|>", "<|endoftext|>") if text in tokenizer.added]
+        meta.update(tokenizer_hash=signed64(tokenizer.hash), tokenizer_size=tokenizer.n_tokens)
+    meta["stop_ids"] = list(dict.fromkeys(stops))
+    for stop in meta["stop_ids"]:
+        if type(stop) is not int or not 0 <= stop < config.vocab_size:
+            fail(config.path, "eos_token_id", f"ids below {config.vocab_size}", stop)
+    return {**meta, **chat_meta(directory)}
+
+
+# ---- 6. The file -------------------------------------------------------------------------------------------------
+
+MAGIC, VERSION = b"QWEN3NXT", 1
+HEADER = struct.Struct("<8sIIIIQQ24x")                      # magic, version, n_meta, n_tensors, 0, file size, hash
+META_RECORD = struct.Struct("<40sIIQQ")                     # key, type, count, offset, size
+TENSOR_RECORD = struct.Struct("<72sII4QQQ")                 # name, type, rank, shape, offset, size
+CHUNK = 1 << 20                                             # weights that are read, converted and written at once
+
+Chunk = namedtuple("Chunk", "tensor matrix first count")    # tiles first .. first+count of one matrix of a tensor
+
+
+def packed_meta(value):
+    """(type, count, bytes) of a metadata value."""
+    if isinstance(value, str):
+        raw = value.encode()
+        return 2, len(raw), raw
+    items = value if isinstance(value, list) else [value]
+    if items and isinstance(items[0], str):
+        raws = [item.encode() for item in items]
+        return 3, len(items), b"".join(struct.pack("<I", len(raw)) + raw for raw in raws)
+    if items and isinstance(items[0], float):
+        return 1, len(items), struct.pack(f"<{len(items)}d", *items)
+    return 0, len(items), struct.pack(f"<{len(items)}q", *items)
+
+
+def field(text, size, what):
+    raw = text.encode()
+    return raw if len(raw) < size else fail(text, what, f"under {size} bytes", len(raw))
+
+
+class Directory:
+    """Where everything goes: self.head, the bytes after the header up to the payload; self.offsets, self.size."""
+
+    def __init__(self, meta, tensors):
+        self.meta, self.tensors, self.offsets = meta, tensors, {}
+        at = HEADER.size + META_RECORD.size * len(meta) + TENSOR_RECORD.size * len(tensors)
+        records, blob = [], bytearray()
+        for key, value in meta.items():
+            type, count, raw = packed_meta(value)
+            records.append(META_RECORD.pack(field(key, 40, "metadata key"), type, count, at + len(blob), len(raw)))
+            blob += raw.ljust(align(len(raw), 8), b"\0")
+        at = self.payload = align(at + len(blob), 64)
+        for t in tensors:
+            size, rank = stored_bytes(t), len(t.shape)
+            records.append(TENSOR_RECORD.pack(field(t.name, 72, "tensor name"), t.type.code, rank,
+                                              *t.shape, *[1] * (4 - rank), at, size))
+            self.offsets[t.name] = at
+            at = align(at + size, 64)
+        self.size = at
+        self.head = (b"".join(records) + blob).ljust(self.payload - HEADER.size, b"\0")
+
+    def header(self, fingerprint):
+        return HEADER.pack(MAGIC, VERSION, len(self.meta), len(self.tensors), 0, self.size,
+                           fnv1a(self.head) ^ fingerprint)
+
+
+def chunks(tensors):
+    """Every tensor in pieces that can be made on their own, in the order of the file."""
+    for t in tensors:
+        if t.type is FLOAT:
+            yield Chunk(t, 0, 0, 0)
+            continue
+        for m, pieces in enumerate(t.data):
+            step = max(1, CHUNK // (TILE * t.shape[-1] * len(pieces)))
+            for first in range(0, tiles_of(t), step):
+                yield Chunk(t, m, first, min(step, tiles_of(t) - first))
+
+
+def in_order(work, jobs, threads):
+    """(job, work(job)) for all jobs, in order, worked on by threads a few jobs ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = []
+        for job in jobs:
+            waiting.append((job, pool.submit(work, job)))
+            if len(waiting) > threads:
+                job, future = waiting.pop(0)
+                yield job, future.result()
+        for job, future in waiting:
+            yield job, future.result()
+
+
+def read_tiles(source, chunk):
+    """The source rows of a chunk, zero padded to whole tiles: one float32 [T, 16, C] for each of its pieces."""
+    t, first = chunk.tensor, chunk.first * TILE
+    count = min(chunk.count * TILE, t.shape[-2] - first)
+    for pieces in t.data[chunk.matrix]:
+        x = read_rows(source, pieces, first, count)
+        if count < chunk.count * TILE:
+            x = np.concatenate([x, np.zeros((chunk.count * TILE - count, x.shape[1]), np.float32)])
+        yield x.reshape(chunk.count, TILE, -1)
+
+
+def float_values(source, tensor):
+    """A float tensor's values, contiguous, checked against its shape."""
+    x = np.ascontiguousarray(tensor.data(source), np.float32)
+    assert x.shape == tensor.shape, (tensor.name, x.shape, tensor.shape)
+    return x
+
+
+def encode_chunk(source, chunk):
+    """The stored bytes of a chunk, with the squares of its rounding errors and of its weights summed."""
+    t = chunk.tensor
+    if t.type is FLOAT:
+        return float_values(source, t).view(np.uint8).reshape(-1), 0.0, 1.0
+    tiles, error, square = [], 0.0, 0.0
+    for x in read_tiles(source, chunk):
+        tiles.append(t.type.encode(x))
+        if t.type in (Q8, Q4):
+            difference = t.type.decode(tiles[-1], x.shape[2])[0] - x
+            error += float(np.vdot(difference, difference))
+            square += float(np.vdot(x, x))
+    return np.stack(tiles, 1).reshape(-1), error, square
+
+
+def write_model(path, meta, tensors, make, threads, check=None):
+    """Write the file: make(chunk) gives (bytes, error, square). check(file) may refuse it before it gets its name."""
+    directory, fingerprint, errors = Directory(meta, tensors), fnv1a(b""), {}
+    free = shutil.disk_usage(path.parent).free
+    if free < directory.size:
+        fail(path, "disk space", f"{directory.size} bytes free", free)
+    with written(path) as f, tqdm(total=directory.size, unit="B", unit_scale=True, desc=path.name) as bar:
+        f.write(bytes(HEADER.size) + directory.head)
+        for chunk, (raw, error, square) in in_order(make, chunks(tensors), threads):
+            offset = directory.offsets[chunk.tensor.name]
+            if chunk.matrix == chunk.first == 0:
+                f.write(bytes(offset - f.tell()))
+                fingerprint = fnv1a(bytes(raw[:64]).ljust(64, b"\0"), fingerprint)
+            f.write(raw)
+            total = errors.setdefault(kind_of(chunk.tensor), [0.0, 0.0, 0])
+            for i, value in enumerate((error, square, raw.size)):
+                total[i] += value
+            bar.update(f.tell() - bar.n)
+        f.write(bytes(directory.size - f.tell()))
+        f.seek(0)
+        f.write(directory.header(fingerprint))
+        f.flush()
+        if check:
+            check(f)
+    return errors
+
+
+def kind_of(tensor):
+    """A tensor's name and type without its layer's number, for tables."""
+    return re.sub(r"layers\.\d+\.", "layers.*.", tensor.name), tensor.type.name
+
+
+def print_errors(errors):
+    """Relative root-mean-square rounding error of each kind of quantized tensor."""
+    rows = [(*kind, size, math.sqrt(error / square) if square else 0.0)
+            for kind, (error, square, size) in errors.items() if kind[1] in ("q8", "q4")]
+    if rows:
+        say(f"{'relative rms error':<44}{'type':<6}{'MB':>10}  error")
+        for name, type, size, error in rows:
+            say(f"  {name:<42}{type:<6}{size / 1e6:>10.1f}  {error:.5f}")
+
+
+# ---- 7. --check and --random -------------------------------------------------------------------------------------
+
+
+def read_directory(path, f):
+    """{name: (type code, shape, offset, size)} of a written file, read back from its own records."""
+    size = f.seek(0, os.SEEK_END)
+    f.seek(0)
+    magic, version, n_meta, n_tensors, _, file_size, _ = HEADER.unpack(f.read(HEADER.size))
+    if (magic, version, file_size) != (MAGIC, VERSION, size):
+        fail(path, "header", (MAGIC, VERSION, size), (magic, version, file_size))
+    f.seek(META_RECORD.size * n_meta, os.SEEK_CUR)
+    found = {}
+    for _ in range(n_tensors):
+        name, code, rank, *numbers = TENSOR_RECORD.unpack(f.read(TENSOR_RECORD.size))
+        found[name.rstrip(b"\0").decode()] = code, tuple(numbers[:rank]), numbers[4], numbers[5]
+    return found
+
+
+def allowed_error(type, x, scales):
+    """How far a stored value may lie from the weight x [T, 16, C]."""
+    if type is BF16:                                        # half a unit in the last place, none where x is a bf16
+        return np.where(x.view(np.uint32) & 0xFFFF, np.abs(x) * np.float32(2**-8) + np.float32(2**-134), 0)
+    if type is Q8:
+        return np.abs(scales) * np.float32(0.50001)
+    if type is Q4:                                          # half the widest gap; beyond the ends, up to 0.35 max|w|
+        low, high = np.minimum(*np.multiply.outer(Q4_LEVELS[[0, -1]], scales)), np.maximum(
+            *np.multiply.outer(Q4_LEVELS[[0, -1]], scales))
+        beyond = np.maximum(np.maximum(x - high, low - x), 0)
+        blocks = pad_columns(np.abs(x), 32).reshape(*x.shape[:2], -1, 32).max(3)
+        largest = np.repeat(blocks, 32, axis=2)[:, :, :x.shape[2]]
+        return Q4_TINY + np.where(beyond > 0, np.where(beyond <= 0.35 * largest, beyond * np.float32(1.0001), 0),
+                                  np.abs(scales) * np.float32(np.diff(Q4_LEVELS).max() * 0.50001))
+    return np.zeros_like(x)
+
+
+def check_chunk(source, fd, offset, chunk):
+    """Compare the chunk in the file with the source: (largest error, whether one is too large)."""
+    t = chunk.tensor
+    if t.type is FLOAT:
+        wanted = float_values(source, t)
+        found = np.frombuffer(os.pread(fd, wanted.nbytes, offset), np.float32).reshape(wanted.shape)
+        return float(np.abs(found - wanted).max()), not np.array_equal(found, wanted)
+    parts, tile = len(t.data[chunk.matrix]), t.type.tile_bytes(t.shape[-1])
+    start = offset + (chunk.matrix * tiles_of(t) + chunk.first) * parts * tile
+    raw = np.frombuffer(os.pread(fd, chunk.count * parts * tile, start), np.uint8).reshape(chunk.count, parts, tile)
+    worst, bad = 0.0, False
+    for part, x in enumerate(read_tiles(source, chunk)):
+        found, scales = t.type.decode(np.ascontiguousarray(raw[:, part]), t.shape[-1])
+        error = np.abs(found - x)
+        worst = max(worst, float(error.max()))
+        bad |= not (error <= allowed_error(t.type, x, scales)).all()
+    return worst, bad
+
+
+def check_model(path, source, tensors, threads, f):
+    """Re-read the written file f against the source; an error beyond the stored type's rounding fails."""
+    found, worst = read_directory(path, f), 0.0
+    for t in tensors:
+        wanted = t.type.code, t.shape, stored_bytes(t)
+        code, shape, _, size = found.get(t.name, (None,) * 4)
+        if (code, shape, size) != wanted:
+            fail(path, f"{t.name}: type, shape, size", wanted, (code, shape, size))
+    work = lambda chunk: check_chunk(source, f.fileno(), found[chunk.tensor.name][2], chunk)
+    with tqdm(total=sum(map(stored_bytes, tensors)), unit="B", unit_scale=True, desc="check") as bar:
+        for chunk, (error, bad) in in_order(work, chunks(tensors), threads):
+            if bad:
+                fail(path, f"--check: {chunk.tensor.name} differs from the source", "rounding only", f"error {error}")
+            worst = max(worst, error)
+            if chunk.matrix == chunk.first == 0:
+                bar.update(stored_bytes(chunk.tensor))
+    say(f"--check: {len(tensors)} tensors agree with the source, largest error {worst:.3g}")
+
+
+class RandomWeights:
+    """Synthetic weights made in the stored type: make(chunk) as write_model wants it. The same seed gives the same
+    bytes with any number of threads, since every chunk has a generator of its own."""
+
+    def __init__(self, config, tensors, seed):
+        self.c, self.seed = config, seed
+        self.numbers = {t.name: i for i, t in enumerate(tensors)}
+        self.normal = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
+
+    def raw(self, chunk, count):
+        """count random bytes that depend on the seed and the chunk only."""
+        key = self.seed, self.numbers[chunk.tensor.name], chunk.matrix, chunk.first
+        return np.random.SFC64(np.random.SeedSequence(key)).random_raw(-(-count // 8)).view(np.uint8)[:count]
+
+    def normals(self, chunk, count, std=1.0):
+        """count normal float32, of 65,536 different values: the quantiles of the distribution."""
+        return self.normal.take(self.raw(chunk, 2 * count).view(np.uint16)) * np.float32(std)
+
+    def make(self, chunk):
+        t = chunk.tensor
+        if t.type is FLOAT:
+            x = self.floats(t.name, self.normals(chunk, math.prod(t.shape)), t.shape)
+            return np.ascontiguousarray(x, np.float32).view(np.uint8).reshape(-1), 0.0, 1.0
+        C, parts = t.shape[-1], len(t.data[chunk.matrix])
+        count, std = chunk.count * parts, 0.8 / math.sqrt(C)  # of a unit vector's image: activations stay near 1
+        whole = (chunk.first + chunk.count) * TILE <= t.shape[-2] and C % 64 == 0
+        if whole and t.type in (Q8, Q4):
+            tiles = self.quantized(chunk, count, C, std)
+        elif whole and t.type is BF16:
+            bits = to_bf16(self.normal * np.float32(std))
+            tiles = bits.take(self.raw(chunk, 2 * count * TILE * C).view(np.uint16)).view(np.uint8)
+        else:                                               # padding: through the encoder, which knows it
+            x = self.normals(chunk, count * TILE * C, std).reshape(chunk.count, parts, TILE, C)
+            row = (chunk.first * TILE + np.arange(chunk.count * TILE)).reshape(chunk.count, 1, TILE, 1)
+            tiles = t.type.encode((x * (row < t.shape[-2])).reshape(count, TILE, C))
+        return tiles.reshape(-1), 0.0, 1.0
+
+    def quantized(self, chunk, count, C, std):
+        """count tiles of random codes under scales that differ by up to an eighth."""
+        S, size = C // 64, chunk.tensor.type.tile_bytes(C) // (C // 64)
+        tiles = self.raw(chunk, count * S * size).reshape(count * S, size)
+        levels = Q4_LEVELS if chunk.tensor.type is Q4 else np.arange(-127, 128)
+        scale = int(to_bf16([std / levels.std()])[0])
+        scales = tiles[:, :64].view(np.uint16)
+        np.add(scales & 15, np.uint16(scale - 8), out=scales)  # 7 bits of fraction: steps of at most 1/128
+        if chunk.tensor.type is Q8:
+            np.maximum(tiles[:, 64:], 1, out=tiles[:, 64:])  # 0 would be -128
+        return tiles
+
+    def floats(self, name, x, shape):
+        """Values of a float tensor from normal x: A_log as transformers draws it, norms near the identity."""
+        x, last = x.reshape(shape), name.rsplit(".", 1)[-1]
+        if last == "A_log":
+            return np.log(0.01 + 15.99 * np.vectorize(statistics.NormalDist().cdf)(x))
+        if last in ("conv1d", "shared_expert_gate"):
+            return x * (0.8 / math.sqrt(shape[0]))
+        return (name.endswith(("linear_attn.norm", "dt_bias")) + 0.1 * x)
+
+
+# ---- 8. tokenizer.bin --------------------------------------------------------------------------------------------
+
+SPLIT_PATTERNS = [                                          # number 0 is that of Qwen2 and 3, 1 that of Qwen3.5
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"]
+CLASSES = [(r"\P{L}+", 1), (r"\P{N}+", 2), (r"\P{M}+", 3), (r"\S+", 4)]   # what is not of the class
+TOKENIZER_HEADER = struct.Struct("<8s10IQQ")                # magic, version, eight counts and flags, hash, size
+HANGUL = range(0xAC00, 0xAC00 + 11172)                      # syllables, composed and decomposed by arithmetic
+CODE_POINTS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+
+
+@functools.cache
+def byte_of_character():
+    """The byte-level alphabet of GPT-2, character -> byte: printable Latin-1 stands for itself, the rest for 256.."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+def ranges(pairs):
+    """Sorted (code point, value) -> [[first, last, value]] with neighbours of one value joined."""
+    out = []
+    for c, value in pairs:
+        if out and out[-1][1] == c - 1 and out[-1][2] == value:
+            out[-1][1] = c
+        else:
+            out.append([c, c, value])
+    return out
+
+
+def class_table():
+    """Code points of the pattern's classes as the tokenizers library's regex engine sees them."""
+    from tokenizers import Regex, normalizers
+    text, found = "".join(CODE_POINTS), []
+    for others, number in CLASSES:
+        found += [(ord(c), number) for c in normalizers.Replace(Regex(others), "").normalize_str(text)]
+    return ranges(sorted(found))
+
+
+def normalized(normalizer, texts):
+    """The normalizer over many texts at once; a line feed takes part in no composition."""
+    return normalizer.normalize_str("\n".join(texts)).split("\n")
+
+
+def nfc_tables():
+    """(ccc ranges, decompositions, compositions) of the library's own NFC, whatever Unicode version it has.
+
+    It tells only results, so the one-step decomposition of c is rebuilt from its full one d: the last character of d,
+    and the character that the others are the full decomposition of."""
+    from tokenizers import normalizers
+    nfd, nfc = normalizers.NFD(), normalizers.NFC()
+    probed = [c for c in CODE_POINTS if ord(c) not in HANGUL and c != "\n"]
+    full = {c: d for c, d in zip(probed, normalized(nfd, probed)) if c != d}
+    composed = dict(zip(full, normalized(nfc, full)))
+    whole = {}                                              # full decomposition -> the character it stands for
+    for c, d in full.items():
+        if d not in whole or composed[c] == c:
+            whole[d] = c
+    decomp, comp = [], []
+    for c, d in full.items():
+        first = d[0] if len(d) == 2 else whole[d[:-1]] if len(d) > 2 else d
+        decomp.append([ord(c), ord(first), ord(d[-1]) if len(d) > 1 else 0])
+        if len(d) > 1 and composed[c] == c:
+            comp.append([ord(first), ord(d[-1]), ord(c)])
+    return combining_classes(nfd), sorted(decomp), sorted(comp)
+
+
+def combining_classes(nfd):
+    """Ranges of canonical combining classes. NFD sorts neighbouring marks by class, so a mark is what changes places
+    with a mark of class 240 before it or of class 1 behind it. Sorting is stable: all marks in rising, then in falling
+    order of code point come out in the same classes, and a class ends where either order breaks. Python's own table
+    names the classes; its Unicode version does not matter, as classes never change."""
+    others = [c for c in CODE_POINTS if c != "\n"]
+    behind = normalized(nfd, ["\u0345" + c for c in others])
+    before = normalized(nfd, [c + "\u0334" for c in others])
+    marks = [c for c, x, y in zip(others, behind, before) if x == c + "\u0345" or y == "\u0334" + c]
+    up, down = nfd.normalize_str("".join(marks)), nfd.normalize_str("".join(marks[::-1]))
+    found, group = [], []
+    for i, c in enumerate(up):
+        group.append(c)
+        if i + 1 == len(up) or up[i] > up[i + 1] or down[i] < down[i + 1]:
+            number = max(map(unicodedata.combining, group))
+            found += [(ord(c), number) for c in group]
+            group = []
+    return ranges(sorted(found))
+
+
+class NFC:
+    """Normalization by the tables, as the C program does it: the check that they say what the library does."""
+
+    def __init__(self, ccc, decomp, comp):
+        self.ccc = {c: k for first, last, k in ccc for c in range(first, last + 1)}
+        self.decomp = {c: (a, b) for c, a, b in decomp}
+        self.comp = {(a, b): c for a, b, c in comp}
+
+    def decompose(self, c):
+        if c in HANGUL:
+            i = c - 0xAC00
+            return [0x1100 + i // 588, 0x1161 + i % 588 // 28] + [0x11A7 + i % 28] * (i % 28 > 0)
+        if c not in self.decomp:
+            return [c]
+        a, b = self.decomp[c]
+        return self.decompose(a) + ([b] if b else [])
+
+    def compose(self, a, b):
+        """The composition of two code points, or None."""
+        if 0 <= a - 0x1100 < 19 and 0 <= b - 0x1161 < 21:
+            return 0xAC00 + ((a - 0x1100) * 21 + b - 0x1161) * 28
+        if a in HANGUL and (a - 0xAC00) % 28 == 0 and 0 < b - 0x11A7 < 28:
+            return a + b - 0x11A7
+        return self.comp.get((a, b))
+
+    def __call__(self, text):
+        points = [d for c in text for d in self.decompose(ord(c))]
+        for i, c in enumerate(points):                      # stable sort of marks: insert each where it belongs
+            k, j = self.ccc.get(c, 0), i
+            while k and j and self.ccc.get(points[j - 1], 0) > k:
+                points[j], j = points[j - 1], j - 1
+            points[j] = c
+        out, starter, last = [], None, 0                    # starter: its place in out; last: class of out's end
+        for c in points:
+            k = self.ccc.get(c, 0)
+            free = starter is not None and (last < k or len(out) == starter + 1)   # no mark stands in between
+            joined = self.compose(out[starter], c) if free else None
+            if joined is not None:
+                out[starter] = joined
+                continue
+            if k == 0:
+                starter = len(out)
+            out.append(c)
+            last = k
+        return "".join(map(chr, out))
+
+
+def verify_nfc(tables, count=3000):
+    """Refuse tables that differ from the library on a character or on random strings rich in marks."""
+    from tokenizers import normalizers
+    library, ours, rng = normalizers.NFC(), NFC(*tables), random.Random(1)
+    marks = [chr(c) for first, last, _ in tables[0] for c in range(first, last + 1)]
+    parts = [chr(c) for entry in tables[2] for c in entry] + [chr(c) for c, *_ in tables[1]]
+    jamo = [chr(c) for c in (*range(0x10FF, 0x1200), *range(0xAC00, 0xAC40))]
+    texts = ["".join(rng.choice(rng.choice((marks, marks, parts, parts, jamo, CODE_POINTS)))
+                     for _ in range(rng.randrange(1, 9))) for _ in range(count)]
+    for text in parts + marks + jamo + texts:
+        if ours(text) != library.normalize_str(text):
+            fail("NFC tables", f"differ from the tokenizers library for {text!a}",
+                 ascii(library.normalize_str(text)), ascii(ours(text)))
+
+
+def section(rows, width):
+    """Rows of unsigned integers as little-endian u32, padded to 8 bytes."""
+    raw = np.array(rows, "<u4").reshape(-1, width).tobytes()
+    return raw.ljust(align(len(raw), 8), b"\0")
+
+
+class TokenizerFile:
+    """tokenizer.json -> the bytes of tokenizer.bin: self.data, self.hash, self.n_tokens, self.added {text: id}."""
+
+    def __init__(self, path):
+        self.path, self.json = path, read_json(path)
+        with well_formed(path):
+            self._read()
+
+    def _read(self):
+        self.model = self.json.get("model") or {}
+        self.pattern, self.nfc = self._known_kind()
+        tokens = self._tokens()
+        self.added = {a["content"]: a["id"] for a in self.json.get("added_tokens") or []}
+        added = [(a["id"], int(a["special"])) for a in self.json.get("added_tokens") or []]
+        self.n_tokens = max(tokens) + 1
+        if self.n_tokens > 1 << 24 or min(tokens) < 0:
+            fail(self.path, "token ids", f"0..{1 << 24}", f"{min(tokens)}..{max(tokens)}")
+        blob = [tokens.get(i, b"") for i in range(self.n_tokens)]
+        merges = self._merges()
+        ccc, decomp, comp = tables = nfc_tables()
+        verify_nfc(tables)
+        classes = class_table()
+        offsets = list(itertools.accumulate(map(len, blob), initial=0))
+        body = b"".join([section(offsets, 1), section(merges, 3), section(added, 2), section(classes, 3),
+                         section(ccc, 3), section(decomp, 3), section(comp, 3), *blob])
+        self.hash = fnv1a(body)
+        self.data = TOKENIZER_HEADER.pack(
+            b"QWEN3TOK", 1, self.n_tokens, len(merges), len(added), len(classes), len(ccc), len(decomp), len(comp),
+            self.pattern, int(self.nfc), self.hash, TOKENIZER_HEADER.size + len(body)) + body
+
+    def _known_kind(self):
+        """(number of the split pattern, whether NFC comes first); any other kind of tokenizer is refused."""
+        j, model = self.json, self.model
+        for key, wanted in dict(type="BPE", dropout=None, unk_token=None, byte_fallback=False,
+                                ignore_merges=False).items():
+            if (model.get(key) or None) != (wanted or None):
+                fail(self.path, f"model {key}", wanted, model.get(key))
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                fail(self.path, f"model {key}", "none", model[key])
+        normalizer = j.get("normalizer")
+        if normalizer not in (None, {"type": "NFC"}):
+            fail(self.path, "normalizer", "NFC or none", json.dumps(normalizer))
+        steps = (j.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+        pattern = (steps[0].get("pattern") or {}).get("Regex")
+        if pattern not in SPLIT_PATTERNS:
+            fail(self.path, "pre_tokenizer", "the split pattern of Qwen2 to Qwen3.5", repr(pattern))
+        level = dict(type="ByteLevel", add_prefix_space=False, use_regex=False)
+        split = dict(type="Split", behavior="Isolated", invert=False)
+        if len(steps) != 2 or any(steps[0].get(k) != v for k, v in split.items()) or any(
+                steps[1].get(k, False) != v for k, v in level.items()):
+            fail(self.path, "pre_tokenizer", "Split, isolated, then ByteLevel without regex", json.dumps(steps)[:200])
+        if (j.get("post_processor") or level)["type"] != "ByteLevel":
+            fail(self.path, "post_processor", "ByteLevel or none", j["post_processor"]["type"])
+        for a in j.get("added_tokens") or []:
+            for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+                if a.get(flag):
+                    fail(self.path, f"added token {a['content']!r}: {flag}", False, True)
+        return SPLIT_PATTERNS.index(pattern), normalizer is not None
+
+    def _tokens(self):
+        """{id: bytes}: the vocabulary with the byte-level alphabet undone, and the added tokens as they are."""
+        alphabet, tokens = byte_of_character(), {}
+        added = {a["id"] for a in self.json.get("added_tokens") or []}
+        for text, i in self.model["vocab"].items():
+            try:
+                tokens[i] = bytes([alphabet[c] for c in text])
+            except KeyError as e:
+                if i not in added:
+                    fail(self.path, f"token {i} ({text!r}) is not byte-level: {e}")
+        singles = {raw for raw in tokens.values() if len(raw) == 1}
+        if len(singles) < 256:
+            fail(self.path, "single-byte tokens", 256, len(singles))
+        tokens.update({a["id"]: a["content"].encode() for a in self.json.get("added_tokens") or []})
+        return tokens
+
+    def _merges(self):
+        """[left, right, result] ids in rank order, from either spelling: "a b" or ["a", "b"]."""
+        vocab = self.model["vocab"]
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in self.model["merges"]]
+        try:
+            return [[vocab[a], vocab[b], vocab[a + b]] for a, b in pairs]
+        except (KeyError, ValueError) as e:
+            fail(self.path, f"a merge names a token that is not in the vocabulary: {e}")
+
+    def write(self, path):
+        with written(path) as f:
+            f.write(self.data)
+
+
+def stored_tokenizer_hash(path):
+    """The hash in a tokenizer.bin, None when there is no such file."""
+    try:
+        head = path.read_bytes()[:TOKENIZER_HEADER.size]
+        return TOKENIZER_HEADER.unpack(head)[-2] if len(head) == TOKENIZER_HEADER.size else None
+    except OSError:
+        return None
+
+
+def place_tokenizer(tokenizer, model_path):
+    """Write tokenizer.bin where qwen3next looks for it first, beside the model, unless it will find one like it."""
+    beside, program = model_path.with_name("tokenizer.bin"), Path(__file__).resolve().with_name("tokenizer.bin")
+    for place in (beside, program):
+        if stored_tokenizer_hash(place) == tokenizer.hash:
+            return say(f"{place} is this model's tokenizer already")
+        if place.exists():
+            break
+    if beside.exists():                                     # another model's: keep it
+        beside = model_path.with_suffix(".tokenizer.bin")
+        say(f"tokenizer.bin beside the model is another model's: run with -z {beside}")
+    tokenizer.write(beside)
+    say(f"wrote {beside}")
+
+
+# ---- 9. Chat pieces ----------------------------------------------------------------------------------------------
+# The C program does not run Jinja. It joins fixed pieces around the messages; here the pieces are read off the
+# checkpoint's own template by rendering conversations of marked messages, and then tried on many others.
+
+LEFT, RIGHT, LEFT_LINES, RIGHT_LINES = 1, 2, 4, 8           # bits: strip white space or line feeds, left or right
+
+
+def find_template(directory):
+    """(template, its variables) of a checkpoint, or (None, {}): chat_template.jinja, else tokenizer_config.json."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    text = lambda value: value.get("content") if isinstance(value, dict) else value
+    names = "bos_token", "eos_token", "pad_token", "unk_token"
+    variables = {key: text(config[key]) for key in names if config.get(key)}
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8"), variables
+    template = config.get("chat_template")
+    if isinstance(template, list):                          # several named ones
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template, variables
+
+
+def template_renderer(template, variables):
+    """render(messages, generation prompt or not) -> text, in an environment like transformers' apply_chat_template."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} .. {% endgeneration %}, which marks text for training, changes nothing here."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    compiled = environment.from_string(template)
+
+    def render(messages, prompt):
+        messages = [dict(role=role, content=content) for role, content in messages]
+        return compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
+                               **variables)
+
+    return render
+
+
+class NoPieces(Exception):
+    """The template is not made of pieces; the text says where that shows."""
+
+
+def cut(text, head="", tail=""):
+    """text without its known beginning and end."""
+    if not (text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail)):
+        raise NoPieces(f"{text!r} is not {head!r} ... {tail!r}")
+    return text[len(head):len(text) - len(tail)]
+
+
+def find_pieces(render):
+    """The chat.* strings. The letters S, U, A below stand for marked messages of the three roles."""
+    S, U, V, A = "QsysX", "QuserX", "QnextX", "QansX"
+
+    def parts(*messages, prompt=False):
+        """What the template writes before, between and behind the messages' contents."""
+        pattern = "(.*)".join(["", *(re.escape(content) for _, content in messages), ""])
+        found = re.fullmatch(pattern, render(messages, prompt), re.DOTALL)
+        if not found:
+            raise NoPieces(f"a message is changed or missing in {render(messages, prompt)!r}")
+        return found.groups()
+
+    user = ("user", U)
+    head, user_suffix = parts(user)
+    generation = cut(render([user], True), head + U + user_suffix)
+    _, _, assistant_suffix = parts(user, ("assistant", A))
+    _, between, back, tail = parts(user, ("assistant", A), ("user", V))
+    if tail != user_suffix:
+        raise NoPieces(f"{user_suffix!r} ends a first question and {tail!r} a second")
+    assistant_prefix, user_prefix = cut(between, head=user_suffix), cut(back, head=assistant_suffix)
+    start = cut(head, tail=user_prefix)
+    system_start, system_back, _ = parts(("system", S), user)
+    system_suffix = cut(system_back, tail=user_prefix)
+    if system_start.startswith(start):                      # what comes before everything
+        prefix, default_system, system_prefix = start, "", system_start[len(start):]
+    else:                                                   # a system message of the template's own
+        prefix, default_system, system_prefix = "", start, system_start
+    return dict(prefix=prefix, default_system=default_system, system_prefix=system_prefix, system_suffix=system_suffix,
+                user_prefix=user_prefix, user_suffix=user_suffix, assistant_prefix=assistant_prefix,
+                assistant_suffix=assistant_suffix, generation_prompt=generation)
+
+
+def strip(text, bits):
+    """Bits 1, 2 white space left, right; bits 4, 8 line feeds left, right."""
+    text = text.lstrip() if bits & LEFT else text.lstrip("\n") if bits & LEFT_LINES else text
+    return text.rstrip() if bits & RIGHT else text.rstrip("\n") if bits & RIGHT_LINES else text
+
+
+def join_pieces(chat, messages):
+    """What the C program makes of a conversation that ends with a question: the definition of the pieces."""
+    out = [chat["prefix"]]
+    if messages[0][0] != "system":
+        out.append(chat["default_system"])
+    for role, content in messages:
+        if role == "assistant" and chat["thinking"] and chat["think_end"] in content:
+            content = strip(content.rpartition(chat["think_end"])[2], chat["think_trim"])
+        out += [chat[role + "_prefix"], strip(content, chat[role + "_trim"]), chat[role + "_suffix"]]
+    return "".join(out + [chat["generation_prompt"]])
+
+
+def find_trim(render_content):
+    """Which trim bits turn a content into what render_content(content) shows of it."""
+    for bits in (0, LEFT_LINES, RIGHT_LINES, LEFT_LINES | RIGHT_LINES, LEFT, RIGHT, LEFT | RIGHT,
+                 LEFT | RIGHT_LINES, LEFT_LINES | RIGHT):
+        if all(render_content(probe) == strip(probe, bits) for probe in (" \n\tQx\t\n ", "\n\n Qx \n\n", "\nQx\n")):
+            return bits
+    raise NoPieces("white space around a message is changed in an unknown way")
+
+
+def find_trims(render, chat):
+    """The integers of chat.*: trims for each role, and whether earlier thinking is dropped."""
+    def shown(role, content, before=""):
+        """How the content of one message comes out in a conversation of plain ones."""
+        messages = {"system": [("system", content), ("user", "u")], "user": [("user", content)],
+                    "assistant": [("user", "u"), ("assistant", before + content), ("user", "v")]}[role]
+        mark = "QmarkX"
+        plain = join_pieces({**chat, "thinking": 0, "system_trim": 0, "user_trim": 0, "assistant_trim": 0},
+                            [(r, mark if c == before + content else c) for r, c in messages])
+        return cut(render(messages, True), *plain.split(mark))
+
+    trims = {role + "_trim": find_trim(functools.partial(shown, role)) for role in ("system", "user", "assistant")}
+    think_end = "</think>"
+    before = "<think>\nthought\n" + think_end
+    thinking = int(shown("assistant", "Qx", before) == "Qx")
+    trim = find_trim(lambda content: shown("assistant", content, before)) if thinking else 0
+    return dict(trims, thinking=thinking, think_trim=trim, think_end=think_end)
+
+
+def probe_conversations(count=400):
+    """Conversations of one to four questions to try the pieces on."""
+    rng = random.Random(2)
+    words = ["Hello", "two words", "  indented", "\n\nlines\n", "trailing  ", "\t", "", " ", "line\nline",
+             "é ü 漢字 🙂", "<|im_end|>", "{{ x }} {% y %}", "</think>", "<b>&amp;\"'</b>", "\u00a0nbsp\u00a0",
+             "\r\nCR\r\n"]
+    thoughts = ["<think>\nwhy\n</think>\n\n", "<think>\n\n</think>\n\n", "why not\n</think>\n", "</think>", ""]
+    content = lambda: "".join(rng.choices(words, k=rng.randrange(1, 4)))
+    for i in range(count):
+        messages = [("system", content())] if i % 3 == 0 else []
+        for _ in range(rng.randrange(4)):
+            messages += [("user", content()), ("assistant", rng.choice(thoughts) + content())]
+        yield messages + [("user", content())]
+
+
+def chat_meta(directory):
+    """chat.* metadata of a checkpoint; none, after a warning, when its template is not made of such pieces."""
+    try:
+        template, variables = find_template(directory)
+        if not template:
+            return {}
+        render = template_renderer(template, variables)
+        chat = find_pieces(render)
+        chat.update(find_trims(render, chat))
+        for messages in probe_conversations():
+            wanted, found = render(messages, True), join_pieces(chat, messages)
+            if wanted != found:
+                raise NoPieces(f"for {messages!r} the template gives {wanted!r}, the pieces {found!r}")
+    except Exception as e:                                  # a template is a program: anything may be wrong with it
+        say(f"{directory}: warning: no chat in the exported model, its template cannot be taken to pieces: "
+            + " ".join(f"{type(e).__name__}: {e}".split()))
+        return {}
+    return {"chat." + key: value for key, value in chat.items()}
+
+
+# ---- 10. Command line --------------------------------------------------------------------------------------------
+
+
+def same_tensor(source, a, b):
+    """Whether two source tensors [R, C] hold the same values."""
+    if len(source.shape(a)) != 2 or source.shape(a) != source.shape(b):
+        return False
+    R, C = source.shape(a)
+    step = max(1, CHUNK // C)
+    return all(
+        np.array_equal(*(source.rows(name, first, min(step, R - first)) for name in (a, b)))
+        for first in range(0, R, step))
+
+
+def is_tied(config, source):
+    """No head of its own: none in the checkpoint, or one that config.json calls tied and that is the embedding."""
+    if "lm_head.weight" not in source.names():
+        return True
+    return bool(config.tie_word_embeddings) and "model.embed_tokens.weight" in source.names() and same_tensor(
+        source, "model.embed_tokens.weight", "lm_head.weight")
+
+
+def export_model(args):
+    """SOURCE -> model.bin, and tokenizer.bin beside it."""
+    directory = Path(args.source)
+    if not directory.is_dir():
+        what = "GGUF sources are not supported yet" if directory.suffix == ".gguf" else "SOURCE"
+        fail(directory, what, "a directory with config.json and *.safetensors",
+             "a file" if directory.exists() else "nothing")
+    config = Config(directory / "config.json")
+    source = open_source(directory)
+    if args.mtp:
+        extra = open_source(args.mtp)
+        if not any(name.startswith("mtp.") for name in extra.names()):
+            fail(args.mtp, "mtp tensors", "mtp.*", "none")
+        source = Merged(source, extra)
+    names = source.names()
+    packed = {name for name in names if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    mtp = any(name.startswith("mtp.") for name in names)
+    plan = Plan(config, mtp, is_tied(config, source), packed)
+    plan.check(source, directory)
+    tokenizer_json = directory / "tokenizer.json"
+    tokenizer = TokenizerFile(tokenizer_json) if tokenizer_json.exists() else None
+    if tokenizer and tokenizer.n_tokens > config.vocab_size:
+        fail(tokenizer_json, "tokens", f"at most vocab_size {config.vocab_size}", tokenizer.n_tokens)
+    tensors = typed(plan.tensors, args.type, functools.partial(small_type, source))
+    meta = {**config_meta(config, args.type, tensors), **source_meta(config, directory, tokenizer)}
+    make = functools.partial(encode_chunk, source)
+    check = functools.partial(check_model, args.out, source, tensors, args.threads) if args.check else None
+    print_errors(write_model(args.out, meta, tensors, make, args.threads, check))
+    if tokenizer:
+        place_tokenizer(tokenizer, args.out)
+
+
+def export_random(args):
+    """config.json -> a model of synthetic weights; config.json may ask for MTP by "mtp": true."""
+    config = Config(args.random)
+    mtp = bool(config.json.get("mtp") or config.json.get("num_nextn_predict_layers"))
+    plan = Plan(config, mtp, config.tie_word_embeddings)
+    tensors = typed(plan.tensors, args.type, lambda t: BF16)
+    meta = {**config_meta(config, args.type, tensors), "stop_ids": id_list(config.json.get("eos_token_id"))}
+    write_model(args.out, meta, tensors, RandomWeights(config, tensors, args.seed).make, args.threads)
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Make the flat checkpoint and the tokenizer that qwen3next runs.")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to export instead")
+    parser.add_argument("--random", metavar="FILE", help="config.json to draw synthetic weights for instead")
+    parser.add_argument("-o", dest="out", metavar="FILE", required=True, type=Path, help="file to write")
+    parser.add_argument("--type", choices=TYPES, default="bf16", help="how matrices are stored (default: bf16)")
+    parser.add_argument("--mtp", metavar="FILE_OR_DIR", help="where the mtp.* tensors are, if not in SOURCE")
+    parser.add_argument("--check", action="store_true", help="compare what was written with SOURCE")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for --random (default: 0)")
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.source, args.tokenizer, args.random))) != 1:
+        parser.error("give one of SOURCE, --tokenizer and --random")
+    if (args.mtp or args.check) and not args.source:
+        parser.error("--mtp and --check belong to SOURCE")
+    if args.seed < 0:
+        parser.error("--seed: wanted 0 or more")
+    if not args.out.parent.is_dir():
+        parser.error(f"-o: no directory {args.out.parent}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.threads = min(cores, 16)                           # each holds some 50 MB; a disk needs no more of them
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # both leave no half file
+    try:
+        if args.tokenizer:
+            TokenizerFile(args.tokenizer).write(args.out)
+        else:
+            (export_random if args.random else export_model)(args)
+    except ExportError as e:
+        print(f"export.py: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"export.py: {args.out}: interrupted, not written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

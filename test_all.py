@@ -1,0 +1,2619 @@
+"""Every test of the repository: `make test`, or `python -m pytest test_all.py -k tokenizer` for a part of it.
+
+The oracles are other people's programs: transformers (Qwen3NextForCausalLM in float32, its logits processors,
+apply_chat_template) and tokenizers. Checkpoints are tiny and random, made here from a seed and exported by
+export.py; nothing is downloaded. What the engine computes is read from its command line, but for the sampler
+and the deliberate breaks at the end, which compile qwen3next.c into small programs of their own.
+
+    helpers      running the engine; reading a checkpoint and tokenizer.bin; making models
+    1 logits     equal to transformers for every kind of checkpoint
+    2 invariance the same bits for any threads, batches and splits, under every kernel set
+    3 quantized  q8 and q4: what is stored, and how far the logits move
+    4 tokenizer  the same ids as `tokenizers`
+    5 templates  the same tokens as apply_chat_template, turn by turn
+    6 sampler    the distribution of transformers' logits processors
+    7 damage     broken files and command lines: one line, the right status, no signal
+    8 interface  what goes where, and with which exit status
+    9 export     layouts, refusals, reproducibility
+   10 README     its commands run
+   11 mutation   the comparison of section 1 fails when the engine is broken on purpose
+"""
+
+import atexit
+import ctypes
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers.generation import logits_process as lp
+
+ROOT = Path(__file__).resolve().parent
+ENGINE = ROOT / "qwen3next"
+DEBUG_ENGINE = ROOT / "qwen3next-debug"          # with AddressSanitizer and UndefinedBehaviorSanitizer
+EXPORT = (sys.executable, ROOT / "export.py")
+TOKENIZER = ROOT / "tokenizer.bin"
+DEMO = ROOT / "demo" / "stories.bin"
+
+WORK = Path(tempfile.mkdtemp(prefix="qwen3next-test-"))   # every file that the tests make
+atexit.register(shutil.rmtree, WORK, ignore_errors=True)
+
+torch.set_num_threads(2)
+torch.set_grad_enabled(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Helpers: running programs
+# ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session", autouse=True)
+def build():
+    """Build what is tested, so that pytest alone works too."""
+    subprocess.run(["make", "--silent", "qwen3next", "qwen3next-debug"], cwd=ROOT, check=True)
+
+
+@pytest.fixture
+def report(capsys):
+    """A print that reaches the terminal: for measured numbers worth reading beside the verdict."""
+    def show(*words):
+        with capsys.disabled():
+            print("\n   ", *words, end="", flush=True)
+    return show
+
+
+def run(*command, stdin=b"", timeout=120, **kwargs):
+    """Run a command to its end; the result has bytes `stdout` and `stderr`. Without stdin it reads an empty one."""
+    return subprocess.run([str(word) for word in command], input=stdin, capture_output=True, timeout=timeout,
+                          **kwargs)
+
+
+def engine(model, *options, **kwargs):
+    """Run ./qwen3next MODEL OPTIONS, expect status 0, return its standard output."""
+    result = run(ENGINE, model, *options, **kwargs)
+    assert result.returncode == 0, f"{' '.join(map(str, options))}: status {result.returncode}: {result.stderr!r}"
+    return result.stdout
+
+
+def export(source, output, *options):
+    """Run export.py on a checkpoint directory, expect success, return the output's path."""
+    result = run(*EXPORT, source, "-o", output, *options, timeout=600)
+    assert result.returncode == 0, f"export.py {source}: {result.stderr.decode()}"
+    return output
+
+
+def export_tokenizer(source, output):
+    """Run export.py on a tokenizer.json, expect success, return the output's path."""
+    result = run(*EXPORT, "--tokenizer", source, "-o", output)
+    assert result.returncode == 0, result.stderr.decode()
+    return output
+
+
+def spaced(ids):
+    """Token ids as `--ids` reads them."""
+    return " ".join(map(str, ids))
+
+
+def parallel(function, jobs):
+    """function(job) for every job, two at a time (the work is in other processes): a list of results."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, jobs))
+
+
+def needs_cpu(name):
+    """Skip the test when this machine has no such kernel set; fail when it has and the engine says it hasn't."""
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n")[0]))
+    wanted = {"plain": set(), "avx2": {"avx2", "fma", "f16c"},
+              "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "f16c"}}[name]
+    result = run(ENGINE, random_checkpoint("plain", "f32"), "-m", "inspect", "--cpu", name)
+    if result.returncode == 0:
+        return
+    assert name.encode() in result.stderr and result.stderr.count(b"\n") == 1, result.stderr
+    assert not wanted <= flags, f"this machine has {name}: {result.stderr}"
+    pytest.skip(f"no {name} here")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Helpers: reading a checkpoint (README, "Checkpoint format")
+# ----------------------------------------------------------------------------------------------------------------
+
+META, TENSOR = 64, 128                            # bytes of a record in the two directories
+FLOAT, F32, BF16, Q8, Q4 = range(5)               # tensor types
+
+
+@dataclasses.dataclass
+class Tensor:
+    name: str
+    type: int
+    shape: tuple                                  # as stored, without the unused dimensions
+    offset: int
+    size: int
+    record: int                                   # where its directory record starts in the file
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A checkpoint as the format describes it; nothing here is shared with export.py."""
+    data: bytes
+    meta: dict                                    # key -> list of numbers, str, or list of str
+    meta_records: dict                            # key -> (position of the record, type, count, offset, size)
+    tensors: dict                                 # name -> Tensor
+
+    def scalar(self, key):
+        return self.meta[key][0]
+
+    def matrix(self, name):
+        """A tensor by name as float32, dequantized, in its own shape."""
+        tensor = self.tensors[name]
+        raw = np.frombuffer(self.data, np.uint8, tensor.size, tensor.offset)
+        if tensor.type == FLOAT:
+            return raw[:4 * math.prod(tensor.shape)].view(np.float32).reshape(tensor.shape)
+        *stack, rows, columns = tensor.shape
+        if name.endswith("gate_up_proj.weight") or name.endswith("gate_up_proj"):
+            tiles = untile(raw, tensor.type, columns, self.meta.get("q4_levels"))     # [E * tiles * 2, 16, C]
+            tiles = tiles.reshape(stack[0], -1, 2, 16, columns).swapaxes(1, 2)        # [E, 2, tiles, 16, C]
+            return tiles.reshape(stack[0], 2, -1, columns)[:, :, :rows]
+        tiles = untile(raw, tensor.type, columns, self.meta.get("q4_levels"))
+        return tiles.reshape(*stack, -1, columns)[..., :rows, :]
+
+
+def bf16_to_f32(raw):
+    """uint16 bit patterns of bfloat16 -> float32, same shape."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def untile(raw, kind, columns, levels):
+    """Payload bytes -> float32 [tiles, 16, columns]: matrices are stored in tiles of 16 rows."""
+    if kind == F32:                                               # per column 16 floats, one a row
+        return raw.view(np.float32).reshape(-1, columns, 16).swapaxes(1, 2)
+    if kind == BF16:                                              # per pair of columns 16 rows of two
+        pairs = raw.view(np.uint16).reshape(-1, (columns + 1) // 2, 16, 2).transpose(0, 2, 1, 3)
+        return bf16_to_f32(pairs.reshape(len(pairs), 16, -1)[:, :, :columns])
+    blocks = (columns + 63) // 64                                 # superblocks of 64 columns: scales, then numbers
+    raw = raw.reshape(-1, blocks, {Q8: 1088, Q4: 576}[kind])
+    scales = np.ascontiguousarray(raw[:, :, :64]).view(np.uint16).reshape(-1, blocks, 2, 16)
+    scales = bf16_to_f32(scales).transpose(0, 3, 1, 2)[..., None]              # [tiles, 16, blocks, 2, 1]
+    if kind == Q8:                                                # 16 groups of 4 columns, 16 rows each
+        groups = raw[:, :, 64:].reshape(-1, blocks, 16, 16, 4).transpose(0, 3, 1, 2, 4)
+        numbers = groups.reshape(-1, 16, blocks, 2, 32).astype(np.float32) - 128
+    else:                                     # 2 blocks of 4 groups: low nibble column 4j+i, high nibble 16+4j+i
+        groups = raw[:, :, 64:].reshape(-1, blocks, 2, 4, 16, 4).transpose(0, 4, 1, 2, 3, 5)
+        groups = groups.reshape(-1, 16, blocks, 2, 16)
+        numbers = np.array(levels, np.float32)[np.concatenate([groups & 15, groups >> 4], axis=-1)]
+    return (numbers * scales).reshape(-1, 16, blocks * 64)[:, :, :columns]
+
+
+def read_checkpoint(path):
+    """Read a checkpoint file whole."""
+    data = Path(path).read_bytes()
+    magic, version, n_meta, n_tensors = struct.unpack_from("<8s3I", data)
+    assert (magic, version) == (b"QWEN3NXT", 1)
+    meta, meta_records, tensors = {}, {}, {}
+    for i in range(n_meta):
+        record = 64 + META * i
+        key, kind, count, offset, size = struct.unpack_from("<40sIIQQ", data, record)
+        key = key.rstrip(b"\0").decode()
+        value = data[offset:offset + size]
+        if kind == 3:
+            strings = []
+            while value:
+                length, = struct.unpack_from("<I", value)
+                strings.append(value[4:4 + length].decode())
+                value = value[4 + length:]
+            meta[key] = strings
+        else:
+            meta[key] = value.decode() if kind == 2 else list(struct.unpack(f"<{count}{'qd'[kind]}", value))
+        meta_records[key] = (record, kind, count, offset, size)
+    for i in range(n_tensors):
+        record = 64 + META * n_meta + TENSOR * i
+        name, kind, rank, *shape, offset, size = struct.unpack_from("<72sII4QQQ", data, record)
+        name = name.rstrip(b"\0").decode()
+        tensors[name] = Tensor(name, kind, tuple(shape[:rank]), offset, size, record)
+    return Checkpoint(data, meta, meta_records, tensors)
+
+
+def interleave(blocks, groups):
+    """[(rows, D)...] with head-major rows -> the Hugging Face layout: for every group its part of each block."""
+    parts = [block.reshape(groups, -1, block.shape[-1]) for block in blocks]
+    return np.concatenate(parts, axis=1).reshape(-1, blocks[0].shape[-1])
+
+
+def hf_state_dict(checkpoint):
+    """Undo the stored layout: name -> float32 array under transformers' names and shapes (experts packed)."""
+    c, get = checkpoint.scalar, checkpoint.matrix
+    key_dim = c("linear_num_key_heads") * c("linear_key_head_dim")
+    value_dim = c("linear_num_value_heads") * c("linear_value_head_dim")
+    heads, kv_heads, head_dim = c("num_attention_heads"), c("num_key_value_heads"), c("head_dim")
+    out = {"model.embed_tokens.weight": get("embed_tokens"), "model.norm.weight": get("norm")}
+    if "lm_head" in checkpoint.tensors:
+        out["lm_head.weight"] = get("lm_head")
+
+    def attention(rows):
+        """Rows of all queries, gates, keys, values -> q_proj (query and gate head by head), k_proj, v_proj."""
+        q, gate, k, v = np.split(rows, np.cumsum([heads * head_dim, heads * head_dim, kv_heads * head_dim]))
+        return interleave([q, gate], heads), k, v
+
+    def gated_mlp(prefix, stem):
+        """gate_up [1,2,I,D] and down [1,D,I] -> the three matrices of a plain MLP."""
+        gate_up = get(stem + "gate_up_proj")[0]
+        out[prefix + "gate_proj.weight"], out[prefix + "up_proj.weight"] = gate_up
+        out[prefix + "down_proj.weight"] = get(stem + "down_proj")[0]
+
+    for n, kind in enumerate(checkpoint.meta["layer_types"]):
+        hf, own = f"model.layers.{n}.", f"layers.{n}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{hf}{norm}.weight"] = get(own + norm)
+        if kind == 0:
+            hf_mixer, mixer = hf + "linear_attn.", own + "linear_attn."
+            groups = c("linear_num_key_heads")
+            qkvz = np.split(get(mixer + "in_proj_qkvz"), np.cumsum([key_dim, key_dim, value_dim]))
+            out[hf_mixer + "in_proj_qkvz.weight"] = interleave(qkvz, groups)
+            out[hf_mixer + "in_proj_ba.weight"] = interleave(np.split(get(mixer + "in_proj_ba"), 2), groups)
+            out[hf_mixer + "conv1d.weight"] = get(mixer + "conv1d").T[:, None]
+            for name, to in (("A_log", "A_log"), ("dt_bias", "dt_bias"), ("norm", "norm.weight"),
+                             ("out_proj", "out_proj.weight")):
+                out[hf_mixer + to] = get(mixer + name)
+        else:
+            hf_mixer, mixer = hf + "self_attn.", own + "self_attn."
+            names = ("q_proj", "k_proj", "v_proj")
+            for name, rows in zip(names, attention(get(mixer + "qgkv_proj"))):
+                out[f"{hf_mixer}{name}.weight"] = rows
+            if mixer + "qgkv_bias" in checkpoint.tensors:
+                for name, rows in zip(names, attention(get(mixer + "qgkv_bias")[:, None])):
+                    out[f"{hf_mixer}{name}.bias"] = rows[:, 0]
+                out[hf_mixer + "o_proj.bias"] = get(mixer + "o_bias")
+            for name in ("q_norm", "k_norm", "o_proj"):
+                out[f"{hf_mixer}{name}.weight"] = get(mixer + name)
+        if checkpoint.meta["mlp_types"][n] == 0:
+            gated_mlp(hf + "mlp.", own + "mlp.")
+            continue
+        out[hf + "mlp.gate.weight"] = get(own + "mlp.gate")
+        gate_up = get(own + "mlp.experts.gate_up_proj")                                      # [E, 2, I, D]
+        out[hf + "mlp.experts.gate_up_proj"] = gate_up.reshape(len(gate_up), -1, gate_up.shape[-1])
+        out[hf + "mlp.experts.down_proj"] = get(own + "mlp.experts.down_proj")
+        gated_mlp(hf + "mlp.shared_expert.", own + "mlp.shared_expert.")
+        out[hf + "mlp.shared_expert_gate.weight"] = get(own + "mlp.shared_expert_gate")[None]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Helpers: making models
+# ----------------------------------------------------------------------------------------------------------------
+
+TOLERANCE = 2e-3                     # on logits, in standard deviations of the reference's
+PROMPTS = (1, 2, 3, 65, 200)         # tokens; 65 is one more than a chunk of transformers' delta rule
+
+TINY = dict(
+    vocab_size=389, hidden_size=64, num_hidden_layers=4, max_position_embeddings=512, rms_norm_eps=1e-6,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=16, linear_conv_kernel_dim=4, num_experts=16,
+    num_experts_per_tok=4, moe_intermediate_size=32, shared_expert_intermediate_size=48, intermediate_size=96,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25))
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+def rope(theta=10000.0, partial=0.25, **scaling):
+    return dict(rope_parameters=dict(dict(rope_type="default"), rope_theta=theta, partial_rotary_factor=partial,
+                                     **scaling))
+
+
+# What each kind of checkpoint changes in TINY.
+KINDS = {
+    "plain": {},
+    "head dims differ": dict(linear_key_head_dim=16, linear_value_head_dim=40),
+    "n_v = n_k": dict(linear_num_key_heads=4, linear_num_value_heads=4),
+    "n_v = 3 n_k": dict(linear_num_key_heads=2, linear_num_value_heads=6),
+    "130 experts": dict(num_experts=130, num_experts_per_tok=11),
+    "tied": dict(tie_word_embeddings=True),
+    "mlp_only_layers": dict(mlp_only_layers=[0, 3], num_hidden_layers=5),
+    "sparse step 2": dict(decoder_sparse_step=2),
+    "norm_topk_prob false": dict(norm_topk_prob=False),
+    "attention_bias": dict(attention_bias=True),
+    "layer order": dict(num_hidden_layers=7, layer_types=[FULL, LINEAR, FULL, FULL, LINEAR, LINEAR, LINEAR]),
+    "rope": rope(theta=5e6, partial=0.5),
+    "yarn": rope(theta=10000.0, partial=0.5, rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+    "conv 3, kv = heads": dict(linear_conv_kernel_dim=3, num_key_value_heads=4),
+    # beyond the twelve
+    "linear rope": rope(partial=1.0, rope_type="linear", factor=3.0),
+    "odd sizes": dict(vocab_size=301, hidden_size=88, moe_intermediate_size=20, shared_expert_intermediate_size=36,
+                      intermediate_size=52, head_dim=24, num_attention_heads=6, linear_key_head_dim=12,
+                      linear_value_head_dim=20, num_experts=7, num_experts_per_tok=3, rms_norm_eps=1e-5,
+                      **rope(partial=0.5)),
+    "real head sizes": dict(hidden_size=128, linear_key_head_dim=128, linear_value_head_dim=128, head_dim=256,
+                            num_key_value_heads=1, num_experts=64, num_experts_per_tok=10, num_hidden_layers=4),
+    "all linear": dict(num_hidden_layers=2, layer_types=[LINEAR] * 2),
+    "all attention": dict(num_hidden_layers=2, layer_types=[FULL] * 2),
+    "one expert": dict(num_experts=4, num_experts_per_tok=1, num_hidden_layers=4),
+    "wide": dict(vocab_size=512, hidden_size=256, head_dim=64, moe_intermediate_size=128, num_experts=32,
+                 shared_expert_intermediate_size=128, linear_key_head_dim=32, linear_value_head_dim=32),
+    "real vocabulary": dict(vocab_size=151936, hidden_size=32, num_hidden_layers=2, layer_types=[LINEAR, FULL],
+                            max_position_embeddings=1 << 20),
+}
+
+
+def random_model(seed=0, **changes):
+    """A Qwen3NextForCausalLM in float32 whose every weight matters: no norm is one, no decay is alike, and routers
+    are decided enough that rounding can't change which experts win."""
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**{**TINY, **changes})).eval()
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape, std, mean=0.0):
+        return mean + std * torch.randn(shape, generator=generator)
+
+    for name, weight in model.named_parameters():
+        if name.endswith("linear_attn.norm.weight"):
+            new = normal(weight.shape, 0.3, 1.0)                      # plain weight
+        elif "norm" in name:
+            new = normal(weight.shape, 0.3)                           # zero-centred: the model adds 1
+        elif name.endswith("A_log"):
+            new = normal(weight.shape, 1.0)
+        elif name.endswith("dt_bias") or name.endswith("bias"):
+            new = normal(weight.shape, 0.5)
+        elif name.endswith("conv1d.weight"):
+            new = normal(weight.shape, 0.6)
+        elif "embed_tokens" in name:
+            new = normal(weight.shape, 1.0)
+        elif name.endswith("mlp.gate.weight") or name.endswith("in_proj_ba.weight"):
+            new = normal(weight.shape, 2.0 / math.sqrt(weight.shape[-1]))
+        else:
+            new = normal(weight.shape, 1.2 / math.sqrt(weight.shape[-1]))
+        weight.copy_(new)
+    model.tie_weights()
+    return model
+
+
+def rounded_to_bf16(model):
+    """The same model with every weight rounded to bfloat16, still computing in float32."""
+    for weight in model.parameters():
+        weight.copy_(weight.to(torch.bfloat16))
+    return model
+
+
+def save(model, directory, dtype=torch.float32):
+    """save_pretrained as transformers does it (experts one tensor each, one file), in float32 or bfloat16."""
+    copy = Qwen3NextForCausalLM(model.config).to(dtype)  # a copy: rotary frequencies must not be rounded along
+    copy.load_state_dict(model.state_dict())
+    copy.tie_weights()
+    copy.save_pretrained(directory)
+    (directory / "generation_config.json").unlink()      # says nothing but that nobody has set anything
+    return directory
+
+
+def save_packed(model, directory, dtype=torch.float32):
+    """The same checkpoint with experts packed: gate_up_proj [E, 2I, D], down_proj [E, D, I]."""
+    directory.mkdir(parents=True)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()
+               if name != "lm_head.weight" or not model.config.tie_word_embeddings}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    write_config(model, directory, dtype)
+    return directory
+
+
+def per_expert(model, dtype=torch.float32):
+    """The state dict as the hub's files hold it: every expert's three matrices by themselves."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.to(dtype)
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for e, (gate, up) in enumerate(t.chunk(2) for t in tensor):
+                tensors[f"{stem}{e}.gate_proj.weight"] = gate.contiguous()
+                tensors[f"{stem}{e}.up_proj.weight"] = up.contiguous()
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(tensor):
+                tensors[f"{name.removesuffix('down_proj')}{e}.down_proj.weight"] = down.contiguous()
+        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def save_like_the_hub(model, directory, dtype=torch.bfloat16, shards=3):
+    """As the hub's files: experts one tensor each, shards with an index, config.json in its older spelling."""
+    directory.mkdir(parents=True)
+    tensors = per_expert(model, dtype)
+    names, index = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, directory / file, {"format": "pt"})
+        index.update({name: file for name in names[i::shards]})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = model.config.to_dict()
+    parameters = config.pop("rope_parameters")
+    config["rope_theta"] = parameters.pop("rope_theta")
+    config["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
+    config["rope_scaling"] = parameters if parameters["rope_type"] != "default" else None
+    types = config.pop("layer_types")
+    interval = types.index(FULL) + 1
+    assert types == [FULL if (i + 1) % interval == 0 else LINEAR for i in range(len(types))]
+    config["full_attention_interval"] = interval
+    config.pop("attention_bias")
+    config.pop("dtype", None)
+    config.update(torch_dtype=str(dtype).removeprefix("torch."), transformers_version="4.57.0.dev0",
+                  architectures=["Qwen3NextForCausalLM"])
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def write_config(model, directory, dtype=torch.float32):
+    config = model.config.to_dict()
+    config.update(architectures=["Qwen3NextForCausalLM"], dtype=str(dtype).removeprefix("torch."))
+    (directory / "config.json").write_text(json.dumps(config, default=str))
+
+
+def router_margin(model, ids):
+    """The smallest distance, over tokens and layers, between the router logits of the last expert in and the first
+    one out. Where it is of rounding's size, two correct programs may choose different experts."""
+    margins = [math.inf]
+
+    def look(router, args, out):                                  # out[0]: router logits [tokens, experts]
+        top = out[0].topk(min(router.top_k + 1, router.num_experts)).values
+        margins.append(float(-top[:, -2:].diff(dim=-1).max()))
+
+    hooks = [module.register_forward_hook(look) for name, module in model.named_modules()
+             if name.endswith("mlp.gate")]
+    model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return min(margins)
+
+
+@functools.cache
+def kind_model(kind, bf16=False):
+    """The random model of one kind, the first seed without a near-tie in a router; with bf16 its weights are exact
+    in bfloat16."""
+    for seed in itertools.count(sum(kind.encode())):
+        model = random_model(seed, **KINDS[kind])
+        model = rounded_to_bf16(model) if bf16 else model
+        if router_margin(model, random_ids(max(PROMPTS), model.config.vocab_size)) > 1e-4:
+            return model
+
+
+@functools.cache
+def random_checkpoint(kind, weights="f32"):
+    """The exported checkpoint of one kind. f32, q8 and q4 come from a float32 directory, bf16 from a bfloat16 one."""
+    bf16 = weights == "bf16"
+    source = WORK / "hf" / f"{kind}-{'bf16' if bf16 else 'f32'}"
+    if not source.exists():
+        save(kind_model(kind, bf16), source, torch.bfloat16 if bf16 else torch.float32)
+    return export(source, WORK / f"{kind}-{weights}.bin", "--type", weights)
+
+
+def random_ids(n, vocab, seed=1):
+    """n token ids below vocab."""
+    return np.random.default_rng(seed).integers(0, vocab, n).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 1 Logits
+# ----------------------------------------------------------------------------------------------------------------
+
+
+
+def engine_logits(model, ids, *options, program=ENGINE):
+    """What `-m logits` writes for these ids: float32 [tokens, vocab]."""
+    with tempfile.NamedTemporaryFile(dir=WORK, suffix=".f32") as file:
+        result = run(program, model, "-m", "logits", "--ids", "-i", spaced(ids), "-o", file.name, *options)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == b""
+        return np.fromfile(file.name, "<f4").reshape(len(ids), -1)
+
+
+@functools.cache
+def reference_logits(kind, bf16, n):
+    """transformers' logits for the n-token prompt of this kind: float32 [n, vocab]."""
+    model = kind_model(kind, bf16)
+    ids = random_ids(n, model.config.vocab_size)
+    return ids, model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def logits_error(ours, reference):
+    """Largest difference of any logit, in standard deviations of the reference's logits."""
+    assert ours.shape == reference.shape and np.isfinite(ours).all()
+    return float(np.abs(ours - reference).max() / reference.std())
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers(kind, weights, report):
+    """Every logit of every prompt, with the kernels that the engine chooses by itself."""
+    bf16 = weights == "bf16"
+    model, errors = random_checkpoint(kind, weights), {}
+    for n in PROMPTS:
+        ids, reference = reference_logits(kind, bf16, n)
+        errors[n] = logits_error(engine_logits(model, ids), reference)
+    report(f"{kind}, {weights}: largest error {max(errors.values()):.1e} of the standard deviation")
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+@pytest.mark.parametrize("cpu", ["plain", "avx2", "avx512"])
+def test_logits_equal_transformers_under_every_kernel_set(cpu, weights, report):
+    needs_cpu(cpu)
+    bf16, errors = weights == "bf16", {}
+    for kind in KINDS:
+        ids, reference = reference_logits(kind, bf16, 65)
+        ours = engine_logits(random_checkpoint(kind, weights), ids, "--cpu", cpu)
+        errors[kind] = logits_error(ours, reference)
+    worst = max(errors, key=errors.get)
+    report(f"{cpu}, {weights}: largest error {errors[worst]:.1e} ({worst})")
+    assert errors[worst] < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("kind", ["plain", "n_v = 3 n_k", "yarn", "tied", "mlp_only_layers"])
+def test_logits_of_a_checkpoint_laid_out_as_on_the_hub(kind):
+    """Shards, one tensor an expert, rope_theta and rope_scaling at the top level, no layer_types."""
+    changes = dict(KINDS[kind], num_hidden_layers=4)
+    model = rounded_to_bf16(random_model(seed=5, **changes))
+    source = save_like_the_hub(model, WORK / "hf" / f"{kind}-hub")
+    binary = export(source, WORK / f"{kind}-hub.bin", "--type", "bf16")
+    ids = random_ids(65, model.config.vocab_size)
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    assert logits_error(engine_logits(binary, ids), reference) < TOLERANCE
+
+
+YARNS = {
+    "attention_factor": dict(attention_factor=1.3), "mscale": dict(mscale=0.7, mscale_all_dim=0.3),
+    "betas": dict(beta_fast=3.0, beta_slow=0.5), "not truncated": dict(truncate=False, beta_fast=3.0)}
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("variant", YARNS)
+def test_logits_with_every_parameter_of_yarn(variant, spelling):
+    """Optional keys, and the older spelling {"type": "yarn"} with theta beside it."""
+    changes = dict(rope(partial=0.5, rope_type="yarn", factor=4.0, original_max_position_embeddings=64,
+                        **YARNS[variant]), num_hidden_layers=2, layer_types=[FULL, LINEAR])
+    model = random_model(3, **changes)
+    source = save(model, WORK / "hf" / f"yarn {variant} {spelling}")
+    if spelling == "rope_scaling":
+        config = json.loads((source / "config.json").read_text())
+        config["rope_scaling"] = config.pop("rope_parameters")
+        for key in ("rope_theta", "partial_rotary_factor"):
+            config[key] = config["rope_scaling"].pop(key)
+        config["rope_scaling"]["type"] = config["rope_scaling"].pop("rope_type")
+        (source / "config.json").write_text(json.dumps(config))
+    binary = export(source, WORK / f"yarn-{variant}-{spelling}.bin", "--type", "f32")
+    ids = random_ids(100, model.config.vocab_size)
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    assert logits_error(engine_logits(binary, ids), reference) < TOLERANCE
+
+
+def test_logits_far_into_the_context():
+    """2,500 tokens: more than one batch, many tiles of keys and values, positions far beyond the other prompts'."""
+    model = random_model(seed=9, max_position_embeddings=4096)
+    binary = export(save(model, WORK / "hf" / "long"), WORK / "long.bin", "--type", "f32")
+    ids = random_ids(2500, model.config.vocab_size)
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    assert logits_error(engine_logits(binary, ids), reference) < TOLERANCE
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 2 Invariance: a token's result has the same bits whatever came with it
+# ----------------------------------------------------------------------------------------------------------------
+
+CPUS = ("plain", "avx2", "avx512")
+TYPES = ("f32", "bf16", "q8", "q4")
+
+
+def logits_bits(model, ids, *options):
+    """`-m logits` as bytes, to be compared for equality."""
+    return engine_logits(model, ids, *options).tobytes()
+
+
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_same_bits_for_any_number_of_threads(cpu, weights):
+    needs_cpu(cpu)
+    for kind in ("plain", "odd sizes", "130 experts"):
+        model = random_checkpoint(kind, weights)
+        ids = random_ids(97, 300)
+        one = logits_bits(model, ids, "--cpu", cpu, "-j", 1)
+        for threads in (2, 3, 5):
+            assert logits_bits(model, ids, "--cpu", cpu, "-j", threads) == one, (kind, threads)
+
+
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_same_bits_for_a_prompt_at_once_and_in_any_split(cpu, weights):
+    """--batch 1 is a token decoded alone; --batch 7 leaves remainders in every tile; the default takes all."""
+    needs_cpu(cpu)
+    for kind in ("plain", "odd sizes", "layer order", "mlp_only_layers", "wide"):
+        model = random_checkpoint(kind, weights)
+        ids = random_ids(150, 300)
+        whole = logits_bits(model, ids, "--cpu", cpu)
+        for batch in (1, 2, 7, 64):
+            assert logits_bits(model, ids, "--cpu", cpu, "--batch", batch) == whole, (kind, batch)
+
+
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_same_bits_whatever_follows(cpu, weights):
+    """The logits of a prefix are the first logits of the whole."""
+    needs_cpu(cpu)
+    model = random_checkpoint("plain", weights)
+    ids = random_ids(130, 300)
+    whole = logits_bits(model, ids, "--cpu", cpu)
+    for n in (1, 3, 16, 65, 129):
+        part = logits_bits(model, ids[:n], "--cpu", cpu)
+        assert part == whole[:len(part)], n
+
+
+def test_same_bits_over_many_tiles_of_attention():
+    """A context long enough that attention is cut into ranges, split and threaded in different ways."""
+    model = export(save(random_model(3, max_position_embeddings=2048), WORK / "hf" / "longer"), WORK / "longer.bin",
+                   "--type", "bf16")
+    ids = random_ids(1500, 300)
+    whole = logits_bits(model, ids, "-j", 2)
+    for options in (("-j", 1, "--batch", 1), ("-j", 3, "--batch", 64), ("-j", 2, "--batch", 511)):
+        assert logits_bits(model, ids, *options) == whole, options
+
+
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_greedy_generation_is_the_argmax_of_one_batch(cpu, weights):
+    """Tokens decoded one at a time are those that the logits of the finished text, in one batch, point at."""
+    needs_cpu(cpu)
+    model = random_checkpoint("wide", weights)
+    prompt = random_ids(20, 500)
+    output = engine(model, "-m", "generate", "--ids", "-i", spaced(prompt), "-t", 0, "-n", 60, "--cpu", cpu)
+    made = [int(word) for word in output.split()]
+    assert len(made) == 60
+    logits = engine_logits(model, prompt + made, "--cpu", cpu)
+    assert logits.argmax(-1)[len(prompt) - 1:-1].tolist() == made
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3 Quantized
+# ----------------------------------------------------------------------------------------------------------------
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def mean_kl(reference, ours):
+    """Mean over positions of KL(reference || ours), from logits [n, vocab]."""
+    p, q = log_softmax(reference), log_softmax(ours)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def dequantized_model(path):
+    """A transformers model with exactly the weights that a checkpoint file stores."""
+    checkpoint = read_checkpoint(path)
+    c = checkpoint.scalar
+    kinds, sparse = checkpoint.meta["layer_types"], checkpoint.meta["mlp_types"]
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+             "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts", "num_experts_per_tok",
+             "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size", "rms_norm_eps",
+             "max_position_embeddings")
+    config = Qwen3NextConfig(
+        **{name: c(name) for name in names}, norm_topk_prob=bool(c("norm_topk_prob")),
+        layer_types=[FULL if kind else LINEAR for kind in kinds],
+        mlp_only_layers=[n for n, flag in enumerate(sparse) if not flag],
+        tie_word_embeddings="lm_head" not in checkpoint.tensors,
+        attention_bias=any(name.endswith("qgkv_bias") for name in checkpoint.tensors),
+        **rope(c("rope_theta"), c("rotary_dim") / c("head_dim")))
+    model = Qwen3NextForCausalLM(config).eval()
+    state = {name: torch.tensor(np.array(value)) for name, value in hf_state_dict(checkpoint).items()}
+    wrong = model.load_state_dict(state, strict=False)
+    assert not wrong.unexpected_keys and set(wrong.missing_keys) <= {"lm_head.weight"}, wrong
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "n_v = 3 n_k", "odd sizes", "attention_bias", "mlp_only_layers", "tied"])
+def test_stored_weights_are_the_source(kind):
+    """f32 stores every weight exactly; bf16 rounds to nearest; q8 and q4 stay within a step."""
+    original = kind_model(kind).state_dict()
+    for weights in TYPES:
+        checkpoint = read_checkpoint(random_checkpoint(kind, weights))
+        assert checkpoint.meta["weights_type"] == weights
+        source = kind_model(kind, weights == "bf16").state_dict()
+        for name, stored in hf_state_dict(checkpoint).items():
+            wanted = source[name].numpy()
+            assert stored.shape == wanted.shape, name
+            error = np.abs(stored - wanted).max() / np.abs(wanted).max()
+            limit = {"f32": 0, "bf16": 0, "q8": 1 / 127, "q4": 1 / 7}[weights]
+            assert error <= limit, (weights, name, error)
+    assert original.keys() >= hf_state_dict(checkpoint).keys() - {"lm_head.weight"}
+
+
+def test_small_tensors_stay_exact():
+    """Router, shared-expert gate, b/a, conv, A_log, dt_bias and norms are never quantized."""
+    original = kind_model("wide").state_dict()
+    stored = hf_state_dict(read_checkpoint(random_checkpoint("wide", "q4")))
+    exact = re.compile(r"norm|mlp\.gate\.|shared_expert_gate|in_proj_ba|conv1d|A_log|dt_bias")
+    names = [name for name in stored if exact.search(name)]
+    assert len(names) > 20
+    for name in names:
+        assert np.array_equal(stored[name], original[name].numpy()), name
+
+
+def test_q4_takes_at_most_4_6_bits_over_the_experts():
+    checkpoint = read_checkpoint(random_checkpoint("wide", "q4"))
+    experts = [t for t in checkpoint.tensors.values() if ".experts." in t.name]
+    assert experts and all(t.type == Q4 for t in experts)
+    assert sum(t.size for t in experts) * 8 / sum(math.prod(t.shape) for t in experts) <= 4.6
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("weights, limit_stored, limit_source", [("q8", 4e-2, 6e-2), ("q4", 4e-2, 6e-1)])
+def test_quantized_logits_stay_near(weights, limit_stored, limit_source, cpu, report):
+    """Random weights of some width: against the stored weights in float32 (only activations are rounded then) and
+    against the source. Random networks amplify errors and have many near-ties in their routers, so these limits are
+    wide; the promise is the demo's, below."""
+    needs_cpu(cpu)
+    path = random_checkpoint("wide", weights)
+    ids, source = reference_logits("wide", False, 200)
+    ours = engine_logits(path, ids, "--cpu", cpu)
+    stored = dequantized_model(path)(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    kl = mean_kl(stored, ours), mean_kl(source, ours)
+    report(f"{weights}, {cpu}: KL to the stored weights {kl[0]:.1e}, to the source's {kl[1]:.1e}")
+    assert kl[0] < limit_stored and kl[1] < limit_source
+
+
+STORY = """Once upon a time there was a rabbit named Lily. Lily lived near a quiet forest with her friend, a small fox. One \
+morning Lily found an old key under a big tree. "What does this key open?" she asked. The fox did not know. So they \
+walked along the river and asked the owl. The owl looked at the key and said, "There is a little door behind the \
+waterfall." Lily was scared, but she wanted to be brave. She took a deep breath and went through the cold water. \
+Behind it was a door, and the key fit. Inside they found a box full of warm blankets and a note. It said, "Share \
+these with anyone who is cold." Lily and the fox carried the blankets home and gave one to each of their friends. \
+Everyone was happy, and they sat together and looked at the stars.
+"""
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="no demo checkpoint yet")
+def test_demo_checkpoint_quantized_and_in_transformers(report):
+    """The demo as shipped (q8) and stored again as q4, against transformers in float32 on the demo's weights. The
+    text is a story that the demo tells itself at temperature 1, which is its held-out text's equal in kind."""
+    prompt = engine(DEMO, "-m", "tokenize", "--ids", "-i", "<|im_start|>user\nTell me a story about a rabbit and a "
+                    "key.<|im_end|>\n<|im_start|>assistant\n").split()
+    story = engine(DEMO, "--ids", "-i", spaced(map(int, prompt)), "-t", 1, "-p", 1, "-k", 0, "-s", 3,
+                   "-n", 300).split()
+    ids = [int(word) for word in prompt + story]
+    assert len(ids) > 100
+    model = dequantized_model(DEMO)
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    q4 = export(save(model, WORK / "hf" / "demo"), WORK / "demo-q4.bin", "--type", "q4")
+    kl = {name: mean_kl(reference, engine_logits(path, ids)) for name, path in (("q8", DEMO), ("q4", q4))}
+    report(f"demo: KL of q8 {kl['q8']:.1e}, of q4 {kl['q4']:.1e} over {len(ids)} tokens")
+    assert kl["q8"] < 1e-4 and kl["q4"] < 2e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 4 Tokenizer
+# ----------------------------------------------------------------------------------------------------------------
+
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+
+
+@functools.cache
+def byte_alphabet():
+    """byte -> the character that stands for it in byte-level vocabularies (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(rest)}}
+
+
+@dataclasses.dataclass
+class TokenizerFile:
+    """What tokenizer.bin says."""
+    data: bytes
+    tokens: list                                  # id -> bytes; b"" for ids that are not used
+    merges: list                                  # (left id, right id, result id) in rank order
+    added: list                                   # (id, flags); flag 1: special
+    sections: dict                                # name -> (offset, size)
+
+
+def read_tokenizer(path):
+    """Read tokenizer.bin (README, "Checkpoint format")."""
+    data = Path(path).read_bytes()
+    magic, version, n_tokens, n_merges, n_added, n_classes, n_ccc, n_decomp, n_comp, pattern, flags, _, size = \
+        struct.unpack_from("<8s10I2Q", data)
+    assert (magic, version, pattern, flags, size) == (b"QWEN3TOK", 1, 0, 1, len(data))
+    sections, at = {}, 64
+    for name, count in (("offsets", n_tokens + 1), ("merges", 3 * n_merges), ("added", 2 * n_added),
+                        ("classes", 3 * n_classes), ("ccc", 3 * n_ccc), ("decomp", 3 * n_decomp),
+                        ("comp", 3 * n_comp)):
+        sections[name] = at, 4 * count
+        at += (4 * count + 7) // 8 * 8
+
+    def numbers(name, width):
+        offset, size = sections[name]
+        return np.frombuffer(data, "<u4", size // 4, offset).reshape(-1, width).tolist()
+
+    bounds = [row[0] for row in numbers("offsets", 1)]
+    sections["bytes"] = at, bounds[-1]
+    tokens = [data[at + a:at + b] for a, b in zip(bounds, bounds[1:])]
+    return TokenizerFile(data, tokens, numbers("merges", 3), numbers("added", 2), sections)
+
+
+def library_tokenizer(file, with_added=True):
+    """The `tokenizers` object that a tokenizer.bin was made from; without added tokens: no text is special."""
+    letters = byte_alphabet()
+    added = {id: flags for id, flags in file.added}
+    spelled = ["".join(letters[byte] for byte in token) for token in file.tokens]
+    vocab = {spelled[id]: id for id, token in enumerate(file.tokens) if token and id not in added}
+    merges = [(spelled[left], spelled[right]) for left, right, _ in file.merges]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, fuse_unk=False))
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)])
+    byte_level = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(**byte_level)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel(**byte_level)
+    for id, flags in file.added if with_added else ():
+        token = tokenizers.AddedToken(file.tokens[id].decode(), special=bool(flags & 1), normalized=False)
+        (tokenizer.add_special_tokens if flags & 1 else tokenizer.add_tokens)([token])
+        assert tokenizer.token_to_id(token.content) == id
+    return tokenizer
+
+
+@functools.cache
+def real_file():
+    return read_tokenizer(TOKENIZER)
+
+
+@functools.cache
+def real_tokenizer(with_added=True):
+    return library_tokenizer(real_file(), with_added)
+
+
+@functools.cache
+def small_tokenizer_json():
+    """A tokenizer.json of a few hundred tokens, of the same design, trained here: for models of small vocabulary."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"), byte_level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=340, initial_alphabet=byte_level.alphabet(),
+                                             show_progress=False)
+    tokenizer.train_from_iterator([STORY], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
+    path = WORK / "small" / "tokenizer.json"
+    path.parent.mkdir()
+    tokenizer.save(str(path))
+    return path
+
+
+@functools.cache
+def small_tokenizer():
+    """The small tokenizer as a tokenizer.bin, and as the library's object."""
+    path = export_tokenizer(small_tokenizer_json(), WORK / "small" / "tokenizer.bin")
+    return path, tokenizers.Tokenizer.from_file(str(small_tokenizer_json()))
+
+
+SEPARATOR = "<|fim_pad|>"            # an added token: what stands on its two sides is tokenized apart
+
+
+def engine_encode(texts):
+    """Ids that the engine gives each text (str or bytes). All go in one call, separated by an added token."""
+    raw = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
+    path = WORK / f"texts-{os.getpid()}.txt"
+    path.write_bytes(SEPARATOR.encode().join(raw))
+    output = engine(token_model(), "-m", "tokenize", "--ids", "-f", path, "-z", TOKENIZER)
+    ids = [int(word) for word in output.split()]
+    separator = real_tokenizer().token_to_id(SEPARATOR)
+    parts = [[]]
+    for id in ids:
+        parts.append([]) if id == separator else parts[-1].append(id)
+    assert len(parts) == len(texts)
+    return parts
+
+
+def engine_encode_alone(text):
+    """Ids of one text in a call of its own."""
+    path = WORK / f"text-{time.monotonic_ns()}-{random.random()}.txt"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return [int(word) for word in
+            engine(token_model(), "-m", "tokenize", "--ids", "-f", path, "-z", TOKENIZER).split()]
+
+
+def token_model():
+    """Some checkpoint to name on the command line when only the tokenizer is wanted."""
+    return random_checkpoint("real vocabulary", "q8")
+
+
+def check_ids(texts):
+    """Compare the engine with the library on every text; say which text differs."""
+    expected = [encoding.ids for encoding in real_tokenizer().encode_batch(texts, add_special_tokens=False)]
+    for text, ours, wanted in zip(texts, engine_encode(texts), expected):
+        assert ours == wanted, f"{text!r}\n{[hex(ord(c)) for c in text][:40]}\n ours  {ours}\n wanted {wanted}"
+
+
+PHRASES = """
+The quick brown fox jumps over the lazy dog.|Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.
+Voix ambiguë d’un cœur qui, au zéphyr, préfère les jattes de kiwis.|El pingüino Wenceslao hizo kilómetros bajo exhaustiva lluvia.
+À noite, vovô Kowalsky vê o ímã cair no pé do pinguim.|Pchnąć w tę łódź jeża lub ośm skrzyń fig.|Příliš žluťoučký kůň úpěl ďábelské ódy.
+Árvíztűrő tükörfúrógép.|Eble ĉiu kvazaŭ-deca fuŝĥoraĵo ĝojigos homtipon.|Hər vaxtınız xeyir.|Pijamalı hasta yağız şoföre çabucak güvendi. İstanbul ıIiİ
+Съешь же ещё этих мягких французских булок, да выпей чаю.|Щастям б'єш жук їх глицю в фон й ґедзь пріч.|Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.
+דג סקרן שט בים מאוכזב ולפתע מצא חברה|שָׁלוֹם עֲלֵיכֶם|نص حكيم له سر قاطع وذو شأن عظيم|بِسْمِ ٱللَّٰهِ ٱلرَّحْمَٰنِ ٱلرَّحِيمِ|سلام، حال شما چطور است؟|یہ اردو کا جملہ ہے۔
+ऋषियों को सताने वाले दुष्ट राक्षसों के राजा रावण का सर्वनाश|আমি বাংলায় কথা বলি।|ਸਤ ਸ੍ਰੀ ਅਕਾਲ|ગુજરાતી ભાષા|ଓଡ଼ିଆ ଭାଷା|யாமறிந்த மொழிகளிலே தமிழ்மொழி|తెలుగు భాష|ಕನ್ನಡ ಭಾಷೆ|മലയാളം ഭാഷ|සිංහල භාෂාව
+เป็นมนุษย์สุดประเสริฐเลิศคุณค่า น้ำ|ພາສາລາວ|ភាសាខ្មែរ|မြန်မာဘာသာ|བོད་སྐད་|ქართული ენა|Հայերէն լեզու|አማርኛ ቋንቋ|ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ|ᐃᓄᒃᑎᑐᑦ|ᠮᠣᠩᠭᠣᠯ ᠬᠡᠯᠡ|ⵜⴰⵎⴰⵣⵉⵖⵜ|ߒߞߏ
+我能吞下玻璃而不伤身体。|天地玄黃，宇宙洪荒。|いろはにほへと ちりぬるを|カタカナ ｶﾞｷﾞｸﾞ ㌔㍍|키스의 고유조건은 입술끼리 만나야 하고|𠜎𠜱𠝹𠱓|ㄅㄆㄇㄈ|〇一二三|Tiếng Việt: Một hai ba bốn năm sáu bảy tám chín mười
+def f(x):\\n\\treturn x**2  # square\\n|for (int i = 0; i < n; ++i) { a[i] += b[i]; }\\r\\n|if (x != NULL && *p == '\\\\0') goto err;|SELECT * FROM t WHERE a='it''s';|<div class="x">&nbsp;</div>|{"a": [1, 2.5e-10, null, true]}|#!/bin/sh\\nset -eu\\n\\n\\nexec "$@"|\\\\frac{1}{2}\\\\sum_{i=0}^{n}|0xDEADBEEF 1_000_000 3.14159 1e10
+x = y if z else w;;;\\t\\t\\t}|        indented\\n          more\\n\\n    less|a\\tb\\t\\tc|http://example.com/a?b=c&d=%20#frag|user@example.com|C:\\\\Users\\\\x|$HOME/.bashrc|--long-option=value|∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β|⟨ψ|φ⟩ ≈ ∫₀^∞ e^{−x²} dx
+I'm we're you've he'll they'd it's can't|I'M WE'RE YOU'VE HE'LL THEY'D IT'S CAN'T|it'ſ 'ſa 'S 'sT 'Re 'vE 'lL 'Ll 'd'd'd|''s 't's '  's\\n's|don’t won’t|'sun 'them 'real 'very 'me 'llama 'do|O'Neil's d'être l'État 'l 'r 'v|1's 2'T \\t's \\n't
+""".strip().replace("\n", "|").split("|")
+PHRASES = [phrase.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r").replace("\0", "\\")
+           for phrase in PHRASES]
+
+EMOJI = ["😀", "👍🏽", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪🇫🇷", "❤️‍🔥", "1️⃣", "#️⃣", "🧑🏿‍🚀", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "☺︎", "☺️", "⌚", "🫱🏻‍🫲🏿", "\u200d", "\ufe0f"]
+SPACES = [" ", "  ", "   ", "\t", "\n", "\r", "\r\n", "\n\n", " \n", "\n ", "\r\n\r\n", " \r\n ", "\u00a0", "\u2028", "\u2029",
+          "\u3000", "\u0085", "\u1680", "\u2003", "\u202f", "\u205f", "\u200b", "\ufeff", "\v", "\f", "\x1c", "\x1d",
+          "\x1e", "\x1f", "\u180e", "\x00", "\x7f"]
+DIGITS = "0123456789٠١٢٣٤٥٦٧٨٩०१२३४५६７８９²³¹½¾Ⅷⅸ①⑩㊿𝟘𝟡๐๑༣〇零一੧௧᠐𑁦🄁"
+MARKS = [chr(c) for c in (*range(0x300, 0x370), *range(0x591, 0x5C8), *range(0x610, 0x61B), *range(0x64B, 0x660),
+                          0x93C, 0x94D, 0x9BC, 0x9D7, 0xBBE, 0xBD7, 0xDCF, 0xE38, 0xE48, 0xF71, 0xF72, 0xF74, 0xF80,
+                          0x1039, 0x1DC0, 0x20D0, 0x20EF, 0x302A, 0x3099, 0x309A, 0x1D165, 0x1D16D, 0x110BA, 0xFB1E)]
+BASES = list("aeiouyACEINOSUZnçéüñåǖḍôσΩΑиИЕऩकডαΐあかがハパ가각ㄱ") + ["\u0958", "\u212b", "\u2126", "\u1e9b", "\ufb2c",
+                                                              "\uf900", "\u2adc", "\u0344", "\u0f73", "\U0001d1bb"]
+JAMO = [chr(c) for c in (*range(0x1100, 0x1113), *range(0x1161, 0x1176), *range(0x11A7, 0x11C3), 0x115F, 0x1160,
+                         0x11FF, 0xA960, 0xD7B0, 0xAC00, 0xAC01, 0xAC1C, 0xD7A3)]
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "<|im_end|",
+            "<|im_start|>user\n", "<|", "|>", "<think", "<|fim_prefix|>", "<|IM_END|>"]
+
+
+def random_character(rng):
+    """A code point that UTF-8 can carry, from all planes, mostly from where characters are."""
+    while True:
+        c = rng.choice([rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0x10000), rng.randrange(0x20000),
+                        rng.randrange(0x110000)])
+        if not 0xD800 <= c < 0xE000:
+            return chr(c)
+
+
+def corpus(rng):
+    """About 2,700 texts; every pool by itself and all of them mixed."""
+    pick = lambda pool, low, high: "".join(rng.choice(pool) for _ in range(rng.randint(low, high)))
+    yield from PHRASES
+    yield from EMOJI + SPACES + BASES + JAMO + SPECIALS + [""]
+    for phrase in PHRASES:
+        yield phrase.upper()
+        yield unicodedata.normalize("NFD", phrase)
+        yield "".join(rng.choice(SPACES) if c == " " else c for c in phrase)
+        yield phrase.replace(" ", "")
+    for _ in range(200):
+        yield "".join(rng.choice(BASES) + pick(MARKS, 0, 4) for _ in range(rng.randint(1, 12)))
+        yield pick(JAMO, 1, 20)
+        yield pick(SPACES, 1, 8) + rng.choice(PHRASES)[:9] + pick(SPACES, 0, 5) + rng.choice(PHRASES)[-7:]
+        yield pick(DIGITS, 1, 12) + rng.choice(SPACES) + pick(DIGITS + "abc.,-' ", 1, 12)
+        yield "".join(random_character(rng) for _ in range(rng.randint(1, 30)))
+        pools = PHRASES, EMOJI, SPACES, MARKS, BASES, JAMO, SPECIALS, DIGITS
+        yield pick([rng.choice(pool) for pool in pools], 1, 20)
+        yield pick(list("'’sStTrReEvVmMlLdDſ \n1aÉ"), 1, 15)
+        yield pick(list("!\"#$%&()*+,-./:;<=>?@[]^_`{|}~«»„“…—。、") + ["\n", "\r\n", " ", "a"], 1, 15)
+        yield pick(SPECIALS + ["a", " ", "\n", "e\u0301", "\u0301"], 1, 10)
+    for n in (1000, 5000):
+        yield "a" * n
+        yield "ab" * n
+        yield "ß" * n
+        yield "字" * n
+        yield " " * n + "x"
+        yield "\n" * n
+        yield "e" + "\u0301\u0323" * n
+        yield "!" * n + "\r\n" * n
+        yield "supercalifragilistic" * (n // 20)
+
+
+def test_ids_equal_the_library():
+    """Thousands of texts of many scripts, code, emoji, marks, white space, specials."""
+    texts = [text for text in corpus(random.Random(1)) if SEPARATOR not in text]
+    assert len(set(texts)) >= 2000
+    check_ids(texts)
+
+
+def test_ids_equal_the_library_one_text_a_call():
+    """As above, without neighbours: the text's own start and end are the input's."""
+    texts = random.Random(2).sample([text for text in corpus(random.Random(3)) if len(text) < 200], 150)
+    expected = [encoding.ids for encoding in real_tokenizer().encode_batch(texts, add_special_tokens=False)]
+    for text, ours, wanted in zip(texts, parallel(engine_encode_alone, texts), expected):
+        assert ours == wanted, repr(text)
+
+
+def test_ids_equal_the_library_for_every_code_point():
+    """Each code point after a digit, before a letter, beside punctuation and beside itself: its class, its normal
+    form and its bytes. Of the planes where nothing is assigned, one in 97."""
+    some = [chr(c) for c in range(0x110000) if c < 0x32000 or 0xE0000 <= c < 0xE0200 or c % 97 == 0]
+    some = [c for c in some if not "\ud800" <= c <= "\udfff"]
+    for i in range(0, len(some), 50_000):
+        check_ids([f"1{c}a {c}!{c}{c}\u0301s" for c in some[i:i + 50_000]])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=10, max_size=60))
+def test_ids_equal_the_library_for_hypothesis(texts):
+    check_ids([text for text in texts if SEPARATOR not in text] or [""])
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.text(st.sampled_from("aeßé \n\r\t'sS1.\u0301\u0323\u1100\u1161\u11a8\u00a0\u3000<|>"),
+                        max_size=25), min_size=20, max_size=80))
+def test_ids_equal_the_library_for_hypothesis_on_few_characters(texts):
+    check_ids(texts)
+
+
+def decode(ids):
+    return b"".join(real_file().tokens[id] for id in ids)
+
+
+def test_invalid_utf8_is_kept():
+    """Bytes that are no UTF-8 come back as they were, and the valid text between them in normal form C."""
+    rng = random.Random(4)
+    broken = [bytes(rng.randrange(256) for _ in range(rng.randint(1, 60))) for _ in range(200)]
+    broken += [bytes([byte]) for byte in range(256)]
+    broken += [b"\xff\xfe", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc0\xaf", b"\xe0\x80\xaf", b"\xed\xa0\x80",
+               b"\xf4\x90\x80\x80", b"\xf8\x88\x80\x80\x80", b"abc\x80def", b"\x80" * 1000, b"e\xcc\x81\xffe\xcc\x81",
+               b"\xe2\x82\xe2\x82\xac", b"caf\xc3\xa9\xe9", b"\xff<|im_end|>\xff"]
+    for data, ids in zip(broken, engine_encode(broken)):
+        assert decode(ids) == normal_form(data), data
+
+
+def normal_form(data):
+    """NFC of the valid stretches of a byte string; invalid bytes stay."""
+    text = data.decode("utf-8", "surrogateescape")                        # invalid bytes become lone surrogates
+    parts = re.split("([\udc80-\udcff]+)", text)
+    return "".join(part if i % 2 else nfc(part) for i, part in enumerate(parts)).encode("utf-8", "surrogateescape")
+
+
+def nfc(text):
+    return tokenizers.normalizers.NFC().normalize_str(text)
+
+
+def test_bytes_in_order_and_escaped():
+    """Without --ids: one line a token, its id, a tab, its bytes escaped; the bytes are those of the text."""
+    text = 'Hello, "world"\t\\ ☃\r\n\n\x00\x7f é'
+    path = WORK / "escaped.txt"
+    path.write_bytes(text.encode() + b"\xff\x80")
+    output = engine(token_model(), "-m", "tokenize", "-f", path, "-z", TOKENIZER).decode("ascii")
+    ids, shown = zip(*(line.split("\t") for line in output.splitlines()))
+    assert decode(map(int, ids)) == text.encode() + b"\xff\x80"
+    plain = "".join(shown).encode().decode("unicode_escape").encode("latin-1")
+    assert plain == text.encode() + b"\xff\x80"
+
+
+def timed_encode(text):
+    """Seconds of one call of the engine on this text, the better of two."""
+    path = WORK / "timed.txt"
+    path.write_text(text)
+    best = math.inf
+    for _ in range(2):
+        start = time.perf_counter()
+        engine(token_model(), "-m", "tokenize", "--ids", "-f", path, "-z", TOKENIZER)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@pytest.mark.parametrize("unit", [" ".join(PHRASES), "a", "ab", "\u0301", " ", "\n", "字", "é", "0", "-", "'s"])
+def test_time_grows_in_proportion(unit, report):
+    """Ten times the text takes about ten times as long (a hundred times, were a step quadratic), also where
+    a text is one single word."""
+    small, large = ((unit * (size // len(unit) + 1))[:size] for size in (100_000, 1_000_000))
+    start, short, long = timed_encode(""), timed_encode(small), timed_encode(large)
+    report(f"{unit[:9]!r}: {short - start:.3f} s for 100,000 characters, {long - start:.3f} s for 1,000,000")
+    assert long - start < 50 * max(short - start, 0.01)
+
+
+def test_one_megabyte_is_encoded_as_by_the_library():
+    text = (" ".join(PHRASES) * 1000)[:700_000]
+    assert len(text.encode()) > 1_000_000
+    check_ids([text])
+
+
+@pytest.mark.parametrize("source", ["real", "small"])
+def test_tokenizer_export_is_a_round_trip(source):
+    """tokenizer.bin -> the library's tokenizer -> tokenizer.json -> export.py: the same bytes."""
+    path = TOKENIZER if source == "real" else small_tokenizer()[0]
+    again = WORK / f"{source}-again.bin"
+    library_tokenizer(read_tokenizer(path)).save(str(WORK / f"{source}-again.json"))
+    export_tokenizer(WORK / f"{source}-again.json", again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_small_tokenizer_gives_the_library_s_ids():
+    path, library = small_tokenizer()
+    for text in PHRASES[:20] + ["<|im_start|>user\nhi<|im_end|>", "naïve e\u0301"]:
+        file = WORK / "small.txt"
+        file.write_text(text, newline="")
+        ours = engine(token_model(), "-m", "tokenize", "--ids", "-f", file, "-z", path).split()
+        assert [int(word) for word in ours] == library.encode(text, add_special_tokens=False).ids, text
+
+
+def test_decoding_joins_bytes():
+    """generate --echo prints exactly the prompt's text first, special tokens left out; -v shows them."""
+    model = random_checkpoint("real vocabulary", "q8")
+    text = "Grüße <think> 字 🙂"
+    shown = engine(model, "-i", f"<|im_start|>{text}", "--echo", "-n", 1, "-t", 0, "-z", TOKENIZER)
+    assert shown.startswith(text.encode())
+    shown = engine(model, "-i", f"<|im_start|>{text}", "--echo", "-n", 1, "-t", 0, "-v", "-z", TOKENIZER)
+    assert shown.startswith(b"<|im_start|>" + text.encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 5 Templates: the engine's tokens are apply_chat_template's
+# ----------------------------------------------------------------------------------------------------------------
+
+TOOLS = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\n\n' }}
+    {%- endif %}
+    {{- '# Tools\n\nYou may call one or more functions.\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\n' }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}"""
+
+# The shapes of the released templates. Instruct: every turn alike. Thinking: the generation prompt opens a thought,
+# and answers before the last question lose theirs. Coder: another writer's style, the system turn taken off first.
+# The last two are nobody's: a default system prompt, and white space stripped from everything.
+TEMPLATES = {
+    "instruct": TOOLS + r"""
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- if message.tool_calls %}
+            {%- for tool_call in message.tool_calls %}
+                {{- '\n<tool_call>\n' + (tool_call | tojson) + '\n</tool_call>' }}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}""",
+    "thinking": TOOLS + r"""
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == 'user' and message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n' }}
+{%- endif %}""",
+    "coder": r"""
+{%- macro render_extra_keys(json_dict, handled_keys) -%}
+    {%- for key in json_dict if key not in handled_keys %}
+        {{- '\n<' ~ key ~ '>' ~ json_dict[key] ~ '</' ~ key ~ '>' }}
+    {%- endfor %}
+{%- endmacro -%}
+{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = [] %}
+{%- endif %}
+{%- if system_message is defined %}
+    {{- "<|im_start|>system\n" + system_message }}
+{%- elif tools is iterable and tools | length > 0 %}
+    {{- "<|im_start|>system\nYou are Qwen, a helpful AI assistant that can interact with a computer to solve tasks." }}
+{%- endif %}
+{%- if tools is iterable and tools | length > 0 %}
+    {{- "\n\n# Tools\n\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n<function>\n<name>" ~ tool.name ~ "</name>" }}
+        {{- render_extra_keys(tool, ['name']) }}
+        {{- "\n</function>" }}
+    {%- endfor %}
+    {{- "\n</tools>" }}
+{%- endif %}
+{%- if system_message is defined or (tools is iterable and tools | length > 0) %}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in loop_messages %}
+    {%- if message.role == "assistant" and message.tool_calls is defined and message.tool_calls is iterable and message.tool_calls | length > 0 %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content is defined and message.content is string and message.content | trim | length > 0 %}
+            {{- '\n' + message.content | trim + '\n' }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "user" or message.role == "system" or message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+""",
+    "default system": r"""{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "trimmed": r"""{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+}
+
+# What the scripted models below answer to everything, under greedy decoding. Every token may occur only once.
+SCRIPTS = {"thinking": "Let me see what this is</think>\n\nHello there! How can you tell?"}
+SCRIPT = "Hello there! How can I help you today?"
+
+
+def scripted_model(directory, script, template):
+    """A checkpoint with the real tokenizer that says one text, token by token, and then <|im_end|>: its layers add
+    nothing, so the next token depends only on the last one, and the script starts after a line feed."""
+    chain = [real_tokenizer().token_to_id("Ċ"), *real_tokenizer().encode(script).ids,
+             real_tokenizer().token_to_id("<|im_end|>")]
+    assert len(set(chain)) == len(chain) <= 32
+    model = random_model(1, vocab_size=151936, hidden_size=32, num_hidden_layers=2, layer_types=[LINEAR, FULL])
+    for name, weight in model.named_parameters():
+        if re.search(r"out_proj|o_proj|down_proj|norm|embed_tokens|lm_head", name) and "linear_attn.norm" not in name:
+            weight.zero_()
+    for i, (token, following) in enumerate(zip(chain, chain[1:])):
+        model.model.embed_tokens.weight[token, i] = 1
+        model.lm_head.weight[following, i] = 4
+    with_tokenizer(save(model, directory), real_tokenizer(), template)
+    if template != TEMPLATES["instruct"]:
+        (directory / "tokenizer.json").unlink()      # one of them is enough; its Unicode tables take seconds to find
+    return directory
+
+
+def with_tokenizer(directory, tokenizer, template=None, **generation):
+    """Put tokenizer.json, a chat template and a generation_config.json beside a checkpoint, as the hub has them."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    if template is not None:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    (directory / "generation_config.json").write_text(json.dumps(
+        dict(dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=ids), **generation)))
+    return directory
+
+
+@functools.cache
+def chat_model(flavour):
+    source = scripted_model(WORK / "hf" / f"chat {flavour}", SCRIPTS.get(flavour, SCRIPT), TEMPLATES[flavour])
+    return export(source, WORK / f"chat {flavour}.bin", "--type", "bf16")
+
+
+@functools.cache
+def babbling_model():
+    """Random weights of the real vocabulary with the Instruct template: its answers are random tokens, many of them
+    pieces of characters."""
+    source = save(kind_model("real vocabulary"), WORK / "hf" / "babble")
+    with_tokenizer(source, real_tokenizer(), TEMPLATES["instruct"])
+    return export(source, WORK / "babble.bin", "--type", "q8")
+
+
+def chat(model, lines, *options, **kwargs):
+    """A conversation through pipes, one line a turn: (standard output, ids the model has been fed in the end)."""
+    result = run(ENGINE, model, "-m", "chat", "-v", "-z", TOKENIZER, *options,
+                 stdin="".join(line + "\n" for line in lines).encode(), **kwargs)
+    assert result.returncode == 0, result.stderr
+    history = []
+    for verb, numbers in re.findall(r"^(fed|rewind): ([\d ]*)$", result.stderr.decode("utf-8", "replace"), re.M):
+        if verb == "fed":
+            history += map(int, numbers.split())
+        else:
+            assert int(numbers) <= len(history)
+            del history[int(numbers):]
+    return result.stdout, history
+
+
+@functools.cache
+def renderer(flavour):
+    """transformers' own tokenizer object, for its apply_chat_template."""
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=real_tokenizer(), chat_template=TEMPLATES[flavour])
+
+
+def check_history(history, flavour, messages, answer):
+    """The model was fed the template's tokens for these messages, then the answer's (its last may not be fed yet)."""
+    wanted = renderer(flavour).apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    said = real_tokenizer().encode(answer).ids
+    whole = wanted + said + real_tokenizer().encode("<|im_end|>\n").ids
+    text = real_tokenizer().decode(history, skip_special_tokens=False)
+    assert history == whole[:len(history)] and len(history) >= len(wanted) + len(said) - 1, text
+
+
+def conversation(flavour, questions, system=None, answers=None):
+    """The messages of a chat whose answers are the script's, up to the last question."""
+    answers = answers or [SCRIPTS.get(flavour, SCRIPT)] * len(questions)
+    messages = [dict(role="system", content=system)] if system is not None else []
+    for question, answer in zip(questions, answers):
+        messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    return messages[:-1]
+
+
+QUESTIONS = ["Hello, how are you?", "  What's 12 + 30, in Français: e\u0301te\u0301? ", "def f(x): return x",
+             "Thanks! 谢谢 🙂"]
+
+
+@pytest.mark.parametrize("system", [None, "You are a pirate. Answer in rhymes!"])
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+@pytest.mark.parametrize("flavour", TEMPLATES)
+def test_conversation_equals_apply_chat_template(flavour, turns, system):
+    questions = QUESTIONS[:turns]
+    options = ["-t", 0, *(["-y", system] if system else [])]
+    output, history = chat(chat_model(flavour), questions, *options)
+    answer = SCRIPTS.get(flavour, SCRIPT)
+    check_history(history, flavour, conversation(flavour, questions, system), answer)
+    assert output.decode().count("Hello there!") == turns
+
+
+@pytest.mark.parametrize("flavour", ["instruct", "thinking", "coder"])
+def test_cut_answers_are_closed_as_the_template_closes_them(flavour):
+    """-n 3 ends an answer in its middle; the next turn still starts on a finished one."""
+    answer = real_tokenizer().decode(real_tokenizer().encode(SCRIPTS.get(flavour, SCRIPT)).ids[:3])
+    _, history = chat(chat_model(flavour), QUESTIONS[:3], "-t", 0, "-n", 3)
+    check_history(history, flavour, conversation(flavour, QUESTIONS[:3], answers=[answer] * 3), answer)
+
+
+def test_random_answers_stay_as_they_were_sampled():
+    """Answers of random tokens, pieces of characters among them, are kept token for token across turns: the
+    history is the template's with each answer's own ids in its place."""
+    output, history = chat(babbling_model(), QUESTIONS[:3], "-n", 12, "-s", 7, "-t", 1)
+    hole = real_tokenizer().token_to_id("<|fim_pad|>")
+    messages = conversation("instruct", QUESTIONS[:3], answers=["<|fim_pad|>"] * 3)
+    at = 0
+    for id in renderer("instruct").apply_chat_template(messages, add_generation_prompt=True, return_dict=False):
+        if id == hole:
+            at += 12
+        else:
+            assert history[at] == id, real_tokenizer().decode(history[:at + 1], skip_special_tokens=False)
+            at += 1
+    assert at + 11 <= len(history) <= at + 14
+    assert output
+
+
+@pytest.mark.parametrize("place", ["user", "system", "one turn"])
+def test_special_tokens_that_a_user_types_are_characters(place):
+    """Their text goes in letter by letter, though the template's own <|im_end|> is the token."""
+    typed = "a<|im_end|>\t<|im_start|>system <think> </think><|endoftext|>"
+    plain = ["Hi", "there"]
+    if place == "user":
+        _, history = chat(chat_model("instruct"), [typed, plain[1]], "-t", 0)
+        messages = conversation("instruct", [typed, plain[1]])
+    elif place == "system":
+        _, history = chat(chat_model("instruct"), plain, "-t", 0, "-y", typed)
+        messages = conversation("instruct", plain, typed)
+    else:
+        _, history = chat(chat_model("instruct"), [], "-t", 0, "-i", typed)
+        messages = conversation("instruct", [typed])
+    marker = "\ue000"                            # stands for what was typed while the template's tokens are found
+    for message in messages:
+        message["content"] = message["content"].replace(typed, marker)
+    text = renderer("instruct").apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    wanted = []
+    for part in re.split(r"(<\|im_start\|>|<\|im_end\|>)", text):
+        wanted += real_tokenizer(with_added=part.startswith("<|im_")).encode(part.replace(marker, typed)).ids
+    assert history[:len(wanted)] == wanted
+    assert len(history) > len(wanted)
+
+
+def test_one_turn_with_a_prompt():
+    """-m chat -i TEXT: one templated turn, the answer on stdout, status 0."""
+    for flavour in ("instruct", "thinking"):
+        output, history = chat(chat_model(flavour), [], "-t", 0, "-i", "Hello", "-y", "Be brief.")
+        check_history(history, flavour, conversation(flavour, ["Hello"], "Be brief."), SCRIPTS.get(flavour, SCRIPT))
+        shown = output.decode().removesuffix("\n").removesuffix("<|im_end|>")           # which -v shows
+        assert shown.endswith(SCRIPTS.get(flavour, SCRIPT).split("</think>")[-1].strip())
+
+
+def test_prompt_of_many_lines():
+    """A block between triple quotes is one message; so is a file."""
+    message = "First line\n\n    second\nthird"
+    _, history = chat(chat_model("instruct"), [f'"""{message}"""', "and?"], "-t", 0)
+    check_history(history, "instruct", conversation("instruct", [message, "and?"]), SCRIPT)
+    file = WORK / "message.txt"
+    file.write_text(message)
+    _, history = chat(chat_model("instruct"), [], "-t", 0, "-f", file)
+    check_history(history, "instruct", conversation("instruct", [message]), SCRIPT)
+
+
+def chat_pieces(path):
+    """A checkpoint's chat.* metadata."""
+    return {key: value for key, value in read_checkpoint(path).meta.items() if key.startswith("chat.")}
+
+
+def test_streaming_never_splits_a_character():
+    """Tokens that are pieces of characters: every write to stdout is whole characters, in chat and in generate."""
+    script = "x\U0001f9a9y\U00012000z\ua66ew"          # a flamingo, a cuneiform A, a multiocular O
+    source = scripted_model(WORK / "hf" / "pieces", script, TEMPLATES["coder"])
+    model = export(source, WORK / "pieces.bin", "--type", "bf16")
+    for mode in (["-m", "chat", "-i", "Hi"], ["-m", "generate", "-i", "Say\n"]):
+        process = subprocess.Popen([ENGINE, model, *mode, "-t", "0", "-z", TOKENIZER],
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        text = b""
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            chunk.decode()                       # raises when the chunk begins or ends inside a character
+            text += chunk
+        assert process.wait() == 0 and text.decode().rstrip("\n") == script
+
+
+def test_empty_system_prompt_and_odd_text():
+    """-y "" is a system message without text; white space, control characters and marks in front stay."""
+    for system, question in (("", "Hi"), (" a\n", "\u0301x \t"), ("\u0338", "  \u00a0y\r"),
+                             (None, "\ud55c\u1100\u1161 \x01")):
+        _, history = chat(chat_model("instruct"), [question], "-t", 0, *([] if system is None else ["-y", system]))
+        check_history(history, "instruct", conversation("instruct", [question], system), SCRIPT)
+
+
+def test_chat_template_in_a_file_of_its_own():
+    """chat_template.jinja beside the checkpoint counts as the key in tokenizer_config.json does."""
+    source = scripted_model(WORK / "hf" / "jinja", SCRIPT, None)
+    (source / "chat_template.jinja").write_text(TEMPLATES["instruct"])
+    own = chat_pieces(export(source, WORK / "jinja.bin", "--type", "bf16"))
+    assert own and own == chat_pieces(chat_model("instruct"))
+
+
+def test_template_that_the_pieces_cannot_make_is_refused_or_left_out():
+    """A template that counts its turns isn't a join of fixed pieces: the export says so instead of guessing."""
+    template = "{% for m in messages %}[{{ loop.index }}] {{ m.role }}: {{ m.content }}\n{% endfor %}"
+    source = scripted_model(WORK / "hf" / "odd template", SCRIPT, template)
+    output = WORK / "odd template.bin"
+    result = run(*EXPORT, source, "-o", output, "--type", "bf16")
+    assert b"template" in result.stderr
+    if result.returncode == 0:
+        assert not chat_pieces(output)
+    else:
+        assert result.returncode == 1 and not output.exists()
+
+
+CHAT_SEEN = {                        # what is typed, and what of the conversation the model then still has
+    "/clear": (["Hi", "/clear", "Yes?"], ["Yes?"], None),
+    "/system": (["/system Be a cat.", "Yes?"], ["Yes?"], "Be a cat."),
+    "/help": (["/help", "Yes?"], ["Yes?"], None),
+    "/show": (["/show", "Yes?"], ["Yes?"], None),
+    "/set": (["/set seed 4", "Yes?"], ["Yes?"], None),
+    "unknown": (["/nonsense", "Yes?"], ["Yes?"], None),
+    "empty line": (["", "Yes?"], ["Yes?"], None),
+    "/exit": (["Yes?", "/exit", "More?"], ["Yes?"], None),
+}
+
+
+@pytest.mark.parametrize("command", CHAT_SEEN)
+def test_chat_commands_are_not_prompts(command):
+    lines, questions, system = CHAT_SEEN[command]
+    _, history = chat(chat_model("instruct"), lines, "-t", 0)
+    check_history(history, "instruct", conversation("instruct", questions, system), SCRIPT)
+
+
+def test_full_context_is_said_and_survived():
+    """-c 64 holds one long question; the program says that it is full, and goes on after /clear."""
+    result = run(ENGINE, chat_model("instruct"), "-m", "chat", "-t", 0, "-c", 64, "-z", TOKENIZER,
+                 stdin=b"word " * 40 + b"\n" + b"word " * 40 + b"\n" + b"word " * 400 + b"\n/clear\nHello\n")
+    assert result.returncode == 0, result.stderr
+    assert re.search(rb"context", result.stderr)
+    assert result.stdout.rstrip().endswith(SCRIPT.encode())
+
+
+def test_interrupt_in_chat_ends_the_answer_and_keeps_the_conversation():
+    command = [ENGINE, babbling_model(), "-m", "chat", "-v", "-z", TOKENIZER, "-n", "100000", "-c", "8192", "-s", "1"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        process.stdin.write(b"Hello\n")
+        process.stdin.flush()
+        process.stdout.read(40)                  # the answer is on its way
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        _, stderr = process.communicate(b"/set n 4\nAgain\n/exit\n", timeout=60)
+        assert process.returncode == 0, stderr
+        assert stderr.count(b"fed: ") >= 2
+    finally:
+        process.kill()
+
+
+def test_interrupt_ends_generate_with_status_130():
+    command = [ENGINE, token_model(), "--ids", "-i", "1 2 3", "-n", "100000000", "-c", "500000", "-t", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    finally:
+        process.kill()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 6 Sampler
+# ----------------------------------------------------------------------------------------------------------------
+
+SAMPLER_HARNESS = """
+#define main qwen3next_main
+#include "qwen3next.c"
+
+static Sampler make(const float *knobs, int seed, int vocab, const int *text, int n_prompt, int n_text)
+{
+    Sampler s;
+    sampler_init(&s, (SamplerSettings){.temperature = knobs[0], .top_k = (int)knobs[1], .top_p = knobs[2],
+                                       .min_p = knobs[3], .repetition_penalty = knobs[4],
+                                       .presence_penalty = knobs[5]}, (uint64_t)seed, vocab);
+    for (int i = 0; i < n_text; i++) sampler_saw(&s, text[i], i >= n_prompt);
+    return s;
+}
+
+/* out: [vocab], the probability of every token */
+void distribution(const float *knobs, const float *logits, int vocab, const int *text, int n_prompt, int n_text,
+                  double *out)
+{
+    Sampler s = make(knobs, 1, vocab, text, n_prompt, n_text);
+    int n = sampler_distribution(&s, logits);
+    for (int i = 0; i < n; i++) out[s.choice[i].id] = s.choice[i].p;
+}
+
+/* out: [n], ids drawn one after the other from the same logits */
+void draw(const float *knobs, int seed, const float *logits, int vocab, int n, int *out)
+{
+    Sampler s = make(knobs, seed, vocab, NULL, 0, 0);
+    for (int i = 0; i < n; i++) out[i] = sample(&s, logits);
+}
+"""
+
+
+@functools.cache
+def sampler_library():
+    """qwen3next.c as a shared library that exports its sampler."""
+    (WORK / "sampler.c").write_text(SAMPLER_HARNESS)
+    subprocess.run(["cc", "-std=gnu11", "-O1", "-w", "-pthread", "-shared", "-fPIC", "-DPLAIN_ONLY", f"-I{ROOT}",
+                    "-o", WORK / "sampler.so", WORK / "sampler.c", "-lm"], check=True)
+    return ctypes.CDLL(str(WORK / "sampler.so"))
+
+
+def array(values, kind):
+    """A contiguous numpy array and the pointer that ctypes passes."""
+    values = np.ascontiguousarray(values, kind)
+    return values, values.ctypes.data_as(ctypes.c_void_p)
+
+
+def engine_distribution(knobs, logits, prompt, generated):
+    """Probabilities [vocab] that the engine samples with; knobs: temperature, top_k, top_p, min_p, repetition and
+    presence penalty."""
+    keep = [array(knobs, np.float32), array(logits, np.float32), array(prompt + generated, np.int32),
+            array(np.zeros(len(logits)), np.float64)]
+    pointers = [pointer for _, pointer in keep]
+    sampler_library().distribution(pointers[0], pointers[1], len(logits), pointers[2], len(prompt),
+                                   len(prompt) + len(generated), pointers[3])
+    return keep[3][0]
+
+
+def library_distribution(knobs, logits, prompt, generated):
+    """The same by transformers' processors, in its order; presence penalty, which it hasn't, as others define it:
+    subtracted once from the logit of every token that has been generated."""
+    temperature, top_k, top_p, min_p, repetition, presence = knobs
+    ids, scores = torch.tensor([prompt + generated]), torch.tensor(logits, dtype=torch.float32)[None]
+    if repetition != 1 and ids.numel():
+        scores = lp.RepetitionPenaltyLogitsProcessor(float(repetition))(ids, scores)
+    scores[0, list(set(generated))] -= presence
+    if temperature != 1:
+        scores = lp.TemperatureLogitsWarper(float(temperature))(ids, scores)
+    if top_k:
+        scores = lp.TopKLogitsWarper(int(top_k))(ids, scores)
+    if top_p < 1:
+        scores = lp.TopPLogitsWarper(float(top_p))(ids, scores)
+    if min_p:
+        scores = lp.MinPLogitsWarper(float(min_p))(ids, scores)
+    return torch.softmax(scores.double(), -1)[0].numpy()
+
+
+KNOBS = [                            # temperature, top_k, top_p, min_p, repetition, presence
+    (1, 0, 1, 0, 1, 0), (0.7, 20, 0.8, 0, 1, 0), (0.6, 20, 0.95, 0, 1, 0), (1.0, 40, 0.95, 0, 1, 0),
+    (0.3, 0, 1, 0, 1, 0), (2.5, 0, 1, 0, 1, 0), (1, 1, 1, 0, 1, 0), (1, 5, 1, 0, 1, 0), (1, 10_000, 1, 0, 1, 0), (1, 0, 0.5, 0, 1, 0),
+    (1, 0, 0.01, 0, 1, 0), (1, 0, 0.999, 0, 1, 0), (1, 0, 1, 0.1, 1, 0), (1, 0, 1, 0.9, 1, 0), (1, 0, 1, 1, 1, 0),
+    (1, 0, 1, 0, 1.3, 0), (1, 0, 1, 0, 0.8, 0), (1, 0, 1, 0, 1, 1.5), (1, 0, 1, 0, 1, -0.5),
+    (0.8, 30, 0.9, 0.05, 1.1, 0.7),
+    (1.7, 50, 0.7, 0.02, 1.5, 2.0), (0.5, 7, 0.97, 0.01, 0.9, 1.0)]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_distribution_equals_transformers(knobs):
+    """On random logits of several spreads, with a prompt and generated tokens that penalties look at."""
+    rng = np.random.default_rng(3)
+    for spread in (0.5, 2, 6):
+        logits = rng.normal(0, spread, 1000).astype(np.float32)
+        prompt, generated = rng.integers(0, 1000, 60).tolist(), rng.integers(0, 1000, 40).tolist()
+        generated += logits.argsort()[-3:].tolist()
+        ours = engine_distribution(knobs, logits, prompt, generated)
+        wanted = library_distribution(knobs, logits, prompt, generated)
+        assert ours.sum() == pytest.approx(1, abs=1e-12)
+        assert np.abs(ours - wanted).max() < 1e-6, spread
+        assert (ours > 0).sum() == (wanted > 0).sum() or np.abs(ours - wanted).sum() < 1e-6
+
+
+def test_distribution_with_equal_and_odd_logits():
+    """Ties at the edge of top-k stay in together; -inf and NaN are never drawn."""
+    logits = [2.0, 1.0, 1.0, 1.0, 0.0, -math.inf]
+    assert np.abs(engine_distribution((1, 2, 1, 0, 1, 0), logits, [], []) -
+                  library_distribution((1, 2, 1, 0, 1, 0), logits, [], [])).max() < 1e-6
+    probabilities = engine_distribution((1, 0, 1, 0, 1, 0), [1.0, math.nan, 1.0, -math.inf], [], [])
+    assert np.abs(probabilities - [0.5, 0, 0.5, 0]).max() < 1e-12
+
+
+def engine_draws(knobs, seed, logits, n):
+    """n ids that the engine draws from these logits."""
+    knobs, logits, out = array(knobs, np.float32), array(logits, np.float32), array(np.zeros(n), np.int32)
+    sampler_library().draw(knobs[1], seed, logits[1], len(logits[0]), n, out[1])
+    return out[0]
+
+
+def test_draws_follow_the_distribution():
+    """100,000 draws with fixed seeds: every frequency within five standard deviations, and not suspiciously near."""
+    logits = np.random.default_rng(4).normal(0, 1.5, 50).astype(np.float32)
+    knobs, n = (0.9, 30, 0.95, 0, 1, 0), 50_000
+    p = engine_distribution(knobs, logits, [], [])
+    for seed in (0, 12345):
+        counts = np.bincount(engine_draws(knobs, seed, logits, n), minlength=50)
+        assert (counts[p == 0] == 0).all()
+        z = (counts - n * p)[p > 0] / np.sqrt(n * p * (1 - p))[p > 0]
+        assert np.abs(z).max() < 5 and 0.4 < (z ** 2).mean() < 2.5
+    assert (engine_draws(knobs, 1, logits, 100) != engine_draws(knobs, 2, logits, 100)).any()
+
+
+def test_temperature_zero_is_the_first_of_the_largest():
+    assert engine_draws((0, 0, 1, 0, 1, 0), 1, [0.0, 3.0, 3.0, 1.0], 5).tolist() == [1] * 5
+
+
+def test_penalties_in_generation():
+    """Greedy, with penalties, token by token: the engine's text is what transformers' processors would choose."""
+    model, ids = random_checkpoint("plain", "f32"), random_ids(10, TINY["vocab_size"])
+    made = engine(model, "--ids", "-i", spaced(ids), "-t", 0, "-n", 40, "--repetition-penalty", 1.4,
+                  "--presence-penalty", 0.6).split()
+    made = [int(word) for word in made]
+    logits = engine_logits(model, ids + made)
+    for i, id in enumerate(made):
+        at = len(ids) + i
+        wanted = library_distribution((1, 0, 1, 0, 1.4, 0.6), logits[at - 1], ids, made[:i])
+        assert wanted[id] == pytest.approx(wanted.max(), rel=1e-5), i
+    assert made != [int(w) for w in engine(model, "--ids", "-i", spaced(ids), "-t", 0, "-n", 40).split()]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 7 Damage: broken files and command lines
+# ----------------------------------------------------------------------------------------------------------------
+
+def complaint(command, status, names, timeout=10):
+    """Run a command that must fail: what is wrong with the way it does, or None. It should leave with this status
+    and one line on standard error that holds one of the names, and no sanitizer may speak."""
+    try:
+        result = run(*command, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    message = result.stderr.decode("utf-8", "replace")
+    if sanitized := re.search(r".*(Sanitizer|runtime error).*", message):
+        return f"sanitizer: {sanitized[0]}"
+    if result.returncode not in (status if isinstance(status, tuple) else (status,)):
+        return f"status {result.returncode}, wanted {status}: {message!r}"
+    if result.returncode == 0:
+        return None
+    if message.count("\n") != 1 or not message.endswith("\n"):
+        return f"not one line: {message!r}"
+    if not any(name in message for name in names):
+        return f"names none of {names}: {message!r}"
+    return None
+
+
+@functools.cache
+def victim(weights="q4"):
+    """A whole small checkpoint with tokenizer and chat template: the one that gets damaged."""
+    path, library = small_tokenizer()
+    model = random_model(2, vocab_size=352, num_hidden_layers=2, layer_types=[LINEAR, FULL], num_experts=4,
+                         num_experts_per_tok=2, mlp_only_layers=[])
+    source = with_tokenizer(save(model, WORK / "hf" / f"victim {weights}"), library, TEMPLATES["thinking"])
+    return export(source, WORK / f"victim-{weights}.bin", "--type", weights)
+
+
+def patched(data, *changes):
+    """data with struct-packed values put over it: changes are (offset, format, value)."""
+    data = bytearray(data)
+    for offset, form, value in changes:
+        struct.pack_into("<" + form, data, offset, value)
+    return bytes(data)
+
+
+# Numbers that a reader had better not believe, by width.
+HUGE = {"I": [0, 1, 3, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF],
+        "Q": [0, 1, 63, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 64, (1 << 64) - 1]}
+
+# Directory keys without which, or with other values of which, a checkpoint cannot be run.
+SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+              "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts", "moe_intermediate_size",
+              "shared_expert_intermediate_size")
+
+
+def damaged_checkpoints(path, rng):
+    """(what was done, bytes, whether it must be refused) for a few hundred damaged copies of a checkpoint."""
+    whole = read_checkpoint(path)
+    data, first = whole.data, 64
+    tensors, metas = list(whole.tensors.values()), whole.meta_records
+    # cut short at every kind of place
+    places = {0, 1, 4, 8, 12, 40, 63, 64, 65, len(data) - 1, len(data) - 64, len(data) // 2}
+    for record, _, _, offset, size in rng.sample(list(metas.values()), 12):
+        places |= {record, record + 20, record + META - 1, offset, offset + size - 1}
+    for tensor in rng.sample(tensors, 12):
+        places |= {tensor.record, tensor.record + 75, tensor.record + TENSOR - 1, tensor.offset, tensor.offset + 1,
+                   tensor.offset + tensor.size - 1}
+    for place in sorted(place for place in places if place < len(data)):
+        yield f"cut at {place}", data[:place], True
+    yield "longer than it says", data + bytes(64), True
+    # header
+    for offset, form, name in ((0, "I", "magic"), (8, "I", "version"), (12, "I", "n_meta"), (16, "I", "n_tensors"),
+                               (24, "Q", "file_size")):
+        for value in rng.sample(HUGE[form], 4):
+            if struct.unpack_from("<" + form, data, offset)[0] != value:
+                yield f"header {name} = {value}", patched(data, (offset, form, value)), True
+    # metadata records and values
+    for key, (record, kind, count, offset, size) in metas.items():
+        form, name = rng.choice([("I", 40), ("I", 44), ("Q", 48), ("Q", 56)])
+        value = rng.choice(HUGE[form])
+        must = key in SHAPE_KEYS and value != struct.unpack_from("<" + form, data, record + name)[0]
+        yield f"{key}: record field at {name} = {value}", patched(data, (record + name, form, value)), must
+        if key in SHAPE_KEYS:
+            yield f"{key}: another name", patched(data, (record, "B", ord("X"))), True
+            for value in (0, -1, whole.meta[key][0] + 1, 1 << 31, 1 << 62, -1 << 63):
+                yield f"{key} = {value}", patched(data, (offset, "q", value)), True
+        elif kind == 0 and count:
+            for value in rng.sample([-1, 1 << 31, 1 << 40, -1 << 63], 2):
+                yield f"{key} = {value}", patched(data, (offset, "q", value)), False
+        elif kind == 1:
+            for value in (math.nan, rng.choice([-1.0, math.inf, 0.0, 1e300])):
+                yield f"{key} = {value}", patched(data, (offset, "d", value)), key in ("rms_norm_eps", "rope_theta")
+    # tensor records
+    for tensor in tensors:
+        other = rng.choice([t for t in tensors if t.size >= 64 and t is not tensor])
+        matrix = tensor.type != FLOAT
+        must = {
+            "another name": (0, "B", ord("X")), "type 9": (72, "I", 9),
+            "other type": (72, "I", F32 if matrix else Q8), "type float": (72, "I", FLOAT if matrix else BF16),
+            "rank 0": (76, "I", 0), "rank 5": (76, "I", 5), "rank huge": (76, "I", 1 << 31),
+            "shape 0": (80, "Q", 0), "shape + 1": (80, "Q", tensor.shape[0] + 1), "shape huge": (80, "Q", 1 << 62),
+            "shape overflows": (80, "Q", (1 << 58) + 1), "offset unaligned": (112, "Q", tensor.offset + 4),
+            "offset huge": (112, "Q", (1 << 64) - 64), "offset at the end": (112, "Q", len(data)),
+            "offset in the header": (112, "Q", 0), "over another tensor": (112, "Q", other.offset),
+            "size + 64": (120, "Q", tensor.size + 64), "size 0": (120, "Q", 0), "size huge": (120, "Q", (1 << 64) - 1)}
+        for what in rng.sample(sorted(must), 3):
+            field, form, value = must[what]
+            yield f"{tensor.name}: {what}", patched(data, (tensor.record + field, form, value)), True
+    twice = patched(data, *((tensors[1].record + i, "B", data[tensors[0].record + i]) for i in range(72)))
+    yield "one name twice", twice, True
+    # bytes flipped: in the directory anything may follow; in the payload only numbers change
+    end = min(tensor.offset for tensor in tensors)
+    for _ in range(60):
+        place = rng.randrange(first, end)
+        yield f"bit flipped at {place}", patched(data, (place, "B", data[place] ^ 1 << rng.randrange(8))), False
+    for _ in range(10):
+        place = rng.randrange(end, len(data) - 4096)
+        yield f"noise at {place}", data[:place] + rng.randbytes(4096) + data[place + 4096:], False
+    yield "payload of ones", data[:end] + b"\xff" * (len(data) - end), False
+    yield "payload of zeros", data[:end] + bytes(len(data) - end), False
+
+
+def fnv1a(data):
+    """64-bit FNV-1a, the hash in tokenizer.bin's header."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return value
+
+
+def damaged_tokenizers(path, rng):
+    """(what was done, bytes, whether it must be refused). Changed contents get a right hash, so that what looks at
+    them is reached."""
+    whole = read_tokenizer(path)
+    data = whole.data
+    sections = whole.sections.values()
+    for place in sorted({0, 1, 7, 8, 40, 63, 64, len(data) - 1, *(offset + size // 2 for offset, size in sections),
+                         *(offset for offset, _ in sections)}):
+        yield f"cut at {place}", data[:place], True
+        if place >= 64:
+            yield f"cut at {place}, size mended", patched(data[:place], (56, "Q", place)), True
+    names = "version n_tokens n_merges n_added n_classes n_ccc n_decomp n_comp pattern flags"
+    for offset, name in zip(range(8, 48, 4), names.split()):
+        old, = struct.unpack_from("<I", data, offset)
+        for value in {*rng.sample(HUGE["I"], 3), old + 1} - {old}:
+            yield f"header {name} = {value}", patched(data, (offset, "I", value)), name not in ("flags", "pattern")
+    yield "wrong hash", patched(data, (48, "Q", 1)), False
+    yield "wrong file_size", patched(data, (56, "Q", len(data) + 64)), True
+    yield "magic of a checkpoint", b"QWEN3NXT" + data[8:], True
+
+    def mend(changed):
+        return patched(changed, (48, "Q", fnv1a(changed[64:])))
+
+    for name, (offset, size) in whole.sections.items():
+        if name == "bytes":
+            continue
+        for _ in range(8):
+            place = offset + rng.randrange(size // 4) * 4
+            old, = struct.unpack_from("<I", data, place)
+            value = rng.choice([0, old + 1, 0x10FFFF, 0x110000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+            yield f"{name} at {place} = {value}", mend(patched(data, (place, "I", value))), False
+    offset, size = whole.sections["decomp"]       # a character that decomposes into itself, and a circle of two
+    record = next(at for at in range(offset, offset + size, 12) if struct.unpack_from("<I", data, at)[0] == 0xE9)
+    yield "decomposes into itself", mend(patched(data, (record + 4, "I", 0xE9))), False
+    yield "decomposes in a circle", mend(patched(data, (record + 4, "I", 0xEA), (record + 16, "I", 0xE9))), False
+
+
+def check_damage(files, command):
+    """Every damaged file through the sanitizers, two at a time; command(path) is the command line."""
+    def check(case):
+        number, (what, data, must_fail) = case
+        path = WORK / f"damaged-{number}.bin"
+        path.write_bytes(data)
+        problem = complaint(command(path), 1 if must_fail else (0, 1), [path.name, "tokenizer.bin: hash"])
+        path.unlink()
+        return problem and f"{what}: {problem}"
+
+    problems = [problem for problem in parallel(check, enumerate(files)) if problem]
+    assert not problems, f"{len(problems)} of {len(files)}:\n" + "\n".join(problems)
+
+
+def test_damaged_checkpoints(report):
+    tokenizer, _ = small_tokenizer()
+    files = list(damaged_checkpoints(victim(), random.Random(1)))
+    report(f"{len(files)} damaged checkpoints")
+    assert len(files) >= 300
+    check_damage(files, lambda path: [DEBUG_ENGINE, path, "-m", "generate", "-i", "The owl", "-n", 3, "-s", 1,
+                                      "-t", 1, "-z", tokenizer, "-c", 64, "-q"])
+
+
+def test_damaged_tokenizers(report):
+    files = list(damaged_tokenizers(small_tokenizer()[0], random.Random(2)))
+    report(f"{len(files)} damaged tokenizers")
+    assert len(files) >= 100
+    model, text = token_model(), "The owl's 12 keys\u00e9\u0323 e\u0301 \ud55c\uae00 \u1112\u1161\u11ab <|im_end|>\n"
+    check_damage(files, lambda path: [DEBUG_ENGINE, model, "-m", "tokenize", "-z", path, "-q", "-i", text])
+
+
+def test_things_that_are_no_checkpoint():
+    """A FIFO, a directory, nothing, an empty file, text, a tokenizer; and, as tokenizer, the same."""
+    tokenizer, _ = small_tokenizer()
+    folder = WORK / "no checkpoint"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo")
+    (folder / "directory").mkdir()
+    (folder / "empty").touch()
+    (folder / "text").write_text("not a checkpoint " * 100)
+    (folder / "gguf").write_bytes(b"GGUF" + bytes(1000))
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    shutil.copy(tokenizer, folder / "tokenizer")
+    shutil.copy(victim(), folder / "model")
+    names = ["fifo", "directory", "empty", "text", "gguf", "dangling", "missing", "/dev/null", "/dev/zero"]
+    problems = {}
+    for name in names + ["tokenizer"]:
+        problems[name] = complaint([DEBUG_ENGINE, folder / name, "-i", "x", "-z", tokenizer], 1, [name])
+    for name in names + ["model"]:
+        problems["-z " + name] = complaint([DEBUG_ENGINE, victim(), "-i", "x", "-z", folder / name], 1, [name])
+    assert not any(problems.values()), problems
+
+
+def test_tokenizer_of_another_checkpoint_is_refused():
+    """Both ways: one with more tokens than the model has rows, and one of the right size but another hash."""
+    tokenizer, library = small_tokenizer()
+    assert complaint([DEBUG_ENGINE, victim(), "-i", "x", "-z", TOKENIZER], 1, [TOKENIZER.name]) is None
+    other = json.loads(library.to_str())
+    other["model"]["merges"][-2:] = other["model"]["merges"][:-3:-1]
+    (WORK / "other.json").write_text(json.dumps(other))
+    export_tokenizer(WORK / "other.json", WORK / "other.bin")
+    assert (WORK / "other.bin").stat().st_size == tokenizer.stat().st_size
+    assert complaint([DEBUG_ENGINE, victim(), "-i", "x", "-z", WORK / "other.bin"], 1, ["other.bin"]) is None
+
+
+USAGE, FAILED = 2, 1
+
+# Command line after the model, the status, and what the message has to name.
+BAD_COMMANDS = """
+-x                                          2 -x
+--frobnicate                                2 --frobnicate
+--temperatur 1                              2 --temperatur
+-m                                          2 -m
+-m dance                                    2 dance
+-m generate -i                              2 -i
+-i x -f y                                   2 -f
+extra -i x                                  2 extra
+-i x -t                                     2 -t
+-i x -t warm                                2 -t
+-i x -t -1                                  2 -t
+-i x -t nan                                 2 -t
+-i x -t inf                                 2 -t
+-i x -t 1e                                  2 -t
+-i x -p 1.5                                 2 -p
+-i x -p -0.1                                2 -p
+-i x -p x                                   2 -p
+-i x -k -1                                  2 -k
+-i x -k 2.5                                 2 -k
+-i x -k many                                2 -k
+-i x --min-p 2                              2 --min-p
+-i x --min-p x                              2 --min-p
+-i x --presence-penalty x                   2 --presence-penalty
+-i x --presence-penalty nan                 2 --presence-penalty
+-i x --repetition-penalty 0                 2 --repetition-penalty
+-i x --repetition-penalty -1                2 --repetition-penalty
+-i x --repetition-penalty                   2 --repetition-penalty
+-i x -s x                                   2 -s
+-i x -s 1.5                                 2 -s
+-i x -n -1                                  2 -n
+-i x -n ten                                 2 -n
+-i x -n 99999999999999999999                2 -n
+-i x -c 0                                   2 -c
+-i x -c -5                                  2 -c
+-i x -c x                                   2 -c
+-i x -j 0                                   2 -j
+-i x -j -1                                  2 -j
+-i x -j two                                 2 -j
+-i x -j 99999999                            2 -j
+-i x --batch 0                              2 --batch
+-i x --batch x                              2 --batch
+-i x --cpu pentium                          2 pentium
+-i x --cpu                                  2 --cpu
+-i x -d x                                   2 -d
+-i x -d -1                                  2 -d
+-i x --memory lots                          2 --memory
+-m logits --ids -i 1                        2 -o
+-m logits --ids -i 1 -o                     2 -o
+--ids -i 1,2                                12 1,2
+--ids -i one                                12 one
+--ids -i 352                                12 352
+--ids -i -7                                 12 -7
+--ids -i 99999999999999999999               12 99999999999999999999
+-f /nowhere/at/all                          1 /nowhere/at/all
+-f /                                        1 /
+-z /nowhere/at/all -i x                     1 /nowhere/at/all
+-m logits --ids -i 1 -o /nowhere/at/all     1 /nowhere/at/all
+--dump /nowhere/at/all --ids -i 1           2 --dump
+-m logits -o WORK/x --ids -i 1 --dump /nowhere/at/all   1 /nowhere/at/all
+-m classify -i x                            12 classify
+-m tag -i x                                 12 tag
+-m answer -i x                              12 answer
+-m trace -i x                               12 trace
+-i x -d 2                                   12 -d
+-i x --load x                               12 --load
+-i x --save x                               12 --save
+-i x --memory 1G                            12 --memory
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", BAD_COMMANDS, ids=lambda line: line.split("  ")[0])
+def test_bad_command_line(line):
+    """One line, the status of a usage error, and the option's name; what is for later is refused by its name."""
+    command, expected = re.split(r"\s{2,}", line)
+    statuses, name = expected.split()
+    command = command.replace("WORK", str(WORK))
+    tokenizer = [] if "-z" in command else ["-z", small_tokenizer()[0]]
+    problem = complaint([DEBUG_ENGINE, victim(), *tokenizer, *command.split()], tuple(map(int, statuses)), [name])
+    assert problem is None, problem
+
+
+def test_bad_command_lines_without_a_model():
+    for command in ([], ["-i", "x"], ["-m", "chat"], [""]):
+        status = (FAILED, USAGE) if command == [""] else USAGE
+        problem = complaint([DEBUG_ENGINE, *command], status, ["MODEL", "model", "qwen3next"])
+        assert problem is None, (command, problem)
+
+
+def test_text_that_does_not_fit():
+    """A prompt beyond -c, one beyond the model's positions, an empty prompt where one is needed."""
+    tokenizer, _ = small_tokenizer()
+    logits = ["-m", "logits", "-o", WORK / "none.f32"]
+    for command, names in (([*logits, "--ids", "-i", spaced([1] * 20), "-c", 16], ["-c", "context"]),
+                           (["-i", "x " * 600, "-c", 512], ["-c", "context"]),
+                           ([*logits, "--ids", "-i", ""], ["prompt", "-i", "token"]),
+                           (["-m", "perplexity", "--ids", "-i", "5"], ["perplexity", "token"]),
+                           (["-m", "perplexity", "--ids", "-i", ""], ["perplexity", "token", "prompt"])):
+        problem = complaint([DEBUG_ENGINE, victim(), *command, "-z", tokenizer], (1, 2), names)
+        assert problem is None, (command[:3], problem)
+
+
+def test_closed_output_is_no_crash():
+    """`qwen3next ... | head -c 1`: the program ends, by SIGPIPE or by itself, without a sanitizer's report."""
+    process = subprocess.Popen([DEBUG_ENGINE, victim(), "--ids", "-i", "1 2", "-n", "400", "-c", "500"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(60) in (0, 1, -signal.SIGPIPE) and b"Sanitizer" not in stderr
+
+
+def test_logits_file_is_written_whole_or_not_at_all():
+    """A full disk is said; what isn't a regular file is written to and not replaced; a failure leaves nothing."""
+    folder = WORK / "outputs"
+    folder.mkdir()
+    (folder / "full").symlink_to("/dev/full")    # a link: a program that replaces its output would replace only that
+    command = [DEBUG_ENGINE, victim(), "-m", "logits", "--ids", "-i", "1 2"]
+    assert complaint([*command, "-o", folder / "full"], FAILED, ["full"]) is None
+    assert (folder / "full").is_symlink()
+    os.mkfifo(folder / "fifo")
+    reader = subprocess.Popen(["timeout", "20", "cat", folder / "fifo"], stdout=subprocess.PIPE)
+    assert run(*command, "-o", folder / "fifo").returncode == 0
+    assert len(reader.communicate()[0]) == 2 * 352 * 4
+    assert complaint([*command, "-o", folder / "half", "--dump", folder / "nowhere"], FAILED, ["nowhere"]) is None
+    assert sorted(path.name for path in folder.iterdir()) == ["fifo", "full"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 8 Interface
+# ----------------------------------------------------------------------------------------------------------------
+
+def test_help_and_version():
+    result = run(ENGINE, "-h")
+    assert result.returncode == 0 and result.stderr == b""
+    for option in ("-m", "-i", "-f", "--ids", "-o", "-t", "-p", "-k", "--min-p", "--presence-penalty",
+                   "--repetition-penalty", "-s", "-n", "-c", "-y", "-z", "-j", "-d", "--load", "--save", "--echo",
+                   "--memory", "--dump", "--cpu", "-q", "-v", "--version"):
+        assert re.search(rf"(^|[\s,]){option}\b", result.stdout.decode(), re.M), option
+    assert run(ENGINE, "--help").stdout == result.stdout
+    version = run(ENGINE, "--version")
+    assert version.returncode == 0 and re.search(rb"\d+\.\d+", version.stdout) and version.stdout.count(b"\n") == 1
+
+
+def test_stdout_holds_only_the_result():
+    """Statistics go to stderr; -q silences them; neither changes stdout."""
+    model = random_checkpoint("plain", "f32")
+    command = [ENGINE, model, "--ids", "-i", "5 6 7", "-n", 9, "-t", 0]
+    loud, quiet = run(*command), run(*command, "-q")
+    assert loud.stdout == quiet.stdout and len(loud.stdout.split()) == 9
+    assert all(word.isdigit() for word in loud.stdout.split())
+    assert re.search(rb"tok(en)?s?/s", loud.stderr) and quiet.stderr == b""
+
+
+def test_prompt_from_argument_file_and_stdin():
+    model = random_checkpoint("plain", "f32")
+    file = WORK / "ids.txt"
+    file.write_text("5\n6 7\n")
+    options = ["--ids", "-n", 9, "-t", 0]
+    wanted = engine(model, "-i", "5 6 7", *options)
+    assert engine(model, "-f", file, *options) == wanted
+    assert engine(model, "-i", "-", *options, stdin=b"5 6\n7") == wanted
+    assert engine(model, "-m", "generate", "-i", "5 6 7", *options) == wanted
+
+
+def test_long_names():
+    model = random_checkpoint("plain", "f32")
+    letters = ("-m", "-i", "-t", "-p", "-k", "-s", "-n", "-c", "-j")
+    values = ("generate", "5 6", 0.9, 0.95, 50, 3, 20, 64, 2)
+    short = engine(model, "--ids", *itertools.chain(*zip(letters, values)))
+    names = dict(re.findall(r"(-[a-zA-Z])\b[^\n-]*?,? (--[a-z-]+)", run(ENGINE, "-h").stdout.decode()))
+    for option in "mitpksncjyzofdqvh":
+        assert "-" + option in names, f"-{option} has no long name in the help"
+    long = [names[letter] for letter in letters]
+    assert engine(model, "--ids", *itertools.chain(*zip(long, values))) == short
+
+
+def test_echo():
+    """--echo prints the prompt before its continuation, as text and as ids."""
+    model = random_checkpoint("plain", "f32")
+    plain = engine(model, "--ids", "-i", "5 6 7", "-n", 9, "-t", 0)
+    echoed = engine(model, "--ids", "-i", "5 6 7", "-n", 9, "-t", 0, "--echo")
+    assert echoed.split() == b"5 6 7".split() + plain.split()
+    text = engine(chat_model("instruct"), "-i", "Say\n", "-t", 0, "-z", TOKENIZER, "--echo").decode()
+    assert text.rstrip("\n") == "Say\n" + SCRIPT
+
+
+def test_stop_ids_end_generation():
+    """Without -n the scripted model goes on to its <|im_end|>, which is not printed but with -v."""
+    output = engine(chat_model("instruct"), "-i", "Say\n", "-t", 0, "-z", TOKENIZER)
+    assert output.decode().rstrip("\n") == SCRIPT
+    output = engine(chat_model("instruct"), "-i", "Say\n", "-t", 0, "-z", TOKENIZER, "-v")
+    assert output.decode().rstrip("\n") in (SCRIPT, SCRIPT + "<|im_end|>")
+
+
+def test_special_tokens_in_a_prompt():
+    """generate and tokenize read <|im_end|> as the token."""
+    ids = engine(chat_model("instruct"), "-m", "tokenize", "--ids", "-i", "a<|im_end|>", "-z", TOKENIZER).split()
+    assert [int(id) for id in ids] == real_tokenizer().encode("a<|im_end|>").ids and len(ids) == 2
+
+
+def test_sampling_defaults_come_from_the_checkpoint():
+    """generation_config says 0.7, 0.8, 20; options win over it; the seed is the only source of chance."""
+    model, base = babbling_model(), ["--ids", "-i", "7 8 9", "-n", 40]
+    default = engine(model, *base, "-s", 5)
+    assert default == engine(model, *base, "-s", 5, "-t", 0.7, "-p", 0.8, "-k", 20)
+    assert default != engine(model, *base, "-s", 6)
+    assert default != engine(model, *base, "-s", 5, "-t", 1.5, "-p", 1, "-k", 0)
+    assert engine(model, *base, "-s", 5, "-t", 0) == engine(model, *base, "-s", 6, "-t", 0)
+
+
+def test_do_sample_false_means_greedy():
+    tokenizer, library = small_tokenizer()
+    source = save(random_model(8, vocab_size=352), WORK / "hf" / "greedy")
+    model = export(with_tokenizer(source, library, do_sample=False), WORK / "greedy.bin", "--type", "f32")
+    options = ["--ids", "-i", "1 2 3", "-n", 20, "-z", tokenizer]
+    assert engine(model, *options, "-s", 1) == engine(model, *options, "-s", 2) == engine(model, *options, "-t", 0)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_same_seed_same_text_for_any_number_of_threads(cpu):
+    needs_cpu(cpu)
+    for weights in ("f32", "q4"):
+        model = random_checkpoint("wide", weights)
+        options = ["--ids", "-i", "7 8 9", "-n", 80, "-t", 1, "-k", 0, "-p", 1, "-s", 11, "--cpu", cpu]
+        texts = {engine(model, *options, "-j", threads) for threads in (1, 2, 3, 5)}
+        assert len(texts) == 1 and len(texts.pop().split()) == 80
+
+
+def test_padding_rows_are_never_sampled():
+    """Ids that the tokenizer doesn't have get logits too; no temperature makes them come out."""
+    tokenizer, library = small_tokenizer()
+    size = len(read_tokenizer(tokenizer).tokens)
+    source = save(random_model(6, vocab_size=512), WORK / "hf" / "padded")
+    model = export(with_tokenizer(source, library), WORK / "padded.bin", "--type", "f32")
+    options = ["-t", 5, "-k", 0, "-p", 1, "-s", 1, "-z", tokenizer, "-c", 500]
+    made = engine(model, "--ids", "-i", "1 2 3", "-n", 400, *options)
+    assert made.split() and max(map(int, made.split())) < size
+
+
+def test_tokenizer_is_found_beside_the_model():
+    folder = WORK / "beside"
+    folder.mkdir()
+    shutil.copy(victim(), folder / "model.bin")
+    shutil.copy(small_tokenizer()[0], folder / "tokenizer.bin")
+    ids = engine(folder / "model.bin", "-m", "tokenize", "--ids", "-i", "The owl").split()
+    assert [int(id) for id in ids] == small_tokenizer()[1].encode("The owl").ids
+
+
+def test_perplexity_equals_transformers():
+    for kind, weights in (("plain", "f32"), ("tied", "bf16")):
+        ids, reference = reference_logits(kind, weights == "bf16", 200)
+        nll = -log_softmax(reference)[np.arange(len(ids) - 1), ids[1:]].mean()
+        output = engine(random_checkpoint(kind, weights), "-m", "perplexity", "--ids", "-i", spaced(ids)).decode()
+        lines = dict(line.split() for line in output.splitlines())
+        assert list(lines) == ["tokens", "nll", "perplexity"]
+        assert int(lines["tokens"]) in (len(ids), len(ids) - 1)
+        assert abs(float(lines["nll"]) - nll) < 1e-3 * nll
+        assert abs(float(lines["perplexity"]) / math.exp(nll) - 1) < 1e-2
+
+
+def test_perplexity_of_text():
+    """A text file longer than one batch, through the tokenizer, equals the ids'."""
+    file = WORK / "perplexity.txt"
+    file.write_text(STORY)
+    ids = small_tokenizer()[1].encode(STORY, add_special_tokens=False).ids
+    options = ["-m", "perplexity", "-z", small_tokenizer()[0]]
+    assert engine(victim(), *options, "-f", file) == engine(victim(), *options, "--ids", "-i", spaced(ids))
+
+
+def test_inspect_lists_everything():
+    path = random_checkpoint("plain", "q4")
+    checkpoint, output = read_checkpoint(path), engine(path, "-m", "inspect").decode()
+    for tensor in checkpoint.tensors.values():
+        line = next(line for line in output.splitlines() if re.search(rf"(^|\s){re.escape(tensor.name)}(\s|$)", line))
+        assert str(tensor.offset) in line and ("float", "f32", "bf16", "q8", "q4")[tensor.type] in line
+        assert all(str(n) in line for n in tensor.shape), line
+    for key in SHAPE_KEYS:
+        assert re.search(rf"{key}\W+{checkpoint.scalar(key)}\b", output), key
+    assert str(len(checkpoint.data)) in re.sub(r"(?<=\d),(?=\d)", "", output)
+
+
+def test_bench_prints_its_lines():
+    lines = engine(random_checkpoint("real vocabulary", "q8"), "-m", "bench", "-c", 2048, "-q").decode().splitlines()
+    found = {}
+    for line in lines:
+        name, value, unit = line.split()
+        found[name] = float(value), unit
+    for name, unit in (("prefill_512", "tok/s"), ("decode_128", "tok/s"), ("read_bandwidth", "GB/s"),
+                       ("decode_bytes", "GB/token"), ("decode_of_bandwidth", "%"), ("peak_memory", "MB")):
+        assert found[name][1] == unit and found[name][0] >= 0, name
+
+
+def test_dump_writes_arrays():
+    """--dump DIR: named arrays that numpy reads; the first layer's input projection is the one transformers makes."""
+    folder = WORK / "dump"
+    folder.mkdir()
+    ids = random_ids(9, 300)
+    engine_logits(random_checkpoint("plain", "f32"), ids, "--dump", folder)
+    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    assert len(arrays) > 8 and all(np.isfinite(array).all() for array in arrays.values())
+    assert any(name.startswith("layers.3.") for name in arrays)
+
+
+def test_context_limit_ends_generation():
+    """-c 32 with 10 tokens of prompt: at most 22 more, said on stderr, status 0."""
+    result = run(ENGINE, random_checkpoint("plain", "f32"), "--ids", "-i", spaced([5] * 10), "-t", 0, "-c", 32)
+    assert result.returncode == 0 and len(result.stdout.split()) in (22, 23), result
+    assert b"context" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 9 Export
+# ----------------------------------------------------------------------------------------------------------------
+
+def export_fails(source, output, *options):
+    """Run export.py, expect a refusal: status 1, one line on stderr, no file under any name. Returns the line."""
+    before = set(output.parent.iterdir())
+    result = run(*EXPORT, source, "-o", output, *options)
+    message = result.stderr.decode()
+    assert result.returncode == 1, message
+    lines = [line for line in re.split(r"[\r\n]+", message) if line and "%|" not in line]
+    assert len(lines) == 1 and "Traceback" not in message, message
+    assert set(output.parent.iterdir()) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("kind", ["plain", "attention_bias", "tied"])
+def test_layouts_export_to_the_same_bytes(kind, weights):
+    """Experts packed or one tensor each, one file or shards, old spelling or new: one checkpoint."""
+    changes = {key: value for key, value in KINDS[kind].items()}
+    model = rounded_to_bf16(random_model(4, **changes))
+    outputs = []
+    for layout in (save, save_packed, save_like_the_hub):
+        if kind == "attention_bias" and layout is save_like_the_hub:
+            continue                             # the released files have no such key
+        source = layout(model, WORK / "hf" / f"{kind} {weights} {layout.__name__}", torch.bfloat16)
+        output = export(source, WORK / f"{kind}-{weights}-{layout.__name__}.bin", "--type", weights, "--check")
+        outputs.append(output.read_bytes())
+    assert all(output == outputs[0] for output in outputs)
+
+
+def mtp_tensors(model, seed=0):
+    """Random mtp.* tensors for a model, named as in the released checkpoints."""
+    generator, c = torch.Generator().manual_seed(seed), model.config
+    D, hd, I, Is = c.hidden_size, c.head_dim, c.moe_intermediate_size, c.shared_expert_intermediate_size
+    shapes = {"fc": [D, 2 * D], "pre_fc_norm_embedding": [D], "pre_fc_norm_hidden": [D], "norm": [D],
+              "layers.0.input_layernorm": [D], "layers.0.post_attention_layernorm": [D],
+              "layers.0.self_attn.q_proj": [2 * c.num_attention_heads * hd, D],
+              "layers.0.self_attn.k_proj": [c.num_key_value_heads * hd, D],
+              "layers.0.self_attn.v_proj": [c.num_key_value_heads * hd, D],
+              "layers.0.self_attn.o_proj": [D, c.num_attention_heads * hd],
+              "layers.0.self_attn.q_norm": [hd], "layers.0.self_attn.k_norm": [hd],
+              "layers.0.mlp.gate": [c.num_experts, D], "layers.0.mlp.shared_expert_gate": [1, D],
+              "layers.0.mlp.shared_expert.gate_proj": [Is, D], "layers.0.mlp.shared_expert.up_proj": [Is, D],
+              "layers.0.mlp.shared_expert.down_proj": [D, Is]}
+    for e in range(c.num_experts):
+        shapes.update({f"layers.0.mlp.experts.{e}.gate_proj": [I, D], f"layers.0.mlp.experts.{e}.up_proj": [I, D],
+                       f"layers.0.mlp.experts.{e}.down_proj": [D, I]})
+    return {f"mtp.{name}.weight": 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_mtp_head_comes_along_and_changes_nothing():
+    """mtp.* inside the checkpoint or from a file of its own: stored, announced, and without effect on the logits."""
+    model, plain = kind_model("plain"), random_checkpoint("plain", "f32")
+    inside = save_packed(model, WORK / "hf" / "mtp inside")
+    save_file({**model.state_dict(), **mtp_tensors(model)}, inside / "model.safetensors", {"format": "pt"})
+    save_file(mtp_tensors(model), WORK / "mtp.safetensors", {"format": "pt"})
+    without = save_packed(model, WORK / "hf" / "mtp beside")
+    a = export(inside, WORK / "mtp-inside.bin", "--type", "f32", "--check")
+    b = export(without, WORK / "mtp-beside.bin", "--type", "f32", "--mtp", WORK / "mtp.safetensors")
+    assert a.read_bytes() == b.read_bytes()
+    stored = read_checkpoint(a)
+    assert stored.scalar("has_mtp") == 1
+    assert {"mtp.fc", "mtp.norm", "mtp.layers.0.mlp.experts.down_proj"} <= stored.tensors.keys()
+    assert read_checkpoint(plain).scalar("has_mtp") == 0
+    assert np.array_equal(stored.matrix("mtp.fc"), mtp_tensors(model)["mtp.fc.weight"].numpy())
+    ids = random_ids(40, 300)
+    assert logits_bits(a, ids) == logits_bits(plain, ids)
+
+
+@pytest.mark.parametrize("weights", TYPES)
+def test_random_checkpoint_runs_and_is_its_seed_s(weights):
+    """--random: the same bytes for the same seed, others for another; the engine runs it and learns nothing odd."""
+    config = WORK / "random.json"
+    config.write_text(json.dumps(dict(TINY, model_type="qwen3_next")))
+    paths = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = WORK / f"random-{weights}-{name}.bin"
+        result = run(*EXPORT, "--random", config, "--seed", seed, "-o", path, "--type", weights)
+        assert result.returncode == 0, result.stderr.decode()
+        paths.append(path)
+    a, b, c = (path.read_bytes() for path in paths)
+    assert a == b and a != c
+    logits = engine_logits(paths[0], random_ids(50, TINY["vocab_size"]))
+    assert np.isfinite(logits).all() and logits.std() > 1e-3 and len(set(logits.argmax(-1))) > 5
+
+
+def broken_sources():
+    """(what is wrong, a function that breaks a directory of save_packed, words that the message has to hold)."""
+    def edit_config(**changes):
+        def change(folder):
+            config = json.loads((folder / "config.json").read_text())
+            config.update(changes)
+            (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "remove"}))
+        return change
+
+    def edit_tensor(name, edit):
+        def change(folder):
+            path = folder / "model.safetensors"
+            tensors = load_file(path)
+            value = edit(tensors.pop(name))
+            if value is not None:
+                tensors[name] = value.contiguous()
+            save_file(tensors, path, {"format": "pt"})
+        return change
+
+    def with_nan(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = math.nan
+        return tensor
+
+    def edit_rope(**changes):
+        return edit_config(rope_parameters={**TINY["rope_parameters"], **changes})
+
+    def lost_shard(folder):
+        (folder / "model.safetensors").unlink()
+        index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    q_proj, down = "model.layers.3.self_attn.q_proj.weight", "model.layers.1.mlp.experts.down_proj"
+    out_proj, weights = "model.layers.0.linear_attn.out_proj.weight", "model.safetensors"
+    other_types = [LINEAR, LINEAR, LINEAR, "sliding_attention"]
+    return [
+        ("missing tensor", edit_tensor(q_proj, lambda t: None), [q_proj]),
+        ("missing experts", edit_tensor(down, lambda t: None), ["model.layers.1.mlp.experts"]),
+        ("wrong shape", edit_tensor(q_proj, lambda t: t[:-1]), [q_proj]),
+        ("wrong rank", edit_tensor("model.norm.weight", lambda t: t[None]), ["model.norm.weight"]),
+        ("NaN", edit_tensor(out_proj, with_nan), [out_proj]),
+        ("NaN in experts", edit_tensor(down, with_nan), ["model.layers.1.mlp.experts"]),
+        ("integers", edit_tensor("model.norm.weight", lambda t: t.to(torch.int32)), ["model.norm.weight"]),
+        ("another model_type", edit_config(model_type="llama"), ["llama"]),
+        ("no model_type", edit_config(model_type="remove"), ["model_type"]),
+        ("missing key", edit_config(hidden_size="remove"), ["2048"]),     # the class's default, as in transformers
+        ("a string for a number", edit_config(hidden_size="64"), ["hidden_size"]),
+        ("negative", edit_config(num_experts=-1), ["num_experts"]),
+        ("more experts a token than there are", edit_config(num_experts_per_tok=17), ["num_experts_per_tok"]),
+        ("heads that don't divide", edit_config(linear_num_value_heads=5), ["linear_num_value_heads"]),
+        ("layer_types of another length", edit_config(layer_types=[LINEAR]), ["layer_types"]),
+        ("unknown layer type", edit_config(layer_types=other_types), ["sliding_attention"]),
+        ("unknown activation", edit_config(hidden_act="gelu"), ["gelu"]),
+        ("unknown rope", edit_rope(rope_type="longrope"), ["longrope"]),
+        ("config cut", lambda folder: (folder / "config.json").write_text('{"model_type": '), ["config.json"]),
+        ("config missing", lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+        ("weights missing", lambda folder: (folder / weights).unlink(), ["safetensors"]),
+        ("weights cut", lambda folder: os.truncate(folder / weights, 100_000), [weights]),
+        ("weights empty", lambda folder: os.truncate(folder / weights, 0), [weights]),
+        ("weights are text", lambda folder: (folder / weights).write_text("hello" * 100), [weights]),
+        ("index names a missing shard", lost_shard, ["gone.safetensors"]),
+        ("tokenizer larger than the vocabulary", lambda folder: with_tokenizer(folder, real_tokenizer()), ["tokenizer"]),
+    ]
+
+
+@pytest.mark.parametrize("what, breakage, words", broken_sources(), ids=[case[0] for case in broken_sources()])
+def test_export_refuses(what, breakage, words):
+    """One line that names what is wrong, status 1, and no file left, half or whole."""
+    source = save_packed(kind_model("plain"), WORK / "hf" / f"broken {what}")
+    breakage(source)
+    folder = WORK / f"refused {what}"
+    folder.mkdir()
+    message = export_fails(source, folder / "model.bin", "--type", "q8")
+    assert all(word in message for word in words), message
+
+
+def test_export_refuses_before_the_work():
+    """No such source, no such folder to write to; usage errors have status 2."""
+    source = WORK / "hf" / "before"
+    save_packed(kind_model("plain"), source)
+    assert "nowhere" in export_fails(WORK / "nowhere", WORK / "nothing.bin")
+    result = run(*EXPORT, source, "-o", "/nowhere/at/all/model.bin")
+    assert result.returncode in (1, 2) and b"/nowhere/at/all" in result.stderr and b"Traceback" not in result.stderr
+    for options in ([source, "-o", WORK / "x.bin", "--type", "q3"], [source], ["-o", WORK / "x.bin"], []):
+        result = run(*EXPORT, *options)
+        assert result.returncode == 2 and b"Traceback" not in result.stderr, options
+    assert not (WORK / "x.bin").exists()
+
+
+def test_interrupted_export_leaves_nothing(tmp_path):
+    """Killed while it writes, the old file under the final name is still whole."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(TINY, model_type="qwen3_next", vocab_size=200_000, hidden_size=512)))
+    (tmp_path / "model.bin").write_bytes(b"old")
+    process = subprocess.Popen([*EXPORT, "--random", config, "--seed", "1", "-o",
+                                tmp_path / "model.bin", "--type", "f32"], stderr=subprocess.PIPE)
+    process.stderr.read(1)                       # its first sign of work
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert (tmp_path / "model.bin").read_bytes() == b"old" or process.returncode == 0
+    if process.returncode:
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.bin"}
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.fixed_dictionaries(dict(
+    hidden_size=st.sampled_from([32, 48, 72]), head_dim=st.sampled_from([8, 16, 40]),
+    num_attention_heads=st.sampled_from([2, 4]), num_key_value_heads=st.sampled_from([1, 2]),
+    linear_num_key_heads=st.sampled_from([1, 2, 3]), ratio=st.integers(1, 4),
+    linear_key_head_dim=st.sampled_from([4, 16, 24]), linear_value_head_dim=st.sampled_from([8, 16, 40]),
+    linear_conv_kernel_dim=st.integers(2, 5), num_experts=st.integers(2, 20),
+    moe_intermediate_size=st.sampled_from([8, 24, 32]), shared_expert_intermediate_size=st.sampled_from([8, 40]),
+    num_hidden_layers=st.integers(1, 5), norm_topk_prob=st.booleans(), attention_bias=st.booleans(),
+    tie_word_embeddings=st.booleans(), decoder_sparse_step=st.integers(1, 3),
+    partial=st.sampled_from([0.25, 0.5, 1.0]), seed=st.integers(0, 99))))
+def test_any_configuration_equals_transformers(config):
+    """Configurations that hypothesis draws, from checkpoint directory to logits."""
+    config = dict(config)
+    config["linear_num_value_heads"] = config["linear_num_key_heads"] * config.pop("ratio")
+    config["num_experts_per_tok"] = max(1, config["num_experts"] // 3)
+    config.update(rope(partial=config.pop("partial")))
+    seed = config.pop("seed")
+    folder = Path(tempfile.mkdtemp(dir=WORK))
+    model = random_model(seed, **config)
+    ids = random_ids(40, model.config.vocab_size)
+    if router_margin(model, ids) < 1e-4:
+        return
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    binary = export(save(model, folder / "hf"), folder / "model.bin", "--type", "f32", "--check")
+    assert logits_error(engine_logits(binary, ids), reference) < TOLERANCE, config
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 10 README
+# ----------------------------------------------------------------------------------------------------------------
+
+def readme_commands():
+    """The commands in README's fenced sh blocks, one a line, continuations joined, prompts and comments dropped."""
+    path = ROOT / "README.md"
+    text = path.read_text() if path.exists() else ""
+    blocks = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"^\$ ", "", line).split(" #")[0].strip() for line in lines
+            if line.strip() and not line.startswith("#")]
+
+
+# What a test does not run: what runs this test, what takes long, what needs the network or the real model's files.
+NOT_RUN = re.compile(r"git clone|make (test|bench|run)|^cd |pip |hf download|huggingface|80B|Qwen3-Next|sudo|apt|curl"
+                     r"|wget|SOURCE|MODEL|\.\.\.")
+
+
+@pytest.mark.skipif(not readme_commands(), reason="README.md has no commands yet")
+def test_readme_commands_run(tmp_path):
+    """Every command of the README that can run here does, in order, in a copy of the repository."""
+    copy = tmp_path / "copy"
+    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.decode()
+    for name in names.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    shutil.copy2(ENGINE, copy / "qwen3next")
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    ran = 0
+    for command in readme_commands():
+        if NOT_RUN.search(command):
+            continue
+        result = run("bash", "-c", command, cwd=copy, env=environment, timeout=300)
+        assert result.returncode == 0, f"{command}\n{result.stderr.decode()}"
+        ran += 1
+    assert ran, "no command of the README was run"
+
+
+def test_readme_options_exist():
+    """Every long option that the README shows is one that the programs know."""
+    path = ROOT / "README.md"
+    if not path.exists():
+        pytest.skip("no README yet")
+    known = run(ENGINE, "-h").stdout.decode() + run(*EXPORT, "-h").stdout.decode()
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text())):
+        assert option in known or option in ("--local-dir", "--include"), option
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 11 Mutation: the comparison of section 1 notices
+# ----------------------------------------------------------------------------------------------------------------
+
+# What is broken, and the text of qwen3next.c to replace for it. Each text occurs once. The last of the five that
+# matter most, a softmax over the chosen experts alone, is the same as always dividing by their sum.
+BREAKS = {
+    "no + 1 in the norm": [("x[i] * scale * (1 + w[i])", "x[i] * scale * w[i]")],
+    "b and a swapped": [("softplus(ba[nv + h]", "softplus(ba[h]"), ("expf(-ba[h])", "expf(-ba[nv + h])")],
+    "key heads repeated, not interleaved": [("h / (c->linear_num_value_heads / c->linear_num_key_heads)",
+                                             "h % c->linear_num_key_heads")],
+    "no attention gate": [("out[i] = o[i] / l * s[i];", "out[i] = o[i] / l;")],
+    "softmax after top-k": [("c->norm_topk_prob && i < k; i++) weight[i] /= sum", "i < k; i++) weight[i] /= sum")],
+    "gated norm with + 1": [("scale * p->layer->linear.norm[i] * gate[i]",
+                             "scale * (1 + p->layer->linear.norm[i]) * gate[i]")],
+    "gated norm without its gate": [("p->layer->linear.norm[i] * gate[i]", "p->layer->linear.norm[i]")],
+    "queries not scaled": [("dk, 1 / sqrtf((float)dk));", "dk, 1);")],
+    "no l2norm of keys": [("l2norm(e->kernels, k + t * dk, dk, 1);", "")],
+    "no dt_bias": [("+ a->dt_bias[h])", ")")],
+    "decay of the wrong sign": [("expf(-expf(a->A_log[h])", "expf(-expf(-a->A_log[h])")],
+    "convolution forgets the last batch": [("src >= 0 ? w->proj + (size_t)src * w->proj_ld\n",
+                                            "1 ? w->proj + (size_t)(src < 0 ? 0 : src) * w->proj_ld\n")],
+    "rotary angles one percent off": [("(double)(pos + t) * m->inv_freq[i]",
+                                            "(double)(pos + t) * 1.01 * m->inv_freq[i]")],
+    "no shared expert": [("w->slot_weight[slot + t] = w->shared_weight[t];", "w->slot_weight[slot + t] = 0;")],
+    "no gate on the shared expert": [("w->slot_weight[slot + t] = w->shared_weight[t];",
+                                      "w->slot_weight[slot + t] = 1;")],
+}
+
+
+def compile_copy(name, replacements):
+    """Build a changed copy of qwen3next.c, plain kernels only; returns the program."""
+    folder = WORK / "breaks" / re.sub(r"\W+", "-", name)
+    folder.mkdir(parents=True)
+    source = (ROOT / "qwen3next.c").read_text()
+    for old, new in replacements:
+        assert source.count(old) == 1, f"{name}: {old!r} occurs {source.count(old)} times in qwen3next.c"
+        source = source.replace(old, new)
+    (folder / "qwen3next.c").write_text(source)
+    subprocess.run(["cc", "-std=gnu11", "-O1", "-w", "-pthread", "-DPLAIN_ONLY", "qwen3next.c", "-o", "qwen3next",
+                    "-lm"], cwd=folder, check=True)
+    return folder / "qwen3next"
+
+
+@functools.cache
+def broken_programs():
+    """Every break compiled, and the unbroken source the same way: name -> program."""
+    names = ["unbroken", *BREAKS]
+    return dict(zip(names, parallel(lambda name: compile_copy(name, BREAKS.get(name, [])), names)))
+
+
+def errors_of(program, kinds):
+    """Largest error over the 65-token prompt for each kind of checkpoint, as in section 1; inf when it fails."""
+    errors = {}
+    for kind in kinds:
+        ids, reference = reference_logits(kind, False, 65)
+        try:
+            errors[kind] = logits_error(engine_logits(random_checkpoint(kind), ids, program=program), reference)
+        except AssertionError:                   # not finite, or the program failed
+            errors[kind] = math.inf
+    return errors
+
+
+@pytest.mark.parametrize("name", ["unbroken", *BREAKS])
+def test_comparison_notices(name, report):
+    """The unbroken program is right on every kind; a broken one is wrong on one kind at least, and not by a little."""
+    kinds = [kind for kind in KINDS if kind not in ("real vocabulary", "wide")]
+    errors = errors_of(broken_programs()[name], kinds)
+    wrong = [kind for kind in kinds if errors[kind] >= TOLERANCE]
+    if name == "unbroken":
+        assert not wrong, errors
+    else:
+        report(f"{name}: wrong on {len(wrong)} of {len(kinds)} kinds")
+        assert wrong and max(errors.values()) > 5 * TOLERANCE, errors

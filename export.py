@@ -119,6 +119,8 @@ def well_formed(path):
 def written(path):
     """A binary file under a temporary name beside `path`, renamed to it at the end; on any failure it is removed."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        fail(path, "the output", "a regular file or a new name", "a directory, device or pipe")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as f:

@@ -339,7 +339,7 @@ typedef struct {
     bool present, thinking; /* thinking: earlier answers keep only what follows think_end */
     Str prefix, default_system, system_prefix, system_suffix, user_prefix, user_suffix;
     Str assistant_prefix, assistant_suffix, generation_prompt, think_end;
-    int system_trim, user_trim, assistant_trim; /* bits: 1, 2 white space; 4, 8 newlines; before, after */
+    int think_trim, system_trim, user_trim, assistant_trim; /* bits: 1, 2 white space; 4, 8 newlines; before, after */
 } ChatPieces;
 
 typedef struct { float temperature, top_p, min_p, repetition_penalty, presence_penalty; int top_k; } SamplerSettings;
@@ -476,6 +476,7 @@ typedef struct {
     const MetaRecord *meta;
     const TensorRecord *tensors;
     uint32_t cursor;      /* tensors are asked for about in the order they lie in: look here first */
+    uint32_t bound;       /* tensors that the model has asked for and got */
 } Reader;
 
 static size_t tile_bytes(Type type, size_t cols)
@@ -642,6 +643,7 @@ static const TensorRecord *want_shape(Reader *r, const char *name, int need, int
     const TensorRecord *t = find_tensor(r, name);
     if (!t && need == REQUIRED) die("%s: tensor %s: missing", r->file.path, name);
     if (!t) return NULL;
+    r->bound++;
     bool same = t->rank == (uint32_t)rank;
     for (int i = 0; same && i < rank; i++) same = t->shape[i] == (uint64_t)shape[i];
     if (!same)
@@ -766,6 +768,7 @@ static void read_chat(const Reader *r, ChatPieces *c)
     for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) *pieces[i].piece = meta_string(r, pieces[i].key);
     c->present = find_meta(r, "chat.user_prefix", META_STRING) != NULL;
     c->thinking = meta_int(r, "chat.thinking", 0, 1, 0) && c->think_end.len;
+    c->think_trim = meta_int(r, "chat.think_trim", 0, 15, 4);
     c->system_trim = meta_int(r, "chat.system_trim", 0, 15, 0);
     c->user_trim = meta_int(r, "chat.user_trim", 0, 15, 0);
     c->assistant_trim = meta_int(r, "chat.assistant_trim", 0, 15, 0);
@@ -891,8 +894,11 @@ static Model open_model(const char *path)
     m.has_mtp = find_tensor(&r, "mtp.fc") != NULL;
     for (uint32_t i = 0; i < r.header->n_tensors; i++) {
         m.quantized |= r.tensors[i].type >= Q8;
+        r.bound += !strncmp(r.tensors[i].name, "mtp.", 4);
         if (r.tensors[i].type == Q4 && !find_meta(&r, "q4_levels", META_INT)) die("%s: key q4_levels: missing", path);
     }
+    if (r.bound != r.header->n_tensors)
+        die("%s: n_tensors: this model has %u, found %u", path, r.bound, r.header->n_tensors);
     return m;
 }
 
@@ -2243,7 +2249,7 @@ static const uint8_t *token_bytes(const Tokenizer *t, int id, size_t *n)
 }
 
 /* Writes tokens to stdout as text, holding back the bytes of a character that is not yet complete. */
-typedef struct { const Tokenizer *t; bool show_special; Str held, all; } Printer;
+typedef struct { const Tokenizer *t; bool show_special; Str held, all; } Printer; /* all: the text so far */
 
 static void printer_flush(Printer *p, bool all)
 {
@@ -2267,13 +2273,13 @@ static void printer_flush(Printer *p, bool all)
     p->held.len -= done;
 }
 
-static void print_token(Printer *p, int id)
+static void print_token(Printer *p, int id, bool keep)
 {
     size_t n;
     const uint8_t *bytes = token_bytes(p->t, id, &n);
     if (id < p->t->n_tokens && p->t->special[id] && !p->show_special) return;
     str_add(&p->held, bytes, n);
-    str_add(&p->all, bytes, n);
+    if (keep) str_add(&p->all, bytes, n);
     printer_flush(p, false);
 }
 
@@ -3068,7 +3074,7 @@ static void kept_answer(const ChatPieces *c, const Str *answer, const char **tex
         *text = s;
         *n = answer->len - (size_t)(s - answer->data);
     }
-    if (c->thinking && *text != answer->data) trim(text, n, 4);
+    if (c->thinking && *text != answer->data) trim(text, n, c->think_trim);
     trim(text, n, c->assistant_trim);
 }
 
@@ -3107,33 +3113,43 @@ static void close_answer(Chat *c, Prompt *p)
 
 /* ---- 17. Generate: the one loop that makes tokens ---- */
 
-/* The answer from the tokens of `prompt_logits`' row on: draws, prints and feeds until a stop token, n tokens, a full
- * context or an interrupt. Generated ids are appended to `made` (the stop token too). Needs one fed token at least. */
-static void generate(Run *r, int limit, Printer *printer, Tokens *made, int last_row)
+static bool is_stop(const Model *m, int id)
+{
+    for (int i = 0; i < m->n_stops; i++)
+        if (m->stop_ids[i] == id) return true;
+    return false;
+}
+
+/* Draw, print and feed tokens until a stop token, `limit` tokens (0: no limit), a full context or an interrupt. The
+ * first is drawn from row `row` of the last forward. The printer keeps the answer's text, without a stop token.
+ * Returns a token that was printed but not fed any more, or -1. */
+static int generate(Run *r, int limit, Printer *printer, int row)
 {
     Engine *e = &r->engine;
     double start = now();
-    const float *logits = head_logits(e, last_row, 1);
-    for (int count = 0; limit == 0 || count < limit; count++) {
-        if (interrupted) break;
+    const float *logits = head_logits(e, row, 1);
+    int unfed = -1;
+    for (int count = 1; !interrupted; count++) {
         int id = sample(&r->sampler, logits);
+        bool stop = is_stop(&e->model, id);
         sampler_saw(&r->sampler, id, true);
-        tokens_add(made, id);
         r->answer_tokens++;
-        bool stop = false;
-        for (int i = 0; i < e->model.n_stops; i++) stop |= e->model.stop_ids[i] == id;
-        if (r->args.ids) printf(count ? " %d" : "%d", id), fflush(stdout);
-        else if (!stop || r->args.verbose) print_token(printer, id);
-        if (stop || (limit && count + 1 == limit)) break;
+        if (r->args.ids) printf(count > 1 ? " %d" : "%d", id), fflush(stdout);
+        else if (!stop || r->args.verbose) print_token(printer, id, !stop);
+        if (stop) break;
+        unfed = id;
+        if (count == limit) break;
         if (e->state.tokens.len == e->state.ctx) {
             warn("the context of %d tokens is full (-c sets it)", e->state.ctx);
             break;
         }
         forward(e, &id, 1);
         report_fed(r, &id, 1);
+        unfed = -1;
         logits = head_logits(e, 0, 1);
     }
     r->answer_seconds += now() - start;
+    return unfed;
 }
 
 static int last_row(const Run *r, int fed) { return (fed - 1) % r->engine.work.batch; }
@@ -3225,13 +3241,13 @@ static Tokens prompt_tokens(Run *r, int room)
 static int mode_generate(Run *r)
 {
     Printer printer = {.show_special = r->args.verbose};
-    Tokens prompt = prompt_tokens(r, r->engine.state.ctx), made = {0};
+    Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
     if (!r->args.ids) printer.t = need_tokenizer(r);
     for (int i = 0; r->args.echo && i < prompt.len; i++)
         if (r->args.ids) printf("%d ", prompt.id[i]);
-        else print_token(&printer, prompt.id[i]);
+        else print_token(&printer, prompt.id[i], true);
     if (feed(r, prompt.id, prompt.len) == prompt.len)
-        generate(r, (int)max_int((int)r->args.n, 0), &printer, &made, last_row(r, prompt.len));
+        generate(r, (int)r->args.n, &printer, last_row(r, prompt.len));
     if (printer.t) printer_flush(&printer, true);
     if (r->args.ids) putchar('\n');
     else if (isatty(1)) putchar('\n');
@@ -3250,6 +3266,7 @@ static void free_prompt(Prompt *p)
 
 static void chat_clear(Chat *c)
 {
+    if (c->run->args.verbose) fputs("rewind: 0\n", stderr);
     state_reset(&c->run->engine.state);
     memset(c->run->sampler.seen, 0, (size_t)c->run->sampler.vocab);
     c->begun = c->answered = c->prompted = false;
@@ -3279,18 +3296,19 @@ static void chat_answer(Chat *c, const Tokens *cue)
 {
     Run *r = c->run;
     Printer printer = {.t = r->tokenizer, .show_special = r->args.verbose};
-    Tokens made = {0};
     snapshot_take(&c->mark, &r->engine.state);
     sampler_new_answer(&r->sampler);
     str_set(&c->answer, "", 0);
     c->prompted = cue->len == 0 || feed(r, cue->id, cue->len) == cue->len;
-    if (c->prompted) generate(r, (int)max_int((int)r->args.n, 0), &printer, &made, last_row(r, cue->len));
+    int unfed = -1;
+    if (c->prompted) unfed = generate(r, (int)r->args.n, &printer, last_row(r, cue->len));
     else snapshot_restore(&c->mark, &r->engine.state);
+    if (unfed >= 0 && r->engine.state.tokens.len < r->engine.state.ctx) feed(r, &unfed, 1); /* cut by -n: still said */
     printer_flush(&printer, true);
     putchar('\n');
     fflush(stdout);
     str_add(&c->answer, printer.all.data, printer.all.len);
-    free(printer.held.data), free(printer.all.data), free(made.id);
+    free(printer.held.data), free(printer.all.data);
 }
 
 /* One turn: feed the user's text in the template, then answer. A turn that does not fit, or whose reading is
@@ -3514,31 +3532,40 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
     }
 }
 
-typedef struct { FILE *file; const char *path; size_t vocab; } LogitsFile;
+/* Where logits go: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
+typedef struct { FILE *file; char path[PATH_MAX]; bool temporary; size_t vocab; } LogitsFile;
+
+__attribute__((noreturn)) static void logits_failed(const LogitsFile *l, const char *name)
+{
+    int error = errno;
+    if (l->temporary) unlink(l->path);
+    die("%s: %s", name, strerror(error));
+}
 
 static void write_logits(void *arg, int pos, const float *logits)
 {
     (void)pos;
     LogitsFile *l = arg;
-    if (fwrite(logits, sizeof *logits, l->vocab, l->file) != l->vocab) {
-        unlink(l->path);
-        die("%s: %s", l->path, strerror(errno));
-    }
+    if (fwrite(logits, sizeof *logits, l->vocab, l->file) != l->vocab) logits_failed(l, l->path);
 }
 
 static int mode_logits(Run *r)
 {
+    const char *out = r->args.out;
     Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
     if (r->args.dump && prompt.len > r->engine.work.batch)
         die("--dump: takes one batch of at most %d tokens, found %d", r->engine.work.batch, prompt.len);
-    char temporary[PATH_MAX];
-    snprintf(temporary, sizeof temporary, "%s.%ld.tmp", r->args.out, (long)getpid()); /* no half file under the final name */
-    LogitsFile l = {fopen(temporary, "wb"), temporary, (size_t)r->engine.model.config.vocab_size};
-    if (!l.file) die("%s: %s", temporary, strerror(errno));
+    if (r->args.dump && access(r->args.dump, W_OK)) die("--dump %s: %s", r->args.dump, strerror(errno));
+    LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
+    struct stat info;
+    l.temporary = stat(out, &info) || S_ISREG(info.st_mode);
+    if (l.temporary) snprintf(l.path, sizeof l.path, "%s.%ld.tmp", out, (long)getpid());
+    else snprintf(l.path, sizeof l.path, "%s", out);
+    l.file = fopen(l.path, "wb");
+    if (!l.file) die("%s: %s", l.path, strerror(errno));
     each_logits(r, &prompt, write_logits, &l);
-    bool written = !fclose(l.file) && !interrupted && !rename(temporary, r->args.out);
-    if (!written) unlink(temporary);
-    if (!written && !interrupted) die("%s: %s", r->args.out, strerror(errno));
+    if (fclose(l.file) || (!interrupted && l.temporary && rename(l.path, out))) logits_failed(&l, out);
+    if (interrupted && l.temporary) unlink(l.path);
     return interrupted ? 130 : 0;
 }
 
@@ -3884,6 +3911,10 @@ static void start_engine(Run *r)
         fprintf(stderr, "kernels %s, threads %d, context %d, seed %llu\n", e->kernels->name, pool_threads(e->pool), ctx,
                 (unsigned long long)seed);
 }
+
+/* What is allocated lives until the program ends, which frees it: for AddressSanitizer, no leak. */
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 int main(int argc, char **argv)
 {

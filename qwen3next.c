@@ -110,6 +110,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *form
     exit(1);
 }
 
+/* Print "qwen3next: message" and go on. */
 __attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
 {
     va_list args;
@@ -120,6 +121,7 @@ __attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
     va_end(args);
 }
 
+/* The smallest multiple of `to` that is not below n. */
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
@@ -132,6 +134,7 @@ static size_t mul(size_t a, size_t b)
     return product;
 }
 
+/* realloc for count x size bytes that never returns NULL: ends the program when memory is short. */
 static void *grow(void *old, size_t count, size_t size)
 {
     void *p = realloc(old, mul(count ? count : 1, size));
@@ -158,6 +161,7 @@ static double now(void) /* seconds */
 /* A growable string of bytes, always NUL-terminated. */
 typedef struct { char *data; size_t len, cap; } Str;
 
+/* Append n bytes. */
 static void str_add(Str *s, const void *bytes, size_t n)
 {
     if (s->len + n + 1 > s->cap) {
@@ -169,11 +173,13 @@ static void str_add(Str *s, const void *bytes, size_t n)
     s->data[s->len] = 0;
 }
 
+/* Make the string these n bytes. */
 static void str_set(Str *s, const void *bytes, size_t n) { s->len = 0; str_add(s, bytes, n); }
 
 /* A growable list of token ids. */
 typedef struct { int *id; int len, cap; } Tokens;
 
+/* Append one id. */
 static void tokens_add(Tokens *t, int id)
 {
     if (t->len == INT_MAX / 2) die("too many tokens");
@@ -184,6 +190,7 @@ static void tokens_add(Tokens *t, int id)
     t->id[t->len++] = id;
 }
 
+/* bf16 is the upper half of a float. */
 static float bf16_to_float(uint16_t h)
 {
     uint32_t bits = (uint32_t)h << 16;
@@ -192,6 +199,7 @@ static float bf16_to_float(uint16_t h)
     return f;
 }
 
+/* Exact for every finite f16. */
 static float f16_to_float(uint16_t h)
 {
     uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
@@ -237,6 +245,7 @@ static Str read_all(const char *path)
 /* A file mapped for reading. Fails with a message unless it is a regular, non-empty file. */
 typedef struct { const uint8_t *data; size_t size; const char *path; } Mapping;
 
+/* Map a whole file read-only, shared with the page cache. */
 static Mapping map_file(const char *path)
 {
     struct stat info;
@@ -479,6 +488,7 @@ typedef struct {
     uint32_t bound;       /* tensors that the model has asked for and got */
 } Reader;
 
+/* Bytes of one tile of TILE rows x cols columns; 0 for FLOAT, which has no tiles. */
 static size_t tile_bytes(Type type, size_t cols)
 {
     switch (type) {
@@ -504,6 +514,7 @@ static size_t tensor_bytes(const TensorRecord *t)
     return n / rows / cols * (round_up(rows, TILE) / TILE) * tile_bytes((Type)t->type, cols);
 }
 
+/* Refuse a region [offset, offset + size) that leaves the file or is not aligned. */
 static void check_region(const Reader *r, const char *what, const char *name, uint64_t offset, uint64_t size,
                          uint64_t align)
 {
@@ -513,6 +524,7 @@ static void check_region(const Reader *r, const char *what, const char *name, ui
             (unsigned long long)offset);
 }
 
+/* For qsort: by place in the file. */
 static int compare_offsets(const void *a, const void *b)
 {
     const TensorRecord *x = *(const TensorRecord *const *)a, *y = *(const TensorRecord *const *)b;
@@ -574,6 +586,7 @@ static Reader open_reader(const char *path)
     return r;
 }
 
+/* The record of a key, or NULL when absent; refuses a key of another type. */
 static const MetaRecord *find_meta(const Reader *r, const char *key, uint32_t type)
 {
     for (uint32_t i = 0; i < r->header->n_meta; i++)
@@ -585,6 +598,7 @@ static const MetaRecord *find_meta(const Reader *r, const char *key, uint32_t ty
     return NULL;
 }
 
+/* Entry i of an integer array. */
 static int64_t meta_int_at(const Reader *r, const MetaRecord *m, uint32_t i)
 {
     int64_t value;
@@ -615,6 +629,7 @@ static double meta_float(const Reader *r, const char *key, double lo, double hi,
     return value;
 }
 
+/* A string, empty when the key is absent. The caller owns it. */
 static Str meta_string(const Reader *r, const char *key)
 {
     Str s = {0};
@@ -623,6 +638,7 @@ static Str meta_string(const Reader *r, const char *key)
     return s;
 }
 
+/* The record of a tensor, or NULL. */
 static const TensorRecord *find_tensor(Reader *r, const char *name)
 {
     uint32_t n = r->header->n_tensors;
@@ -638,6 +654,7 @@ static const TensorRecord *find_tensor(Reader *r, const char *name)
 
 enum { REQUIRED, OPTIONAL };
 
+/* The record of a tensor of this shape; NULL only for an OPTIONAL one that is absent. Refuses other shapes. */
 static const TensorRecord *want_shape(Reader *r, const char *name, int need, int rank, const int shape[4])
 {
     const TensorRecord *t = find_tensor(r, name);
@@ -684,6 +701,7 @@ static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int ne
     return m;
 }
 
+/* Read and range-check the sizes; products of any two fit an int afterwards. */
 static void read_config(const Reader *r, Config *c)
 {
     const char *path = r->file.path;
@@ -757,6 +775,7 @@ static void read_rope(const Reader *r, Model *m)
     }
 }
 
+/* Read the pieces of the chat template; all empty when the checkpoint has none. */
 static void read_chat(const Reader *r, ChatPieces *c)
 {
     const struct { const char *key; Str *piece; } pieces[] = {
@@ -774,6 +793,7 @@ static void read_chat(const Reader *r, ChatPieces *c)
     c->assistant_trim = meta_int(r, "chat.assistant_trim", 0, 15, 0);
 }
 
+/* Codebook, stop ids, tokenizer identity and sampling settings. */
 static void read_defaults(const Reader *r, Model *m)
 {
     const MetaRecord *levels = find_meta(r, "q4_levels", META_INT), *stops = find_meta(r, "stop_ids", META_INT);
@@ -805,6 +825,7 @@ static void read_defaults(const Reader *r, Model *m)
         .top_k = meta_int(r, "sampling.top_k", 0, INT_MAX, 0)};
 }
 
+/* A layer's experts, or its one dense network. */
 static void bind_mlp(Reader *r, const Config *c, const char *layer, bool sparse, Mlp *mlp)
 {
     int D = c->hidden_size, E = c->num_experts, I = sparse ? c->moe_intermediate_size : c->intermediate_size;
@@ -824,6 +845,7 @@ static void bind_mlp(Reader *r, const Config *c, const char *layer, bool sparse,
     mlp->shared_expert_gate = bind_floats(r, layer, "mlp.shared_expert_gate", REQUIRED, D, 0);
 }
 
+/* The tensors of a Gated DeltaNet mixer. */
 static void bind_linear(Reader *r, const Config *c, const char *layer, LinearAttn *a)
 {
     int D = c->hidden_size, nv = c->linear_num_value_heads;
@@ -836,6 +858,7 @@ static void bind_linear(Reader *r, const Config *c, const char *layer, LinearAtt
     a->out_proj = bind_matrix(r, layer, "linear_attn.out_proj", REQUIRED, 0, false, D, c->value_dim);
 }
 
+/* The tensors of a gated attention mixer. */
 static void bind_attention(Reader *r, const Config *c, const char *layer, SelfAttn *a)
 {
     int D = c->hidden_size, hd = c->head_dim, q_dim = c->num_attention_heads * hd;
@@ -848,6 +871,7 @@ static void bind_attention(Reader *r, const Config *c, const char *layer, SelfAt
     a->o_bias = bind_floats(r, layer, "self_attn.o_bias", OPTIONAL, D, 0);
 }
 
+/* All layers, each with the index of its state among its kind. */
 static void bind_layers(Reader *r, Model *m)
 {
     Config *c = &m->config;
@@ -938,6 +962,7 @@ static void silu(const Kernels *kn, float *x, float *s, int n)
     for (int i = 0; i < n; i++) x[i] *= s[i];
 }
 
+/* log(1 + e^x), guarded where e^x would overflow. */
 static float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 
 /* x = softmax(x) */
@@ -960,6 +985,7 @@ static void rope_partial(float *x, const float *rope, int half)
     }
 }
 
+/* cos and sin for positions [pos, pos + n): rope is [n][rotary_dim / 2][2]. */
 static void fill_rope(const Model *m, float *rope, int pos, int n)
 {
     int half = m->config.rotary_dim / 2;
@@ -977,6 +1003,7 @@ static const void *act_row(const Acts *a, Type type, size_t r)
     return type >= Q8 ? (const void *)(a->q + r * a->blocks) : (const void *)(a->f + r * a->ld);
 }
 
+/* Make the int8 form of row r of a from its floats, when some matrix needs it. */
 static void quantize_row(const Engine *e, Acts *a, size_t r)
 {
     if (e->model.quantized) e->kernels->quantize(a->q + r * a->blocks, a->f + r * a->ld, a->cols);
@@ -1020,6 +1047,7 @@ typedef struct {
 
 enum { TILES_PER_ITEM = 4 };
 
+/* One item of a matmul: TILES_PER_ITEM tiles of rows for all n activations. */
 static void matmul_item(void *arg, int item, int thread)
 {
     (void)thread;
@@ -1044,6 +1072,7 @@ static void matmul_item(void *arg, int item, int thread)
     }
 }
 
+/* y[t] = W x[first + t] (+ bias) for t < n. */
 static void matmul(Engine *e, const Matrix *w, const Acts *x, size_t first, int n, float *y, size_t ld,
                    const float *bias)
 {
@@ -1066,6 +1095,7 @@ static void norm_item(void *arg, int t, int thread)
     quantize_row(p->e, &w->xn, (size_t)t);
 }
 
+/* The norm stage for all tokens: work.xn from work.x, after adding work.out if asked to. */
 static void add_and_norm(Pass *p, const float *weight, bool add_out)
 {
     p->norm = weight;
@@ -1073,6 +1103,7 @@ static void add_and_norm(Pass *p, const float *weight, bool add_out)
     parallel_for(p->e->pool, p->n, norm_item, p);
 }
 
+/* The mixer's output of token t as int8. */
 static void quantize_mix_item(void *arg, int t, int thread)
 {
     (void)thread;
@@ -1149,6 +1180,7 @@ static void gdn_gates(const Pass *p, int h, int t0, int n, float *decay, float *
     }
 }
 
+/* Value head h for all tokens of the batch: convolve, gate, walk the state, norm. */
 static void gdn_head(void *arg, int h, int thread)
 {
     const Pass *p = arg;
@@ -1198,6 +1230,7 @@ static void gdn_keep_inputs(const Pass *p)
     }
 }
 
+/* The whole mixer: work.out = W_out (heads of W_in xn). */
 static void gdn_mixer(Pass *p)
 {
     Engine *e = p->e;
@@ -1236,6 +1269,7 @@ static size_t v_offset(const Config *c, int pos, int d)
     return ((size_t)(pos / KV_TILE) * tiles + (size_t)d) * KV_TILE * TILE + (size_t)(pos % KV_TILE) * TILE;
 }
 
+/* Store one key or value element in the cache's type. */
 static void kv_put(const State *s, uint8_t *base, size_t at, float value)
 {
     if (s->kv_f16) ((uint16_t *)base)[at] = float_to_f16(value);
@@ -1323,6 +1357,7 @@ static void attn_tile(AttnRows *a, int pos, int count, float (*score)[KV_TILE])
     }
 }
 
+/* All rows of `a` over range number `range`: a->o and a->sm become that range's partial result. */
 static void attn_range(AttnRows *a, int range, float *scratch)
 {
     float (*score)[KV_TILE] = (float (*)[KV_TILE])scratch;
@@ -1352,6 +1387,7 @@ static void attn_finish(const Pass *p, int g, int row, const float *o, float l, 
     for (int i = 0; i < hd; i++) out[i] = o[i] / l * s[i];
 }
 
+/* The query rows of block `block` for KV head g; o: where their partial output goes. */
 static AttnRows attn_rows(const Pass *p, int g, int block, float *o)
 {
     const Config *c = &p->e->model.config;
@@ -1373,6 +1409,7 @@ static int attn_blocks(const Pass *p) /* groups of query rows that share a KV he
     return (p->n * (c->num_attention_heads / c->num_key_value_heads) + p->e->kernels->rows - 1) / p->e->kernels->rows;
 }
 
+/* Ranges that cover so many positions. */
 static int attn_ranges(int positions) { return (positions + KV_RANGE - 1) / KV_RANGE; }
 
 /* Many tokens: an item is a block of rows, which walks through all ranges. */
@@ -1402,6 +1439,7 @@ static float *attn_partial(const Pass *p, int g, int block, int range, int range
     return p->e->work.partial + index * MAX_ROWS * row;
 }
 
+/* One range of one block of rows into `partial`. */
 static void attn_split(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -1414,6 +1452,7 @@ static void attn_split(void *arg, int item, int thread)
     memcpy(partial + a.n * a.hdp, a.sm, (size_t)a.n * sizeof *a.sm);
 }
 
+/* Merge the ranges of one block of rows, in order, and finish its heads. */
 static void attn_join(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -1432,6 +1471,7 @@ static void attn_join(void *arg, int item, int thread)
     }
 }
 
+/* The whole mixer: work.out = W_o (heads of W_qgkv xn). */
 static void attn_mixer(Pass *p)
 {
     Engine *e = p->e;
@@ -1487,6 +1527,7 @@ static void moe_route_item(void *arg, int t, int thread)
     w->shared_weight[t] = 1 / (1 + expf(-p->e->kernels->dot(p->layer->mlp.shared_expert_gate, x, c->hidden_size)));
 }
 
+/* Append a network and the slots of its tokens to this batch's list. */
 static void ffn_add(Work *w, const Matrix *gate_up, const Matrix *down, int expert, int first, int count)
 {
     const Ffn *last = w->n_ffn ? &w->ffn[w->n_ffn - 1] : NULL;
@@ -1595,6 +1636,7 @@ static void ffn_down_item(void *arg, int item, int thread)
     }
 }
 
+/* The whole MLP: work.out = sum over networks of weight . down(silu(gate xn) up xn). */
 static void mlp_block(Pass *p)
 {
     Engine *e = p->e;
@@ -1622,6 +1664,7 @@ static void mlp_block(Pass *p)
 
 /* ---- 10. Forward ---- */
 
+/* The embedding of token t opens its residual stream. */
 static void embed_item(void *arg, int t, int thread)
 {
     (void)thread;
@@ -1666,12 +1709,14 @@ static const float *head_logits(Engine *e, int first, int n)
 
 /* ---- 11. State: allocation, snapshots ---- */
 
+/* Forget everything: the state of an empty text. */
 static void state_reset(State *s)
 {
     s->tokens.len = 0;
     memset(s->recurrent, 0, s->recurrent_len * sizeof *s->recurrent);
 }
 
+/* Reserve memory for ctx positions; it is committed as it is used. */
 static void state_init(State *s, const Config *c, int ctx, bool kv_f16)
 {
     size_t dvp = round_up((size_t)c->linear_value_head_dim, TILE), hdp = round_up((size_t)c->head_dim, TILE);
@@ -1690,6 +1735,7 @@ static void state_init(State *s, const Config *c, int ctx, bool kv_f16)
     s->conv = s->recurrent + linear * s->S_layer;
 }
 
+/* Remember the state as it is now. */
 static void snapshot_take(Snapshot *snap, const State *s)
 {
     if (!snap->recurrent) snap->recurrent = reserve(s->recurrent_len, "snapshot");
@@ -1704,6 +1750,7 @@ static void snapshot_restore(const Snapshot *snap, State *s)
     s->tokens.len = snap->n_tokens;
 }
 
+/* Reserve an activation buffer of rows x cols. */
 static Acts acts_init(size_t rows, size_t cols, bool quantized)
 {
     Acts a = {.cols = (int)cols, .ld = round_up(cols, SUPER), .blocks = round_up(cols, SUPER) / SUPER};
@@ -1791,6 +1838,7 @@ typedef struct {
     uint64_t hash, file_size;
 } TokenizerHeader;
 
+/* Fibonacci hashing of a pair of ids. */
 static uint32_t pair_hash(uint32_t left, uint32_t right)
 {
     uint64_t h = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
@@ -1818,6 +1866,7 @@ static const void *section(const Tokenizer *t, size_t *at, size_t count, size_t 
     return t->file.data + start;
 }
 
+/* Refuse a table of code points that a binary search could not trust. */
 static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, bool ranges, bool pairs, const char *what)
 {
     for (uint32_t i = 0; i < n; i++) {
@@ -1829,6 +1878,7 @@ static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, boo
     }
 }
 
+/* Build the hash from pairs to merges; refuses ids beyond the vocabulary. */
 static void index_merges(Tokenizer *t)
 {
     uint32_t size = 16;
@@ -1847,6 +1897,7 @@ static void index_merges(Tokenizer *t)
     }
 }
 
+/* Check the texts, find the 256 byte tokens, note special ids, spread the classes over all code points. */
 static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes)
 {
     size_t n = (size_t)t->n_tokens;
@@ -1871,6 +1922,7 @@ static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes
         memset(t->class_of + classes[i].a, (int)classes[i].c, classes[i].b - classes[i].a + 1);
 }
 
+/* Map tokenizer.bin and check it. Ends with a message when anything is wrong. */
 static Tokenizer *open_tokenizer(const char *path)
 {
     Tokenizer *t = grow(NULL, 1, sizeof *t);
@@ -1929,6 +1981,7 @@ static uint32_t utf8_get(const uint8_t *s, size_t n, size_t *len)
     return cp;
 }
 
+/* Append a code point as UTF-8, a raw byte as itself. */
 static void utf8_put(Str *out, uint32_t cp)
 {
     uint8_t b[4];
@@ -1941,6 +1994,7 @@ static void utf8_put(Str *out, uint32_t cp)
     str_add(out, b, n);
 }
 
+/* The entry with key a (and b), by binary search, or NULL. */
 static const Triple *find_triple(const Triple *list, uint32_t n, uint32_t a, uint32_t b, bool use_b)
 {
     uint32_t lo = 0, hi = n;
@@ -1952,6 +2006,7 @@ static const Triple *find_triple(const Triple *list, uint32_t n, uint32_t a, uin
     return lo < n && list[lo].a == a && (!use_b || list[lo].b == b) ? &list[lo] : NULL;
 }
 
+/* Canonical combining class, 0 for starters. */
 static uint32_t combining_class(const Tokenizer *t, uint32_t cp)
 {
     uint32_t lo = 0, hi = t->n_ccc;
@@ -1966,6 +2021,7 @@ static uint32_t combining_class(const Tokenizer *t, uint32_t cp)
 /* Hangul syllables compose by arithmetic (Unicode 3.12): L + V, LV + T. */
 enum { HANGUL_S = 0xac00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11a7, N_V = 21, N_T = 28, N_S = 19 * N_V * N_T };
 
+/* Append the full canonical decomposition of cp. */
 static void decompose(const Tokenizer *t, Tokens *out, uint32_t cp, int depth)
 {
     if (cp - HANGUL_S < N_S) {
@@ -1983,6 +2039,7 @@ static void decompose(const Tokenizer *t, Tokens *out, uint32_t cp, int depth)
     }
 }
 
+/* The primary composite of a and b, or 0. */
 static uint32_t compose_pair(const Tokenizer *t, uint32_t a, uint32_t b)
 {
     if (a - HANGUL_L < 19 && b - HANGUL_V < N_V) return HANGUL_S + ((a - HANGUL_L) * N_V + b - HANGUL_V) * N_T;
@@ -2054,12 +2111,14 @@ static int class_at(const Scan *s, size_t i, size_t *len)
     return class == C_MARK ? (s->t->marks_are_letters ? C_LETTER : C_OTHER) : class;
 }
 
+/* End of the run of one class that begins at i. */
 static size_t skip_class(const Scan *s, size_t i, int class)
 {
     for (size_t len; class_at(s, i, &len) == class && len;) i += len;
     return i;
 }
 
+/* End of the run of CR and LF that begins at i. */
 static size_t skip_newlines(const Scan *s, size_t i)
 {
     while (i < s->n && (s->s[i] == '\r' || s->s[i] == '\n')) i++;
@@ -2111,11 +2170,13 @@ typedef struct {
     size_t cap;
 } Merger;
 
+/* Order of merging: by rank, then from left to right. */
 static bool candidate_before(const Candidate *a, const Candidate *b)
 {
     return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
 }
 
+/* Add to the heap. */
 static void heap_push(Merger *m, Candidate c)
 {
     int i = m->n_heap++;
@@ -2123,6 +2184,7 @@ static void heap_push(Merger *m, Candidate c)
     m->heap[i] = c;
 }
 
+/* Take the first candidate off the heap, which must not be empty. */
 static Candidate heap_pop(Merger *m)
 {
     Candidate top = m->heap[0], c = m->heap[--m->n_heap];
@@ -2136,6 +2198,7 @@ static Candidate heap_pop(Merger *m)
     return top;
 }
 
+/* Push the merge of symbol `at` with its right neighbour, if there is one. */
 static void consider(const Tokenizer *t, Merger *m, int at)
 {
     int next = at < 0 ? -1 : m->symbol[at].next;
@@ -2195,6 +2258,7 @@ static void encode_plain(const Tokenizer *t, Merger *m, const uint8_t *s, size_t
 /* Text with marks of which bytes may be part of an added token: the template's are, a chat user's are not. */
 typedef struct { Str bytes, trust; } Prompt;
 
+/* Append text to a prompt. */
 static void prompt_add(Prompt *p, const void *bytes, size_t n, bool trusted)
 {
     str_add(&p->bytes, bytes, n);
@@ -2251,6 +2315,7 @@ static const uint8_t *token_bytes(const Tokenizer *t, int id, size_t *n)
 /* Writes tokens to stdout as text, holding back the bytes of a character that is not yet complete. */
 typedef struct { const Tokenizer *t; bool show_special; Str held, all; } Printer; /* all: the text so far */
 
+/* Write what is complete; with `all`, everything. */
 static void printer_flush(Printer *p, bool all)
 {
     const uint8_t *s = (const uint8_t *)p->held.data;
@@ -2273,6 +2338,7 @@ static void printer_flush(Printer *p, bool all)
     p->held.len -= done;
 }
 
+/* Write a token's text, special ones only when asked for; keep: it belongs to the answer's text. */
 static void print_token(Printer *p, int id, bool keep)
 {
     size_t n;
@@ -2296,6 +2362,7 @@ typedef struct {
     float *logits;        /* [vocab] scratch */
 } Sampler;
 
+/* A sampler for ids below vocab; equal seeds draw alike. */
 static void sampler_init(Sampler *s, SamplerSettings set, uint64_t seed, int vocab)
 {
     *s = (Sampler){.set = set, .vocab = vocab};
@@ -2313,6 +2380,7 @@ static void sampler_saw(Sampler *s, int id, bool generated)
     if (id >= 0 && id < s->vocab) s->seen[id] |= generated ? 3 : 1;
 }
 
+/* A new answer: nothing of it has been generated. */
 static void sampler_new_answer(Sampler *s)
 {
     for (int i = 0; i < s->vocab; i++) s->seen[i] &= 1;
@@ -2327,6 +2395,7 @@ static double random_unit(Sampler *s)
     return (double)(s->rng * 0x2545f4914f6cdd1du >> 11) * 0x1p-53;
 }
 
+/* For qsort: likelier first, of equals the lower id. */
 static int by_probability(const void *a, const void *b)
 {
     const Choice *x = a, *y = b;
@@ -2436,8 +2505,10 @@ struct Pool {
     bool quit;
 };
 
+/* How many threads work on a loop. */
 static int pool_threads(const Pool *pool) { return pool->n; }
 
+/* Tell the processor that this is a spin loop. */
 static void cpu_relax(void)
 {
 #if defined HAVE_X86
@@ -2447,6 +2518,7 @@ static void cpu_relax(void)
 #endif
 }
 
+/* Take items until there are none left. */
 static void pool_work(Pool *p, int thread)
 {
     for (int i; (i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < p->items;) p->fn(p->arg, i, thread);
@@ -2470,6 +2542,7 @@ static unsigned pool_wait(Pool *p, unsigned seen)
 
 typedef struct { Pool *pool; int thread; } Worker;
 
+/* A worker: wait for a loop, help with it, again. */
 static void *pool_thread(void *arg)
 {
     Worker w = *(Worker *)arg;
@@ -2506,6 +2579,7 @@ static int physical_cores(void)
     return min_int(max_int(count, 1), MAX_THREADS);
 }
 
+/* Start n - 1 workers; the caller is the n-th. Ends with a message when a thread cannot be started. */
 static Pool *pool_create(int n)
 {
     Pool *p = grow(NULL, 1, sizeof *p);
@@ -2523,6 +2597,7 @@ static Pool *pool_create(int n)
     return p;
 }
 
+/* Wake the workers for a new generation. */
 static void pool_signal(Pool *p)
 {
     atomic_fetch_add(&p->generation, 1);
@@ -2532,6 +2607,7 @@ static void pool_signal(Pool *p)
     pthread_mutex_unlock(&p->mutex);
 }
 
+/* Stop and join the workers. */
 static void pool_free(Pool *p)
 {
     p->quit = true;
@@ -2960,6 +3036,7 @@ static const Kernels *const KERNEL_SETS[] = {
 #endif
 };
 
+/* Whether this processor has the instructions of a set. */
 static bool kernels_run_here(const Kernels *k)
 {
 #if defined HAVE_X86
@@ -2992,6 +3069,7 @@ static const Kernels *choose_kernels(const char *name)
 
 static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon */
 
+/* SIGINT handler: only counts. */
 static void on_interrupt(int sig) { (void)sig; interrupted++; }
 
 /* What the command line asked for. */
@@ -3013,6 +3091,7 @@ typedef struct {
     int prompt_tokens, answer_tokens;
 } Run;
 
+/* -v: the ids fed, on stderr. */
 static void report_fed(const Run *r, const int *ids, int n)
 {
     if (!r->args.verbose || !n) return;
@@ -3021,6 +3100,7 @@ static void report_fed(const Run *r, const int *ids, int n)
     fputc('\n', stderr);
 }
 
+/* How far a long prompt has been read, on a terminal. */
 static void show_progress(const Run *r, int done, int n)
 {
     if (r->args.quiet || n <= r->engine.work.batch / 4 || !isatty(2)) return;
@@ -3054,8 +3134,10 @@ static void trim(const char **s, size_t *n, int bits)
     while (*n && ((bits & 2 && isspace((unsigned char)(*s)[*n - 1])) || (bits & 8 && (*s)[*n - 1] == '\n'))) (*n)--;
 }
 
+/* Append a piece of the template: its special tokens count. */
 static void add_piece(Prompt *p, const Str *piece) { prompt_add(p, piece->data, piece->len, true); }
 
+/* Append one turn: prefix, text as the user gave it (trimmed like the template), suffix. */
 static void add_turn(Prompt *p, const Str *prefix, const char *text, size_t n, int bits, const Str *suffix)
 {
     trim(&text, &n, bits);
@@ -3113,6 +3195,7 @@ static void close_answer(Chat *c, Prompt *p)
 
 /* ---- 17. Generate: the one loop that makes tokens ---- */
 
+/* Whether a token ends an answer. */
 static bool is_stop(const Model *m, int id)
 {
     for (int i = 0; i < m->n_stops; i++)
@@ -3152,8 +3235,10 @@ static int generate(Run *r, int limit, Printer *printer, int row)
     return unfed;
 }
 
+/* Where the last of so many fed tokens lies in the last forward. */
 static int last_row(const Run *r, int fed) { return (fed - 1) % r->engine.work.batch; }
 
+/* One line of statistics on stderr, then start counting anew. */
 static void report_speed(Run *r)
 {
     if (!r->args.quiet)
@@ -3191,6 +3276,7 @@ static Tokenizer *need_tokenizer(Run *r)
     return r->tokenizer;
 }
 
+/* Decimal ids from text; refuses anything else. */
 static int parse_ids(const Run *r, const Str *text, Tokens *out)
 {
     int vocab = r->engine.model.config.vocab_size;
@@ -3209,6 +3295,7 @@ static int parse_ids(const Run *r, const Str *text, Tokens *out)
     return out->len;
 }
 
+/* The prompt's bytes from -i, -f or standard input. */
 static Str prompt_text(const Run *r)
 {
     Str s = {0};
@@ -3238,6 +3325,7 @@ static Tokens prompt_tokens(Run *r, int room)
     return out;
 }
 
+/* -m generate: print what the model adds to the prompt. */
 static int mode_generate(Run *r)
 {
     Printer printer = {.show_special = r->args.verbose};
@@ -3257,6 +3345,7 @@ static int mode_generate(Run *r)
 
 /* ---- 18. Chat ---- */
 
+/* Free a prompt and make it empty. */
 static void free_prompt(Prompt *p)
 {
     free(p->bytes.data);
@@ -3264,6 +3353,7 @@ static void free_prompt(Prompt *p)
     *p = (Prompt){0};
 }
 
+/* Forget the conversation, keep the system prompt. */
 static void chat_clear(Chat *c)
 {
     if (c->run->args.verbose) fputs("rewind: 0\n", stderr);
@@ -3378,6 +3468,7 @@ static Input read_message(bool prompt, Str *message)
     return got == BREAK ? BREAK : GOT;
 }
 
+/* Set one sampling value by name; false when name or value are not valid. */
 static bool set_sampling(SamplerSettings *s, const char *name, const char *value)
 {
     char *end;
@@ -3393,6 +3484,7 @@ static bool set_sampling(SamplerSettings *s, const char *name, const char *value
     return true;
 }
 
+/* Peak resident memory of this process, mapped pages included. */
 static long peak_memory_mb(void)
 {
     struct rusage usage;
@@ -3400,6 +3492,7 @@ static long peak_memory_mb(void)
     return usage.ru_maxrss / 1024;
 }
 
+/* /show */
 static void chat_show(const Chat *c)
 {
     const Run *r = c->run;
@@ -3412,6 +3505,7 @@ static void chat_show(const Chat *c)
             (double)s->presence_penalty, (long long)r->args.n, c->system ? c->system : "(none)");
 }
 
+/* /set NAME VALUE */
 static void chat_set(Chat *c, char *rest)
 {
     char *name = strtok(rest, " "), *value = strtok(NULL, " ");
@@ -3455,6 +3549,7 @@ static bool chat_command(Chat *c, Str *line)
     return true;
 }
 
+/* -m chat: one turn for a given prompt, else turns from standard input until it ends. */
 static int mode_chat(Run *r)
 {
     Chat c = {.run = r, .system = r->args.system};
@@ -3488,6 +3583,7 @@ static int mode_chat(Run *r)
 
 /* ---- 19. Other modes ---- */
 
+/* -m tokenize: a token a line. */
 static int mode_tokenize(Run *r)
 {
     const Tokenizer *t = need_tokenizer(r);
@@ -3535,6 +3631,7 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
 /* Where logits go: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
 typedef struct { FILE *file; char path[PATH_MAX]; bool temporary; size_t vocab; } LogitsFile;
 
+/* Give up on the output file, leaving no part of it. */
 __attribute__((noreturn)) static void logits_failed(const LogitsFile *l, const char *name)
 {
     int error = errno;
@@ -3542,6 +3639,7 @@ __attribute__((noreturn)) static void logits_failed(const LogitsFile *l, const c
     die("%s: %s", name, strerror(error));
 }
 
+/* One position's row of logits to the file. */
 static void write_logits(void *arg, int pos, const float *logits)
 {
     (void)pos;
@@ -3549,6 +3647,7 @@ static void write_logits(void *arg, int pos, const float *logits)
     if (fwrite(logits, sizeof *logits, l->vocab, l->file) != l->vocab) logits_failed(l, l->path);
 }
 
+/* -m logits: every position's logits to -o FILE. */
 static int mode_logits(Run *r)
 {
     const char *out = r->args.out;
@@ -3571,6 +3670,7 @@ static int mode_logits(Run *r)
 
 typedef struct { const int *ids; int n, vocab; double nll; } Score;
 
+/* Add the negative log likelihood of the token after pos. */
 static void score_logits(void *arg, int pos, const float *logits)
 {
     Score *s = arg;
@@ -3610,6 +3710,7 @@ static double bytes_per_token(const Model *m)
     return bytes;
 }
 
+/* -m inspect: metadata, tensors, totals. */
 static int mode_inspect(Run *r)
 {
     const Model *m = &r->engine.model;
@@ -3649,6 +3750,7 @@ static int mode_inspect(Run *r)
 enum { READ_PIECE = 1 << 20 };
 typedef struct { const uint8_t *data; atomic_ullong sum; } ReadTest;
 
+/* Sum one piece of the file, so that every byte is read. */
 static void read_piece(void *arg, int item, int thread)
 {
     (void)thread;
@@ -3676,6 +3778,7 @@ static double read_bandwidth(Run *r)
     return best;
 }
 
+/* Run n pseudo-random tokens, as one prompt or one by one, and print the speed under `name` (NULL: do not). */
 static void bench_tokens(Run *r, int n, bool one_by_one, const char *name)
 {
     uint64_t seed = 1;
@@ -3698,6 +3801,7 @@ static void bench_tokens(Run *r, int n, bool one_by_one, const char *name)
     free(ids);
 }
 
+/* -m bench: lines of name, value, unit. */
 static int mode_bench(Run *r)
 {
     int ctx = r->engine.state.ctx, depth = (int)max_int((int)r->args.depth, 0);
@@ -3767,6 +3871,7 @@ static const Option OPTIONS[] = {
 };
 enum { N_OPTIONS = sizeof OPTIONS / sizeof *OPTIONS };
 
+/* A bad command line: message and status 2. */
 __attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
 {
     va_list args;
@@ -3778,6 +3883,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const ch
     exit(2);
 }
 
+/* -h: the option table as text. */
 static void print_help(void)
 {
     printf("usage: " PROGRAM " MODEL [options]\n\nRuns a Qwen3-Next checkpoint made by export.py. Without -m: chat when there is no prompt and\n"
@@ -3791,6 +3897,7 @@ static void print_help(void)
     }
 }
 
+/* The option an argument names; refuses unknown ones. */
 static const Option *find_option(const char *arg)
 {
     for (int i = 0; i < N_OPTIONS; i++) {
@@ -3800,6 +3907,7 @@ static const Option *find_option(const char *arg)
     usage_error("%s: no such option", arg);
 }
 
+/* Store one option's value, checked against its range. */
 static void set_option(Args *args, const Option *o, const char *arg, const char *value)
 {
     char *field = (char *)args + o->field, *end;
@@ -3822,6 +3930,7 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
     }
 }
 
+/* The command line as Args. Ends with status 2 when it is not valid. */
 static Args parse_args(int argc, char **argv)
 {
     Args a = {.temperature = NAN, .top_p = NAN, .min_p = NAN, .presence = NAN, .repetition = NAN, .top_k = -1, .seed = -1, .n = 0,
@@ -3847,6 +3956,7 @@ static const Mode MODES[] = {
     {"perplexity", mode_perplexity, true}, {"tokenize", mode_tokenize, false}, {"bench", mode_bench, true},
     {"inspect", mode_inspect, false}};
 
+/* The mode asked for, or the default for this prompt and terminal. */
 static const Mode *choose_mode(Args *a)
 {
     static const char *const later[] = {"classify", "tag", "answer", "trace"};
@@ -3880,6 +3990,7 @@ static void check_args(const Args *a)
     if (!known) usage_error("--cpu: wanted plain, avx2, avx512 or neon, found \"%s\"", a->cpu);
 }
 
+/* The checkpoint's sampling settings, overridden by the command line's. */
 static SamplerSettings sampling_of(const Args *a, SamplerSettings s)
 {
     if (!isnan(a->temperature)) s.temperature = (float)a->temperature;
@@ -3891,6 +4002,7 @@ static SamplerSettings sampling_of(const Args *a, SamplerSettings s)
     return s;
 }
 
+/* Threads, kernels, state and scratch for the modes that run the model. */
 static void start_engine(Run *r)
 {
     Engine *e = &r->engine;

@@ -6,21 +6,29 @@
  *
  *     x = embed[token]
  *     each layer:  x += mixer(norm(x));  x += mlp(norm(x))
- *     logits = lm_head . norm(x)                      norm(x) = x / rms(x) * (1 + w)
+ *     logits = lm_head . norm(x)                      norm(x) = x / rms(x) * (1 + w), rms(x) = sqrt(mean(x^2) + eps)
  *
  * Three of four mixers are a *Gated DeltaNet*, a linear attention whose memory is one matrix
  * S[dk][dv] per value head, however long the text:
  *
- *     q, k, v, z = W x;  b, a = W' x;   q, k, v = silu(conv4(q, k, v));   q, k = l2norm(q), l2norm(k)
+ *     q, k, v, z = W x;  b, a = W_ba x;   q, k, v = silu(conv4(q, k, v))
+ *     q = l2norm(q) / sqrt(dk);  k = l2norm(k)
  *     decay = exp(-exp(A_log) softplus(a + dt_bias))          how much of the memory stays
  *     beta  = sigmoid(b)                                      how strongly to write
  *     S  = decay S;   S += k (beta (v - S'k))';   o = S'q     the delta rule
- *     mixer = W_out (norm(o) w silu(z))
+ *     mixer = W_out (o / rms(o) * w * silu(z))
  *
- * Every fourth is a *gated attention*: softmax attention with grouped keys and values, norms on
- * queries and keys, rotary positions on the first quarter of a head, and a sigmoid gate on its output.
- * The MLP is a *mixture of experts*: a router picks 10 of 512 small SwiGLU networks for each token,
- * and one shared expert always runs.
+ * Every fourth is a *gated attention*: grouped keys and values, rotary positions on the first quarter
+ * of a head, a sigmoid gate on the output:
+ *
+ *     q, g, k, v = W x;   q, k = rope(norm(q)), rope(norm(k))
+ *     mixer = W_o (softmax(q k' / sqrt(hd)) v * sigmoid(g))
+ *
+ * The MLP is a *mixture of experts*: a router picks 10 of 512 small networks for each token, and one
+ * shared expert always runs:
+ *
+ *     p = softmax(W_router x);   mlp = sum over the top 10 of p_e / (their sum) FFN_e(x) + sigmoid(w x) FFN_shared(x)
+ *     FFN(x) = W_down (silu(W_gate x) * W_up x)
  *
  * Map. Parts I and II are the model: read them in order and stop there if you like.
  *
@@ -32,7 +40,7 @@
  *     V    16 chat template   17 generate   18 chat   19 other modes   20 command line
  *
  * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
- * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens.
+ * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens and text.
  * One forward serves any number of tokens, and a token's result has the same bits whatever the batch
  * it came in, the thread that made it and the number of threads: every sum has one fixed order.
  *
@@ -168,7 +176,7 @@ static void str_add(Str *s, const void *bytes, size_t n)
         s->cap = (s->len + n + 1) * 2;
         s->data = grow(s->data, s->cap, 1);
     }
-    if (n) memcpy(s->data + s->len, bytes, n);
+    if (n) memmove(s->data + s->len, bytes, n); /* bytes may lie in the string itself */
     s->len += n;
     s->data[s->len] = 0;
 }
@@ -242,7 +250,7 @@ static Str read_all(const char *path)
     return s;
 }
 
-/* A file mapped for reading. Fails with a message unless it is a regular, non-empty file. */
+/* A file mapped for reading. Fails with a message unless it is a regular file of at least 64 bytes. */
 typedef struct { const uint8_t *data; size_t size; const char *path; } Mapping;
 
 /* Map a whole file read-only, shared with the page cache. */
@@ -287,7 +295,7 @@ typedef struct {
     size_t ld;            /* floats from row to row */
     size_t blocks;        /* ActBlocks from row to row */
     float *f;             /* [rows][ld] */
-    ActBlock *q;          /* [rows][blocks] */
+    ActBlock *q;          /* [rows][blocks]; NULL when no matrix is quantized */
 } Acts;
 
 typedef struct {
@@ -304,7 +312,7 @@ typedef struct {
     /* derived */
     int key_dim, value_dim; /* heads x head dim of the DeltaNet */
     int conv_dim;           /* channels of the convolution: q, k and v = 2 key_dim + value_dim */
-    int has_sparse, has_dense, has_full, has_linear;
+    int has_sparse, has_dense, has_full, has_linear; /* how many layers of each kind */
 } Config;
 
 typedef struct { /* Gated DeltaNet */
@@ -331,7 +339,8 @@ typedef struct { /* experts, or for a dense layer one network */
     Matrix gate;            /* [E][D], the router; no data: a dense layer */
     Matrix gate_up_proj;    /* E x [I pairs][D]; dense: 1 x */
     Matrix down_proj;       /* E x [D][I] */
-    Matrix shared_gate_up, shared_down;
+    Matrix shared_gate_up;  /* [Is pairs][D] */
+    Matrix shared_down;     /* [D][Is] */
     const float *shared_expert_gate; /* [D] */
 } Mlp;
 
@@ -391,14 +400,14 @@ typedef struct { int n_tokens; float *recurrent; } Snapshot;
 /* Scratch for one forward of up to `batch` tokens. Memory is committed as far as it is used. */
 typedef struct {
     int batch;
-    float *x;             /* [n][D] the residual stream */
+    float *x;             /* [n][D] the residual stream, rows xn.ld apart */
     Acts xn;              /* [n][D] after a norm */
     float *proj;          /* [n][proj_ld] what the mixer's input projection made */
     size_t proj_ld;
     float *ba;            /* [n][ba_ld] DeltaNet's b and a */
     size_t ba_ld;
     Acts mix;             /* [n][value_dim or H hd] the mixer's output before its last projection */
-    float *out;           /* [n][D] what a mixer or MLP adds to x */
+    float *out;           /* [n][D] what a mixer or MLP adds to x, rows xn.ld apart */
     float *rope;          /* [n][rotary_dim / 2][cos, sin] */
     float *router;        /* [n][router_ld] router logits */
     size_t router_ld;
@@ -409,8 +418,8 @@ typedef struct {
     int n_ffn;
     int *slot_token;      /* [n (k + 1)] rows of h: which token ... */
     float *slot_weight;   /* [n (k + 1)] ... and its weight */
-    Acts h;               /* [n (k + 1)][I] silu(gate) up */
-    float *partial;       /* [rows][ranges][hd + m + l] attention over ranges, for small n */
+    Acts h;               /* [n (k + 1)][the largest I] silu(gate) up */
+    float *partial;       /* [G][row blocks][ranges][MAX_ROWS (hdp + TILE)]: unfinished attention over ranges, for small n */
     float *logits;        /* [HEAD_ROWS][logits_ld] */
     size_t logits_ld;
     float *scratch;       /* [threads][scratch_len] */
@@ -635,6 +644,7 @@ static Str meta_string(const Reader *r, const char *key)
     Str s = {0};
     const MetaRecord *m = find_meta(r, key, META_STRING);
     str_add(&s, m ? r->file.data + m->offset : (const uint8_t *)"", m ? m->size : 0);
+    if (strlen(s.data) != s.len) die("%s: key %s: wanted text, found a zero byte", r->file.path, key);
     return s;
 }
 
@@ -701,7 +711,7 @@ static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int ne
     return m;
 }
 
-/* Read and range-check the sizes; products of any two fit an int afterwards. */
+/* Read and range-check the sizes; heads x dims, and the sums of such, fit an int afterwards. */
 static void read_config(const Reader *r, Config *c)
 {
     const char *path = r->file.path;
@@ -765,7 +775,7 @@ static void read_rope(const Reader *r, Model *m)
         if (meta_int(r, "rope_truncate", 0, 1, 1)) low = floor(low), high = ceil(high);
         low = fmax(low, 0), high = fmin(high, dim - 1);
         if (low == high) high += 0.001;
-        m->rope_scale = (float)meta_float(r, "rope_attention_factor", 0, 1e3, 1);
+        m->rope_scale = (float)meta_float(r, "rope_attention_factor", 0, 1e3, NAN);
     }
     m->inv_freq = grow(NULL, (size_t)half, sizeof *m->inv_freq);
     for (int i = 0; i < half; i++) {
@@ -786,6 +796,7 @@ static void read_chat(const Reader *r, ChatPieces *c)
         {"chat.generation_prompt", &c->generation_prompt}, {"chat.think_end", &c->think_end}};
     for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) *pieces[i].piece = meta_string(r, pieces[i].key);
     c->present = find_meta(r, "chat.user_prefix", META_STRING) != NULL;
+    if (c->present && !c->generation_prompt.len) die("%s: key chat.generation_prompt: missing or empty", r->file.path);
     c->thinking = meta_int(r, "chat.thinking", 0, 1, 0) && c->think_end.len;
     c->think_trim = meta_int(r, "chat.think_trim", 0, 15, 4);
     c->system_trim = meta_int(r, "chat.system_trim", 0, 15, 0);
@@ -886,8 +897,10 @@ static void bind_layers(Reader *r, Model *m)
         Layer *l = &m->layers[i];
         char layer[32];
         snprintf(layer, sizeof layer, "layers.%u.", i);
-        bool sparse = meta_int_at(r, mlps, i) == 1;
-        l->full_attention = meta_int_at(r, kinds, i) == 1;
+        int64_t kind = meta_int_at(r, kinds, i), mlp = meta_int_at(r, mlps, i);
+        if ((kind | mlp) & ~1) die("%s: layer_types, mlp_types of layer %u: wanted 0 or 1", r->file.path, i);
+        bool sparse = mlp == 1;
+        l->full_attention = kind == 1;
         l->input_layernorm = bind_floats(r, layer, "input_layernorm", REQUIRED, c->hidden_size, 0);
         l->post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, c->hidden_size, 0);
         l->attn.index = c->has_full;
@@ -1127,7 +1140,8 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
     header[127] = '\n';
     fwrite(header, 1, sizeof header, f);
     for (int t = 0; t < n; t++) fwrite(data + (size_t)t * ld, sizeof(float), (size_t)cols, f);
-    if (fclose(f)) die("%s: %s", path, strerror(errno));
+    bool failed = ferror(f);
+    if (fclose(f) || failed) die("%s: %s", path, strerror(errno));
 }
 
 /* ---- 7. Gated DeltaNet (arXiv 2412.06464) ----
@@ -1153,19 +1167,6 @@ static void conv_silu(const Pass *p, const float *conv_state, int first, int cou
     silu(p->e->kernels, out, s, count);
 }
 
-/* o = norm(o) w silu(z): RMS over the head, a plain weight, then the gate. s: scratch [2 dv] */
-static void gated_norm(const Pass *p, float *out, const float *o, const float *z, float *s)
-{
-    const Config *c = &p->e->model.config;
-    const Kernels *kn = p->e->kernels;
-    int dv = c->linear_value_head_dim;
-    float scale = 1 / sqrtf(kn->dot(o, o, dv) / (float)dv + c->rms_norm_eps);
-    float *gate = s + dv;
-    memcpy(gate, z, (size_t)dv * sizeof *gate);
-    silu(kn, gate, s, dv);
-    for (int i = 0; i < dv; i++) out[i] = o[i] * scale * p->layer->linear.norm[i] * gate[i];
-}
-
 /* How much of the memory stays and how strongly to write, for value head h of n tokens from t0:
  * decay = exp(-exp(A_log) softplus(a + dt_bias)), beta = sigmoid(b) */
 static void gdn_gates(const Pass *p, int h, int t0, int n, float *decay, float *beta)
@@ -1178,6 +1179,19 @@ static void gdn_gates(const Pass *p, int h, int t0, int n, float *decay, float *
         decay[t] = expf(-expf(a->A_log[h]) * softplus(ba[nv + h] + a->dt_bias[h]));
         beta[t] = 1 / (1 + expf(-ba[h]));
     }
+}
+
+/* out = o / rms(o) * w * silu(z): RMS over the head, a plain weight, then the gate. s: scratch [2 dv] */
+static void gated_norm(const Pass *p, float *out, const float *o, const float *z, float *s)
+{
+    const Config *c = &p->e->model.config;
+    const Kernels *kn = p->e->kernels;
+    int dv = c->linear_value_head_dim;
+    float scale = 1 / sqrtf(kn->dot(o, o, dv) / (float)dv + c->rms_norm_eps);
+    float *gate = s + dv;
+    memcpy(gate, z, (size_t)dv * sizeof *gate);
+    silu(kn, gate, s, dv);
+    for (int i = 0; i < dv; i++) out[i] = o[i] * scale * p->layer->linear.norm[i] * gate[i];
 }
 
 /* Value head h for all tokens of the batch: convolve, gate, walk the state, norm. */
@@ -1206,6 +1220,7 @@ static void gdn_head(void *arg, int h, int thread)
             l2norm(e->kernels, k + t * dk, dk, 1);
         }
         gdn_gates(p, h, t0, n, decay, beta);
+        /* S = decay S;  u = beta (v - S'k);  S = S + k u';  o = S'q, 16 columns at a time: FN(delta_rule) in section 15 */
         for (int col = 0; col < dvp; col += TILE)
             e->kernels->delta_rule(S + col * dk, dk, n, q, k, v + col, decay, beta, o + col, dvp);
         for (int t = 0; t < n; t++) {
@@ -1255,7 +1270,8 @@ static void gdn_mixer(Pass *p)
 
 /* ---- 8. Gated attention ---- */
 
-/* Query head h of token t lies at proj[t][h hd], its gate q_dim further; then keys, then values. */
+/* A row of proj: all heads' queries, all heads' gates (export.py undid the checkpoint's [query | gate] per head), keys,
+ * values. This is the gate of head h of token t: [hd] */
 static float *attn_gate(const Pass *p, int t, int h)
 {
     const Config *c = &p->e->model.config;
@@ -1287,11 +1303,11 @@ static void attn_prepare(void *arg, int t, int thread)
     State *s = &p->e->state;
     int hd = c->head_dim, H = c->num_attention_heads, G = c->num_key_value_heads, half = c->rotary_dim / 2;
     const float *rope = p->e->work.rope + (size_t)t * (size_t)c->rotary_dim;
-    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld, *k = q + 2 * H * hd, *v = k + G * hd;
+    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld, *k = q + 2 * H * hd /* the gates lie between */, *v = k + G * hd;
     for (int h = 0; h < H; h++) {
         rmsnorm(kn, q + h * hd, q + h * hd, a->q_norm, hd, c->rms_norm_eps);
         rope_partial(q + h * hd, rope, half);
-        for (int i = 0; i < hd; i++) q[h * hd + i] *= 1 / sqrtf((float)hd);
+        for (int i = 0; i < hd; i++) q[h * hd + i] *= 1 / sqrtf((float)hd); /* scores are q . k / sqrt(hd) */
     }
     int pos = p->pos + t;
     for (int g = 0; g < G; g++) {
@@ -1431,7 +1447,7 @@ static void attn_block(void *arg, int item, int thread)
 }
 
 /* Few tokens: an item is a block of rows and one range; the partial results are merged afterwards.
- * partial: [G][blocks][ranges][MAX_ROWS][hdp + m + l] */
+ * partial: [G][blocks][ranges] pieces of MAX_ROWS (hdp + TILE) floats, each o [n][hdp], then m and l of n rows */
 static float *attn_partial(const Pass *p, int g, int block, int range, int ranges)
 {
     size_t row = round_up((size_t)p->e->model.config.head_dim, TILE) + TILE;
@@ -1501,7 +1517,8 @@ static void attn_mixer(Pass *p)
 
 /* ---- 9. Mixture of experts ---- */
 
-/* Softmax over *all* experts, then the k most likely; their weights are divided by their sum.
+/* Router: p = softmax(W x) over *all* experts, then the k largest, divided by their sum if norm_topk_prob says so;
+ * and the shared expert's weight, sigmoid(shared_expert_gate . x).
  * Chosen experts are kept in ascending order: a token's sum over experts then has one order. */
 static void moe_route_item(void *arg, int t, int thread)
 {
@@ -1905,7 +1922,9 @@ static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes
     memset(t->special, 0, n);
     for (int b = 0; b < 256; b++) t->byte_token[b] = -1;
     for (size_t id = 0; id < n; id++) {
-        if (t->offsets[id + 1] < t->offsets[id]) die("%s: token %zu: offsets run backwards", t->file.path, id);
+        if (t->offsets[id + 1] < t->offsets[id] || t->offsets[id + 1] > t->offsets[n])
+            die("%s: token %zu: offsets: wanted ascending ones up to %u, found %u and %u", t->file.path, id, t->offsets[n],
+                t->offsets[id], t->offsets[id + 1]);
         if (t->offsets[id + 1] - t->offsets[id] == 1 && t->byte_token[t->bytes[t->offsets[id]]] < 0)
             t->byte_token[t->bytes[t->offsets[id]]] = (int)id;
     }
@@ -2362,12 +2381,18 @@ typedef struct {
     float *logits;        /* [vocab] scratch */
 } Sampler;
 
-/* A sampler for ids below vocab; equal seeds draw alike. */
+/* Equal seeds draw alike; any seed, 0 too, starts somewhere else. The generator's state must not be 0. */
+static void sampler_seed(Sampler *s, uint64_t seed)
+{
+    s->rng = seed * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu;
+    if (!s->rng) s->rng = 1;
+}
+
+/* A sampler for ids below vocab. */
 static void sampler_init(Sampler *s, SamplerSettings set, uint64_t seed, int vocab)
 {
     *s = (Sampler){.set = set, .vocab = vocab};
-    s->rng = seed * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu; /* any seed, 0 too, starts somewhere else */
-    if (!s->rng) s->rng = 1;
+    sampler_seed(s, seed);
     s->seen = grow(NULL, (size_t)vocab, 1);
     memset(s->seen, 0, (size_t)vocab);
     s->choice = grow(NULL, (size_t)vocab, sizeof *s->choice);
@@ -2446,7 +2471,9 @@ static int sampler_distribution(Sampler *s, const float *logits)
     int n = 0, keep = 0;
     float kth = -INFINITY;
     penalize(s, logits, s->logits);
-    for (int i = 0; i < s->vocab; i++) s->logits[i] /= s->set.temperature;
+    float max = s->logits[0]; /* taken off first: a tiny temperature then overflows to -inf, not to inf */
+    for (int i = 1; i < s->vocab; i++) max = s->logits[i] > max ? s->logits[i] : max;
+    for (int i = 0; i < s->vocab; i++) s->logits[i] = (s->logits[i] - max) / s->set.temperature;
     if (s->set.top_k > 0 && s->set.top_k < s->vocab) {
         float *copy = (float *)(void *)s->choice; /* free until the choices are filled in below */
         memcpy(copy, s->logits, (size_t)s->vocab * sizeof *copy);
@@ -2804,7 +2831,7 @@ INLINE void FN(bf16_rows)(const uint8_t *w, int cols, const void *const *x, floa
         UNROLL for (int p = 0; p < PARTS; p++) *(vfu *)(y[t] + p * LANES) = even[t][p] + odd[t][p];
 }
 
-/* 16 weights groups of 4 columns of a block of 32: exact integer sums, then one scale for all: scale_w * scale_x. */
+/* 16 rows x 4 columns at a time: exact integer sums over a block of 32, then one factor: scale_w * scale_x. */
 INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const int8_t *levels)
 {
     vf acc[ROWS][PARTS];
@@ -2915,7 +2942,7 @@ INLINE void FN(exp)(vf *out, const vf *in)
 {
     vf x = *in;
     vi low = x < -87.0f, high = x > 88.0f;
-    x = (vf)((~(low | high) & (vi)x) | (high & (vi)(x * 0 + 88.0f)));
+    x = (vf)((~(low | high) & (vi)x) | (high & (vi)((vf){0} + 88.0f)));
     vf k = x * 1.44269504f + 0x1.8p23f;
     vi shift = (vi)k;
     k -= 0x1.8p23f;
@@ -2962,7 +2989,7 @@ TARGET static float FN(exp_sum)(float *x, float max, int n)
 }
 
 /* The delta rule for 16 value columns, token after token, with the state in L1:
- *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q
+ *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q        ((decay S)'k = decay (S'k): one pass less)
  * S: [dk][16]; q, k: [n][dk]; v, o: [n][ldv]; decay, beta: [n]. Four partial sums each, added pairwise. */
 TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v,
                                   const float *decay, const float *beta, float *o, int ldv)
@@ -3024,7 +3051,7 @@ static const Kernels FN(kernels) = {
 #undef QUOTE2
 #endif /* KERNEL_PASS */
 
-#ifndef KERNEL_PASS /* ---------- the rest is compiled once again ---------- */
+#ifndef KERNEL_PASS /* ---------- from here on everything is compiled once ---------- */
 
 /* The kernel sets of this build, best last, and whether this processor can run each. */
 static const Kernels *const KERNEL_SETS[] = {
@@ -3151,10 +3178,11 @@ static void kept_answer(const ChatPieces *c, const Str *answer, const char **tex
 {
     *text = answer->data;
     *n = answer->len;
-    for (const char *s = answer->data; c->thinking && (s = strstr(s, c->think_end.data));) {
+    const char *end = answer->data + answer->len;
+    for (const char *s = answer->data; c->thinking && (s = memmem(s, (size_t)(end - s), c->think_end.data, c->think_end.len));) {
         s += c->think_end.len;
         *text = s;
-        *n = answer->len - (size_t)(s - answer->data);
+        *n = (size_t)(end - s);
     }
     if (c->thinking && *text != answer->data) trim(text, n, c->think_trim);
     trim(text, n, c->assistant_trim);
@@ -3389,7 +3417,7 @@ static void chat_answer(Chat *c, const Tokens *cue)
     snapshot_take(&c->mark, &r->engine.state);
     sampler_new_answer(&r->sampler);
     str_set(&c->answer, "", 0);
-    c->prompted = cue->len == 0 || feed(r, cue->id, cue->len) == cue->len;
+    c->prompted = feed(r, cue->id, cue->len) == cue->len;
     int unfed = -1;
     if (c->prompted) unfed = generate(r, (int)r->args.n, &printer, last_row(r, cue->len));
     else snapshot_restore(&c->mark, &r->engine.state);
@@ -3429,7 +3457,7 @@ static void chat_turn(Chat *c, const Str *text)
     free(turn.id), free(cue.id);
 }
 
-typedef enum { GOT, END, BREAK } Input;
+typedef enum { GOT, FENCED, END, BREAK } Input;
 
 /* One line from standard input, without its newline; END: no more; BREAK: Ctrl-C. */
 static Input read_line(Str *line)
@@ -3465,7 +3493,7 @@ static Input read_message(bool prompt, Str *message)
     if (got == GOT && message->len && message->data[message->len - 1] == '\n') message->len--;
     message->data[message->len] = 0;
     free(line.data);
-    return got == BREAK ? BREAK : GOT;
+    return got == BREAK ? BREAK : FENCED;
 }
 
 /* Set one sampling value by name; false when name or value are not valid. */
@@ -3512,7 +3540,7 @@ static void chat_set(Chat *c, char *rest)
     char *end = value;
     long long number = value ? strtoll(value, &end, 10) : 0;
     bool whole = value && end != value && !*end && number >= 0;
-    if (name && whole && !strcmp(name, "seed")) c->run->sampler.rng = (uint64_t)number * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu;
+    if (name && whole && !strcmp(name, "seed")) sampler_seed(&c->run->sampler, (uint64_t)number);
     else if (name && whole && number < INT_MAX && !strcmp(name, "n")) c->run->args.n = number;
     else if (!name || !value || !set_sampling(&c->run->sampler.set, name, value))
         fputs("/set temp|top_p|top_k|min_p|repetition_penalty|presence_penalty|seed|n NUMBER\n", stderr);
@@ -3571,7 +3599,7 @@ static int mode_chat(Run *r)
             continue;
         }
         breaks = 0;
-        if (message.len && message.data[0] == '/') {
+        if (message.len && message.data[0] == '/' && got == GOT) {
             if (!chat_command(&c, &message)) break;
         } else if (message.len) {
             chat_turn(&c, &message);
@@ -3674,11 +3702,12 @@ typedef struct { const int *ids; int n, vocab; double nll; } Score;
 static void score_logits(void *arg, int pos, const float *logits)
 {
     Score *s = arg;
-    double max = -INFINITY, sum = 0;
+    float max = -INFINITY;
+    double sum = 0;
     if (pos + 1 >= s->n) return;
-    for (int i = 0; i < s->vocab; i++) max = fmax(max, (double)logits[i]);
-    for (int i = 0; i < s->vocab; i++) sum += exp((double)logits[i] - max);
-    s->nll += max + log(sum) - (double)logits[s->ids[pos + 1]];
+    for (int i = 0; i < s->vocab; i++) max = logits[i] > max ? logits[i] : max;
+    for (int i = 0; i < s->vocab; i++) sum += exp((double)logits[i] - (double)max);
+    s->nll += (double)max + log(sum) - (double)logits[s->ids[pos + 1]];
 }
 
 /* Mean negative log likelihood of each token given all before it; the first has none before it. */

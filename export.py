@@ -1602,10 +1602,23 @@ def arguments(argv):
     return args
 
 
+def refuse_output_among_inputs(args):
+    """The output must not be a file that is being read: SOURCE, a file in it, --mtp, --tokenizer or --random's config."""
+    out = Path(args.out)
+    for given in (args.source, args.mtp, args.tokenizer, args.random):
+        if given is None or not out.exists():
+            continue
+        path = Path(given)
+        read = [path, *path.iterdir()] if path.is_dir() else [path]
+        if any(p.exists() and p.samefile(out) for p in read if p.suffix != ".bin"):
+            fail(out, "the output is one of the files being read", "a new name", out)
+
+
 def main(argv=None):
     args = arguments(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # both leave no half file
     try:
+        refuse_output_among_inputs(args)
         if args.tokenizer:
             TokenizerFile(args.tokenizer).write(args.out)
         else:

@@ -3096,8 +3096,11 @@ static const Kernels *choose_kernels(const char *name)
 
 static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon */
 
-/* SIGINT handler: only counts. */
+/* SIGINT handler of modes that look at the flag between steps: only counts. */
 static void on_interrupt(int sig) { (void)sig; interrupted++; }
+
+/* SIGINT handler of the others. */
+static void on_interrupt_leave(int sig) { (void)sig; _exit(130); }
 
 /* What the command line asked for. */
 typedef struct {
@@ -3251,6 +3254,7 @@ static int generate(Run *r, int limit, Printer *printer, int row)
         unfed = id;
         if (count == limit) break;
         if (e->state.tokens.len == e->state.ctx) {
+            if (isatty(1)) fputc('\n', stderr); /* not on the answer's line */
             warn("the context of %d tokens is full (-c sets it)", e->state.ctx);
             break;
         }
@@ -3430,8 +3434,8 @@ static void chat_answer(Chat *c, const Tokens *cue)
 }
 
 /* One turn: feed the user's text in the template, then answer. A turn that does not fit, or whose reading is
- * interrupted, leaves the conversation as it was. */
-static void chat_turn(Chat *c, const Str *text)
+ * interrupted, leaves the conversation as it was. False: the turn did not fit. */
+static bool chat_turn(Chat *c, const Str *text)
 {
     Run *r = c->run;
     State *s = &r->engine.state;
@@ -3440,7 +3444,8 @@ static void chat_turn(Chat *c, const Str *text)
     interrupted = 0;
     chat_encode(c, text, &turn, &cue);
     if (s->tokens.len != before) c->prompted = false; /* went back: the answer's kept text is part of `turn` */
-    if (turn.len + cue.len >= s->ctx - s->tokens.len) {
+    bool fits = turn.len + cue.len < s->ctx - s->tokens.len;
+    if (!fits) {
         warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", turn.len + cue.len,
              s->ctx - s->tokens.len, s->ctx);
     } else {
@@ -3455,6 +3460,7 @@ static void chat_turn(Chat *c, const Str *text)
         report_speed(r);
     }
     free(turn.id), free(cue.id);
+    return fits;
 }
 
 typedef enum { GOT, FENCED, END, BREAK } Input;
@@ -3587,8 +3593,8 @@ static int mode_chat(Run *r)
     need_tokenizer(r);
     if (r->args.text || r->args.file) {
         message = prompt_text(r);
-        chat_turn(&c, &message);
-        return interrupted ? 130 : 0;
+        bool fits = chat_turn(&c, &message);
+        return interrupted ? 130 : !fits;
     }
     if (!r->args.quiet && isatty(0)) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
     for (int breaks = 0; breaks < 2;) {
@@ -3675,6 +3681,15 @@ static void write_logits(void *arg, int pos, const float *logits)
     if (fwrite(logits, sizeof *logits, l->vocab, l->file) != l->vocab) logits_failed(l, l->path);
 }
 
+/* Refuse an output that is one of the files being read: writing it would destroy that. */
+static void check_output(const char *out, const char *const inputs[], int n)
+{
+    struct stat o, in;
+    for (int i = 0; i < n; i++)
+        if (inputs[i] && !stat(out, &o) && !stat(inputs[i], &in) && S_ISREG(o.st_mode) && o.st_dev == in.st_dev && o.st_ino == in.st_ino)
+            die("-o %s: that is %s, which is being read", out, inputs[i]);
+}
+
 /* -m logits: every position's logits to -o FILE. */
 static int mode_logits(Run *r)
 {
@@ -3682,9 +3697,11 @@ static int mode_logits(Run *r)
     Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
     if (r->args.dump && prompt.len > r->engine.work.batch)
         die("--dump: takes one batch of at most %d tokens, found %d", r->engine.work.batch, prompt.len);
-    if (r->args.dump && access(r->args.dump, W_OK)) die("--dump %s: %s", r->args.dump, strerror(errno));
-    LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
     struct stat info;
+    if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
+        die("--dump %s: wanted a folder to write to", r->args.dump);
+    check_output(out, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+    LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
     l.temporary = stat(out, &info) || S_ISREG(info.st_mode);
     if (l.temporary) snprintf(l.path, sizeof l.path, "%s.%ld.tmp", out, (long)getpid());
     else snprintf(l.path, sizeof l.path, "%s", out);
@@ -3978,12 +3995,13 @@ static Args parse_args(int argc, char **argv)
     return a;
 }
 
-typedef struct { const char *name; int (*run)(Run *r); bool engine; } Mode; /* engine: needs state and threads */
+/* engine: needs state and threads; watches: looks at `interrupted` by itself */
+typedef struct { const char *name; int (*run)(Run *r); bool engine, watches; } Mode;
 
 static const Mode MODES[] = {
-    {"chat", mode_chat, true}, {"generate", mode_generate, true}, {"logits", mode_logits, true},
-    {"perplexity", mode_perplexity, true}, {"tokenize", mode_tokenize, false}, {"bench", mode_bench, true},
-    {"inspect", mode_inspect, false}};
+    {"chat", mode_chat, true, true}, {"generate", mode_generate, true, true}, {"logits", mode_logits, true, true},
+    {"perplexity", mode_perplexity, true, true}, {"tokenize", mode_tokenize, false, false}, {"bench", mode_bench, true, false},
+    {"inspect", mode_inspect, false, false}};
 
 /* The mode asked for, or the default for this prompt and terminal. */
 static const Mode *choose_mode(Args *a)
@@ -4064,12 +4082,13 @@ int main(int argc, char **argv)
     if (r.args.version) return puts(PROGRAM " " VERSION), 0;
     const Mode *mode = choose_mode(&r.args);
     check_args(&r.args);
-    struct sigaction action = {.sa_handler = on_interrupt}; /* no SA_RESTART: Ctrl-C ends a read */
+    struct sigaction action = {.sa_handler = mode->watches ? on_interrupt : on_interrupt_leave}; /* no SA_RESTART: Ctrl-C ends a read */
     sigaction(SIGINT, &action, NULL);
     r.engine.model = open_model(r.args.model);
     if (mode->engine) start_engine(&r);
     int status = mode->run(&r);
-    if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
+    if (fflush(stdout)) die("standard output: %s", strerror(errno));
+    if (ferror(stdout)) die("standard output: not all could be written");
     if (r.engine.pool) pool_free(r.engine.pool);
     return status;
 }

@@ -1889,6 +1889,8 @@ def damaged_tokenizers(path, rng):
             old, = struct.unpack_from("<I", data, place)
             value = rng.choice([0, old + 1, 0x10FFFF, 0x110000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
             yield f"{name} at {place} = {value}", mend(patched(data, (place, "I", value))), False
+    offset, _ = whole.sections["offsets"]           # the first token far outside the bytes, the others in order
+    yield "offsets begin outside", mend(patched(data, (offset, "I", 0xFFFFFFF0), (offset + 4, "I", 0xFFFFFFF1))), True
     offset, size = whole.sections["decomp"]       # a character that decomposes into itself, and a circle of two
     record = next(at for at in range(offset, offset + size, 12) if struct.unpack_from("<I", data, at)[0] == 0xE9)
     yield "decomposes into itself", mend(patched(data, (record + 4, "I", 0xE9))), False
@@ -2617,3 +2619,65 @@ def test_comparison_notices(name, report):
     else:
         report(f"{name}: wrong on {len(wrong)} of {len(kinds)} kinds")
         assert wrong and max(errors.values()) > 5 * TOLERANCE, errors
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Cases that once went wrong
+# ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", ["1e-38", "1e-30", "0.0001"])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Dividing by it must not overflow into a distribution of nothing."""
+    prompt = ["-i", "Once upon a time", "-n", 20, "-q", "-s", 1]
+    assert engine(DEMO, *prompt, "-t", temperature) == engine(DEMO, *prompt, "-t", 0)
+
+
+def test_a_fenced_message_is_text_wherever_its_line_ends():
+    """Text behind the opening quotes (moved inside its own buffer), and a message that begins with a slash."""
+    fence = b'"""'
+    for message in fence + b"hello there\nand more" + fence, fence + b"/exit\nis what I said" + fence:
+        result = run(DEBUG_ENGINE, DEMO, "-m", "chat", "-t", 0, "-n", 3, stdin=message + b"\n")
+        assert result.returncode == 0 and b"answer 3 tokens" in result.stderr, result.stderr
+
+
+def test_the_seed_that_makes_the_generator_zero():
+    """seed * 0x9e37... + 0x853c... is 0 modulo 2^64 for one seed; draws must differ from the likeliest token."""
+    seed = (-0x853C49E6748FEA9B * pow(0x9E3779B97F4A7C15, -1, 1 << 64)) % (1 << 64)
+    options = ["-i", "Once upon a time", "-n", 30, "-q", "-t", 5, "-k", 0, "-p", 1]
+    if seed < 9e18:
+        assert engine(DEMO, *options, "-s", seed) != engine(DEMO, *options[:5], "-t", 0)
+    result = run(ENGINE, DEMO, "-m", "chat", "-q", "-t", 5, "-k", 0, "-p", 1, "-n", 30,
+                 stdin=f"/set seed {seed}\nHello\n".encode())
+    assert result.stdout != run(ENGINE, DEMO, "-m", "chat", "-q", "-t", 0, "-n", 30, stdin=b"Hello\n").stdout
+
+
+def test_an_output_never_replaces_an_input(tmp_path):
+    """-o naming the model, the tokenizer or the prompt; export.py onto a file of its source."""
+    model, tokenizer, prompt = tmp_path / "m.bin", tmp_path / "t.bin", tmp_path / "p.txt"
+    shutil.copy(DEMO, model)
+    shutil.copy(TOKENIZER, tokenizer)
+    prompt.write_text("Once upon a time")
+    for victim_file in model, tokenizer, prompt:
+        before = victim_file.read_bytes()
+        result = run(ENGINE, model, "-z", tokenizer, "-m", "logits", "-f", prompt, "-o", victim_file)
+        assert result.returncode == 1 and b"being read" in result.stderr and victim_file.read_bytes() == before
+    source = tmp_path / "source"
+    save(kind_model("plain"), source)
+    weights = source / "model.safetensors"
+    before = weights.read_bytes()
+    result = run(*EXPORT, source, "-o", weights)
+    assert result.returncode == 1 and b"being read" in result.stderr and weights.read_bytes() == before
+
+
+def test_interrupt_ends_bench_with_130():
+    """Modes that do not watch for Ctrl-C end at once."""
+    process = subprocess.Popen([ENGINE, DEMO, "-m", "bench", "--batch", "1", "--depth", "3000", "-q"], stdout=subprocess.PIPE)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) in (130, -signal.SIGINT)    # the second: it had not even started
+
+
+def test_a_single_turn_that_does_not_fit_fails():
+    """A script must be able to tell it from an empty answer."""
+    result = run(ENGINE, DEMO, "-m", "chat", "-c", 30, "-i", "word " * 100)
+    assert result.returncode == 1 and result.stdout == b"" and b"context full" in result.stderr

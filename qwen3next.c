@@ -4028,6 +4028,7 @@ static void check_args(const Args *a)
     if (!logits && a->dump) usage_error("--dump: goes with -m logits");
     if (a->depth && strcmp(a->mode, "bench")) usage_error("--depth: goes with -m bench");
     if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");
+    if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
     if (a->ids && (!strcmp(a->mode, "chat") || !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect")))
         usage_error("--ids: -m %s takes no ids", a->mode);
     if (a->kv && strcmp(a->kv, "f16") && strcmp(a->kv, "f32")) usage_error("--kv: wanted f16 or f32, found \"%s\"", a->kv);

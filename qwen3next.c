@@ -722,7 +722,7 @@ static void read_config(const Reader *r, Config *c)
         {"num_attention_heads", &c->num_attention_heads, 1, 1 << 10},
         {"num_key_value_heads", &c->num_key_value_heads, 1, 1 << 10},
         {"head_dim", &c->head_dim, 1, 1 << 12},
-        {"rotary_dim", &c->rotary_dim, 0, c->head_dim ? c->head_dim : 1 << 12},
+        {"rotary_dim", &c->rotary_dim, 0, 1 << 12},
         {"max_position_embeddings", &c->max_position_embeddings, 1, 1 << 28},
         {"linear_num_key_heads", &c->linear_num_key_heads, 1, 1 << 10},
         {"linear_num_value_heads", &c->linear_num_value_heads, 1, 1 << 10},
@@ -3083,12 +3083,10 @@ static bool kernels_run_here(const Kernels *k)
 /* The set called `name`, or for NULL the best that runs here. */
 static const Kernels *choose_kernels(const char *name)
 {
-    static const char *const known[] = {"plain", "avx2", "avx512", "neon"};
     const Kernels *best = NULL;
     for (size_t i = 0; i < sizeof KERNEL_SETS / sizeof *KERNEL_SETS; i++)
         if ((!name || !strcmp(KERNEL_SETS[i]->name, name)) && kernels_run_here(KERNEL_SETS[i])) best = KERNEL_SETS[i];
-    for (size_t i = 0; name && !best && i < sizeof known / sizeof *known; i++)
-        if (!strcmp(known[i], name)) die("--cpu %s: this processor or build cannot run these kernels", name);
+    if (!best) die("--cpu %s: this processor or build cannot run these kernels", name);
     return best;
 }
 
@@ -3589,7 +3587,6 @@ static int mode_chat(Run *r)
     Chat c = {.run = r, .system = r->args.system};
     Str message = {0};
     if (!r->engine.model.chat.present) die("%s: holds no chat template (-m generate completes text)", r->args.model);
-    if (r->args.ids) die("--ids: chat reads text");
     need_tokenizer(r);
     if (r->args.text || r->args.file) {
         message = prompt_text(r);

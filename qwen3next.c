@@ -99,6 +99,7 @@ enum {
     FFN_CHUNK = 64,     /* tokens that share one scratch of intermediate values */
     HEAD_ROWS = 16,     /* rows of logits made at a time */
     MAX_BATCH = 2048,   /* tokens of one forward at most */
+    DEFAULT_BATCH = 1024,
     MAX_THREADS = 256,
     MAX_STOPS = 16,
 };
@@ -468,6 +469,9 @@ struct Kernels {
     float (*dot)(const float *a, const float *b, int n);
     void (*sigmoid)(float *y, const float *x, int n);       /* y = 1 / (1 + exp(-x)) */
     float (*exp_sum)(float *x, float max, int n);           /* x = exp(x - max), returns the sum */
+    void (*add_scaled)(float *out, const float *y, float weight, int n); /* out += weight y */
+    /* arithmetic in registers, int8 or float, for the benchmark; data: 16 floats. Returns operations done */
+    double (*peak)(float *data, bool floats);
     /* walks 16 columns of one head's S[dk][16] through n tokens: see the definition */
     void (*delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v, size_t ld,
                        const float *decay, const float *beta, float *o, int ldo);
@@ -1062,14 +1066,13 @@ typedef struct {
     int item_tiles;
 } Matmul;
 
-enum { FEW_TOKENS = 16, TILES_PER_ITEM = 4, ITEM_BYTES = 144 << 10 };
+enum { ITEM_BYTES = 144 << 10 };
 
-/* How many tiles one item takes: with many tokens so few that results of a tile stay in L2; with few tokens a long stretch
- * of memory, for the prefetcher's sake; but never so many that threads would have nothing to do. */
-static int item_tiles(const Engine *e, const Matrix *m, int tiles, int n)
+/* How many tiles one item takes: what a core's L2 holds beside the activations, and in decode a stretch of memory long enough
+ * for the prefetcher; but never so many that threads would have nothing to do. */
+static int item_tiles(const Engine *e, const Matrix *m, int tiles)
 {
-    int most = n > FEW_TOKENS ? TILES_PER_ITEM : max_int(TILES_PER_ITEM, (int)(ITEM_BYTES / m->tile_bytes));
-    return max_int(1, min_int(most, tiles / (4 * pool_threads(e->pool))));
+    return max_int(1, min_int((int)(ITEM_BYTES / m->tile_bytes), tiles / (4 * pool_threads(e->pool))));
 }
 
 /* Rows for the next tile call when `left` are to go: the fewest calls, of about equal size. */
@@ -1108,7 +1111,7 @@ static void matmul_item(void *arg, int item, int thread)
 static void matmul(Engine *e, const Matrix *w, const Acts *x, size_t first, int n, float *y, size_t ld,
                    const float *bias)
 {
-    int tiles = (w->rows + TILE - 1) / TILE, each = item_tiles(e, w, tiles, n);
+    int tiles = (w->rows + TILE - 1) / TILE, each = item_tiles(e, w, tiles);
     Matmul m = {e, w, x, n, first, y, ld, bias, each};
     parallel_for(e->pool, (tiles + each - 1) / each, matmul_item, &m);
 }
@@ -1651,7 +1654,7 @@ static void ffn_down_item(void *arg, int item, int thread)
     const Engine *e = p->e;
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
-    int tiles = (e->model.config.hidden_size + TILE - 1) / TILE, each = item_tiles(e, w->ffn->down, tiles, p->n);
+    int tiles = (e->model.config.hidden_size + TILE - 1) / TILE, each = item_tiles(e, w->ffn->down, tiles);
     int tile0 = item * each, tile1 = min_int(tile0 + each, tiles);
     for (int t = 0; t < p->n; t++)
         memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));
@@ -1667,7 +1670,7 @@ static void ffn_down_item(void *arg, int item, int thread)
                                   y, e->model.q4_levels);
                 for (int s = 0; s < n; s++) {
                     float *out = w->out + (size_t)w->slot_token[s0 + s] * w->xn.ld + i * TILE;
-                    for (int r = 0; r < TILE; r++) out[r] += w->slot_weight[s0 + s] * y[s][r];
+                    kn->add_scaled(out, y[s], w->slot_weight[s0 + s], TILE);
                 }
             }
         }
@@ -1694,7 +1697,7 @@ static void mlp_block(Pass *p)
     }
     const Ffn *last = &w->ffn[w->n_ffn - 1];
     parallel_for(e->pool, last->first_item + (last->gate_up->rows + SUPER - 1) / SUPER, ffn_up_item, p);
-    int tiles = (c->hidden_size + TILE - 1) / TILE, each = item_tiles(e, w->ffn->down, tiles, p->n);
+    int tiles = (c->hidden_size + TILE - 1) / TILE, each = item_tiles(e, w->ffn->down, tiles);
     parallel_for(e->pool, (tiles + each - 1) / each, ffn_down_item, p);
     dump(p, "mlp", w->out, p->n, c->hidden_size, w->xn.ld);
     e->seconds[T_MOE] += now() - start;
@@ -2930,32 +2933,38 @@ TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N))
 TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, NULL))
 TILE_KERNEL(tile_q4, FN(int8_rows)(w, cols, x, y, N, levels))
 
-/* Floats to int8 blocks of 32, scale = largest / 127, rounded to nearest; zero padded to a whole superblock. */
+/* One block of 32 floats to int8: scale = largest / 127, rounded to nearest even. */
+INLINE void FN(quantize_block)(ActBlock *a, int b, const float *x)
+{
+    enum { VECTORS = BLOCK / LANES };
+    vi top = {0}, sum = {0};
+    UNROLL for (int j = 0; j < VECTORS; j++) { /* without their sign, floats are ordered as their bits are */
+        vi size = *(const viu *)(x + j * LANES) & 0x7fffffff, larger = size > top;
+        top = (larger & size) | (~larger & top);
+    }
+    for (int i = 1; i < LANES; i++) top[0] = top[i] > top[0] ? top[i] : top[0];
+    float max = ((vf)top)[0], inverse = max > 0 && max < INFINITY ? 127 / max : 0;
+    typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+    UNROLL for (int j = 0; j < VECTORS; j++) { /* adding 1.5 * 2^23 leaves the rounded integer in the lowest bits */
+        vi q = (vi)(*(const vfu *)(x + j * LANES) * inverse + 0x1.8p23f) - 0x4b400000;
+        *(bytes *)(a->q + b * BLOCK + j * LANES) = __builtin_convertvector(q, bytes);
+        sum += q;
+    }
+    for (int i = 1; i < LANES; i++) sum[0] += sum[i];
+    a->d[b] = max / 127;
+    a->bias[b] = -128 * sum[0];
+}
+
+/* Floats to int8 blocks, zero padded to a whole superblock. */
 TARGET static void FN(quantize)(ActBlock *out, const float *x, int n)
 {
-    for (int i = 0; i < n; i += BLOCK) {
-        float v[BLOCK] = {0}, max = 0;
-        int b = i / BLOCK % 2, sum = 0;
-        memcpy(v, x + i, (size_t)(n - i < BLOCK ? n - i : BLOCK) * sizeof *v);
-        for (int j = 0; j < BLOCK; j++) max = fabsf(v[j]) > max ? fabsf(v[j]) : max;
-        ActBlock *a = out + i / SUPER;
-        float inverse = max > 0 && max < INFINITY ? 127 / max : 0;
-        for (int j = 0; j < BLOCK; j++) { /* adding 1.5 * 2^23 rounds to nearest even */
-            float r = v[j] * inverse + 0x1.8p23f;
-            int32_t bits;
-            memcpy(&bits, &r, 4);
-            a->q[b * BLOCK + j] = (int8_t)bits;
-            sum += (int8_t)bits;
+    for (int i = 0; i < n; i += SUPER, out++)
+        for (int b = 0; b < 2; b++) {
+            float padded[BLOCK] = {0};
+            int left = n - i - b * BLOCK;
+            if (left > 0 && left < BLOCK) memcpy(padded, x + i + b * BLOCK, (size_t)left * sizeof *x);
+            FN(quantize_block)(out, b, left >= BLOCK ? x + i + b * BLOCK : padded);
         }
-        a->d[b] = max / 127;
-        a->bias[b] = -128 * sum;
-    }
-    if ((n + BLOCK - 1) / BLOCK % 2) { /* the second half of the last superblock */
-        ActBlock *a = out + n / SUPER;
-        memset(a->q + BLOCK, 0, BLOCK);
-        a->d[1] = 0;
-        a->bias[1] = 0;
-    }
 }
 
 /* a . b in four interleaved vectors, summed pairwise, then lane by lane. */
@@ -3024,35 +3033,75 @@ TARGET static float FN(exp_sum)(float *x, float max, int n)
     return sum;
 }
 
+TARGET static void FN(add_scaled)(float *out, const float *y, float weight, int n)
+{
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) *(vfu *)(out + i) += *(const vfu *)(y + i) * weight;
+    for (; i < n; i++) out[i] += y[i] * weight;
+}
+
+/* S'k for LANES columns: four partial sums, added pairwise. S: [dk][16] */
+INLINE void FN(state_read)(vf *out, const float *S, int dk, const float *k)
+{
+    vf sum[4] = {{0}};
+    int i = 0;
+    for (; i + 4 <= dk; i += 4)
+        UNROLL for (int j = 0; j < 4; j++) sum[j] += *(const vfu *)(S + (i + j) * TILE) * k[i + j];
+    for (; i < dk; i++) sum[0] += *(const vfu *)(S + i * TILE) * k[i];
+    *out = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 /* The delta rule for 16 value columns, token after token, with the state in L1:
  *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q        ((decay S)'k = decay (S'k): one pass less)
- * S: [dk][16]; q, k: [n][dk] and v: [n][16], rows ld apart; o: [n][16], rows ldo apart; decay, beta: [n].
- * Four partial sums each, added pairwise. */
+ * The pass that writes S also takes the next token's S'k, in state_read's order.
+ * S: [dk][16]; q, k: [n][dk] and v: [n][16], rows ld apart; o: [n][16], rows ldo apart; decay, beta: [n]. */
 TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v, size_t ld,
                                   const float *decay, const float *beta, float *o, int ldo)
 {
-    for (int t = 0; t < n; t++, q += ld, k += ld, v += ld, o += ldo)
-        for (int p = 0; p < PARTS; p++) {
-            vf read[4] = {{0}}, out[4] = {{0}};
-            float *s = S + p * LANES;
+    for (int p = 0; p < PARTS; p++) {
+        float *s = S + p * LANES;
+        vf Sk;
+        FN(state_read)(&Sk, s, dk, k);
+        for (int t = 0; t < n; t++) {
+            const float *kt = k + (size_t)t * ld, *qt = q + (size_t)t * ld, *next = t + 1 < n ? kt + ld : kt;
+            vf u = (*(const vfu *)(v + (size_t)t * ld + p * LANES) - Sk * decay[t]) * beta[t], out[4] = {{0}}, read[4] = {{0}};
             int i = 0;
             for (; i + 4 <= dk; i += 4)
-                UNROLL for (int j = 0; j < 4; j++) read[j] += *(const vfu *)(s + (i + j) * TILE) * k[i + j];
-            for (; i < dk; i++) read[0] += *(const vfu *)(s + i * TILE) * k[i];
-            vf u = (*(const vfu *)(v + p * LANES) - ((read[0] + read[1]) + (read[2] + read[3])) * decay[t]) * beta[t];
-            for (i = 0; i + 4 <= dk; i += 4)
                 UNROLL for (int j = 0; j < 4; j++) {
-                    vf row = *(const vfu *)(s + (i + j) * TILE) * decay[t] + u * k[i + j];
+                    vf row = *(const vfu *)(s + (i + j) * TILE) * decay[t] + u * kt[i + j];
                     *(vfu *)(s + (i + j) * TILE) = row;
-                    out[j] += row * q[i + j];
+                    out[j] += row * qt[i + j];
+                    read[j] += row * next[i + j];
                 }
             for (; i < dk; i++) {
-                vf row = *(const vfu *)(s + i * TILE) * decay[t] + u * k[i];
+                vf row = *(const vfu *)(s + i * TILE) * decay[t] + u * kt[i];
                 *(vfu *)(s + i * TILE) = row;
-                out[0] += row * q[i];
+                out[0] += row * qt[i];
+                read[0] += row * next[i];
             }
-            *(vfu *)(o + p * LANES) = (out[0] + out[1]) + (out[2] + out[3]);
+            *(vfu *)(o + t * ldo + p * LANES) = (out[0] + out[1]) + (out[2] + out[3]);
+            Sk = (read[0] + read[1]) + (read[2] + read[3]);
         }
+    }
+}
+
+/* Twelve independent sums, enough to hide the latency of one instruction. */
+TARGET static double FN(peak)(float *data, bool floats)
+{
+    enum { SUMS = 12, STEPS = 1000 };
+    vi sum[SUMS];
+    vf acc[SUMS];
+    vb w = (vb)((vi){0} + 0x01020304);
+    UNROLL for (int j = 0; j < SUMS; j++) sum[j] = (vi){0} + j, acc[j] = (vf){0} + (float)j; /* else they would be one sum */
+    for (int i = 0; i < STEPS; i++) {
+        IN_ORDER; /* data may have changed: nothing may be computed ahead */
+        UNROLL for (int j = 0; j < SUMS; j++) {
+            if (floats) acc[j] += (vf)w * data[0];
+            else FN(dot4)(&sum[j], &w, (const int8_t *)data + j);
+        }
+    }
+    UNROLL for (int j = 0; j < SUMS; j++) data[1] += acc[j][0] + (float)sum[j][0];
+    return 2.0 * SUMS * STEPS * (floats ? LANES : VB);
 }
 
 #define QUOTE2(x) #x
@@ -3060,7 +3109,7 @@ TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const
 static const Kernels FN(kernels) = {
     QUOTE(KERNEL_PASS), ROWS,
     {NULL, FN(tile_f32), FN(tile_bf16), FN(tile_q8), FN(tile_q4)}, FN(tile_f16),
-    FN(quantize), FN(dot), FN(sigmoid), FN(exp_sum), FN(delta_rule)};
+    FN(quantize), FN(dot), FN(sigmoid), FN(exp_sum), FN(add_scaled), FN(peak), FN(delta_rule)};
 
 #undef TARGET
 #undef VB
@@ -3142,7 +3191,7 @@ static void on_interrupt_leave(int sig) { (void)sig; _exit(130); }
 typedef struct {
     const char *model, *mode, *text, *file, *out, *system, *tokenizer, *load, *save, *dump, *cpu, *kv;
     double temperature, top_p, min_p, presence, repetition; /* NAN: not given */
-    int64_t top_k, seed, n, ctx, threads, draft, depth, batch; /* -1: not given */
+    int64_t top_k, seed, n, ctx, threads, draft, depth, batch, prompt; /* -1: not given */
     uint64_t memory;
     bool ids, echo, quiet, verbose, help, version;
 } Args;
@@ -3775,21 +3824,33 @@ static int mode_perplexity(Run *r)
     return 0;
 }
 
-/* Bytes of weights one decoded token reads: everything but the embedding and the experts not chosen. */
-static double bytes_per_token(const Model *m)
+/* What the matrices that one token meets amount to: bytes read, and multiplications (with an addition each). */
+typedef struct { double bytes, macs; } Cost;
+
+static void cost_add(Cost *cost, const Matrix *m, double count)
 {
-    const Config *c = &m->config;
-    double bytes = (double)m->lm_head.matrix_bytes;
-    for (int i = 0; i < c->num_hidden_layers; i++) {
-        const Layer *l = &m->layers[i];
+    if (!m->data) return;
+    cost->bytes += count * (double)m->matrix_bytes;
+    cost->macs += count * (double)(m->matrix_bytes / m->tile_bytes) * TILE * m->cols;
+}
+
+/* All layers' matrices, of the experts only those chosen. */
+static Cost layers_cost(const Model *m)
+{
+    Cost cost = {0};
+    for (const Layer *l = m->layers; l < m->layers + m->config.num_hidden_layers; l++) {
         const Matrix *all[] = {&l->linear.in_proj_qkvz, &l->linear.in_proj_ba, &l->linear.out_proj, &l->attn.qgkv_proj,
                                &l->attn.o_proj, &l->mlp.gate, &l->mlp.shared_gate_up, &l->mlp.shared_down};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++) bytes += (double)all[k]->matrix_bytes;
-        double experts = l->mlp.gate.data ? c->num_experts_per_tok : 1;
-        bytes += experts * (double)(l->mlp.gate_up_proj.matrix_bytes + l->mlp.down_proj.matrix_bytes);
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++) cost_add(&cost, all[k], 1);
+        double experts = l->mlp.gate.data ? m->config.num_experts_per_tok : 1;
+        cost_add(&cost, &l->mlp.gate_up_proj, experts);
+        cost_add(&cost, &l->mlp.down_proj, experts);
     }
-    return bytes;
+    return cost;
 }
+
+/* Bytes of weights one decoded token reads: everything but the embedding and the experts not chosen. */
+static double bytes_per_token(const Model *m) { return layers_cost(m).bytes + (double)m->lm_head.matrix_bytes; }
 
 /* -m inspect: metadata, tensors, totals. */
 static int mode_inspect(Run *r)
@@ -3828,83 +3889,160 @@ static int mode_inspect(Run *r)
     return 0;
 }
 
-enum { READ_PIECE = 1 << 20 };
-typedef struct { const uint8_t *data; atomic_ullong sum; } ReadTest;
+/* ---- 20. Benchmark ---- */
+
+enum { READ_PIECE = 1 << 20, READ_PIECES = 512, BENCH_SLICE = 16, BENCH_ROUNDS = 3, PEAK_REPEATS = 1000 };
+
+/* What the machine itself can do: reading the mapped checkpoint, and arithmetic without any memory. */
+typedef struct {
+    Run *r;
+    size_t first, total;        /* pieces of READ_PIECE bytes: where this pass begins, how many there are */
+    double bytes, seconds;      /* read so far */
+    bool floats;                /* which arithmetic */
+    atomic_ullong sum;          /* keeps the compiler from leaving the work out */
+} Machine;
 
 /* Sum one piece of the file, so that every byte is read. */
 static void read_piece(void *arg, int item, int thread)
 {
     (void)thread;
-    ReadTest *t = arg;
-    const uint64_t *p = (const uint64_t *)(t->data + (size_t)item * READ_PIECE);
+    Machine *m = arg;
+    const uint64_t *p = (const uint64_t *)(m->r->engine.model.file.data + (m->first + (size_t)item) % m->total * READ_PIECE);
     uint64_t sum = 0;
     for (size_t i = 0; i < READ_PIECE / 8; i++) sum += p[i];
-    atomic_fetch_add(&t->sum, sum);
+    atomic_fetch_add(&m->sum, sum);
 }
 
-/* Reading speed of the mapped checkpoint with all threads, in GB/s: the best of three passes. */
-static double read_bandwidth(Run *r)
+/* Read the next pieces of the checkpoint with all threads. */
+static void read_some(Machine *m)
 {
-    const Mapping *f = &r->engine.model.file;
-    size_t pieces = f->size / READ_PIECE;
-    ReadTest t = {.data = f->data};
-    double best = 0;
-    if (pieces > 2048) pieces = 2048;
-    for (int pass = 0; pass < 4 && pieces; pass++) { /* the first brings the pages in */
+    if (!m->total) return;
+    int pieces = min_int(READ_PIECES, (int)m->total);
+    double start = now();
+    parallel_for(m->r->engine.pool, pieces, read_piece, m);
+    m->seconds += now() - start;
+    m->bytes += (double)pieces * READ_PIECE;
+    m->first += (size_t)pieces;
+}
+
+/* One thread's share of arithmetic. */
+static void peak_item(void *arg, int item, int thread)
+{
+    (void)item, (void)thread;
+    Machine *m = arg;
+    float data[16] = {1};
+    for (int i = 0; i < PEAK_REPEATS; i++) m->r->engine.kernels->peak(data, m->floats);
+    atomic_fetch_add(&m->sum, (unsigned long long)data[0]);
+}
+
+/* Billions of operations a second on all threads, a multiplication and an addition counted as two: the best of five. */
+static double peak(Machine *m, bool floats)
+{
+    double best = 0, data[8] = {0};
+    int n = pool_threads(m->r->engine.pool);
+    m->floats = floats;
+    double operations = n * (double)PEAK_REPEATS * m->r->engine.kernels->peak((float *)(void *)data, floats);
+    for (int i = 0; i < 5; i++) {
         double start = now();
-        parallel_for(r->engine.pool, (int)pieces, read_piece, &t);
-        double speed = (double)pieces * READ_PIECE / (now() - start) / 1e9;
-        if (pass && speed > best) best = speed;
+        parallel_for(m->r->engine.pool, n, peak_item, m);
+        best = fmax(best, operations / (now() - start) / 1e9);
     }
     return best;
 }
 
-/* Run n pseudo-random tokens, as one prompt or one by one, and print the speed under `name` (NULL: do not). */
-static void bench_tokens(Run *r, int n, bool one_by_one, const char *name)
+/* Run n pseudo-random tokens, as one prompt or one by one; returns the seconds it took. */
+static double bench_tokens(Run *r, int n, bool one_by_one)
 {
-    uint64_t seed = 1;
+    static uint64_t seed = 1;
     int *ids = grow(NULL, (size_t)n, sizeof *ids);
     for (int i = 0; i < n; i++) {
         seed = seed * 6364136223846793005u + 1442695040888963407u;
         ids[i] = (int)((seed >> 33) % (uint64_t)r->engine.model.config.tokenizer_size);
     }
-    memset(r->engine.seconds, 0, sizeof r->engine.seconds);
     double start = now();
     if (one_by_one)
         for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1), head_logits(&r->engine, 0, 1);
     else if (feed(r, ids, n)) head_logits(&r->engine, last_row(r, n), 1);
-    double seconds = now() - start;
-    static const char *const parts[] = {"projections", "deltanet", "attention", "experts", "head"};
-    if (name) printf("%s_%d %.2f tok/s\n", name, n, n / seconds);
-    for (int i = 0; name && i < 5; i++)
-        printf("%s_%s %.1f %%\n", name, parts[i], 100 * r->engine.seconds[i] / seconds);
-    fflush(stdout);
     free(ids);
+    return now() - start;
+}
+
+/* Where the time went: lines NAME_PART share %. */
+static void bench_parts(const Run *r, const char *name, double seconds)
+{
+    static const char *const parts[] = {"projections", "deltanet", "attention", "experts", "head"};
+    for (int i = 0; i < 5; i++) printf("%s_%s %.1f %%\n", name, parts[i], 100 * r->engine.seconds[i] / seconds);
+    fflush(stdout);
+}
+
+/* Prompts of n tokens, each from the same state: the median of several, and how it compares with the arithmetic's peak. */
+static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
+{
+    double seconds[BENCH_ROUNDS], peaks[2] = {peak(m, false), peak(m, true)};
+    for (int i = -1; i < BENCH_ROUNDS && !interrupted; i++) { /* the first is not counted: it brings the weights in */
+        snapshot_restore(start, &r->engine.state);
+        memset(r->engine.seconds, 0, sizeof r->engine.seconds);
+        double took = bench_tokens(r, n, false);
+        int at = max_int(i, 0);
+        for (; at > 0 && seconds[at - 1] > took; at--) seconds[at] = seconds[at - 1];
+        seconds[at] = took;
+        if (i == BENCH_ROUNDS - 1) {
+            double speed = n / seconds[BENCH_ROUNDS / 2];
+            printf("prefill_%d %.2f tok/s\nprefill_%d_slowest %.2f tok/s\nprefill_%d_fastest %.2f tok/s\n", n, speed, n,
+                   n / seconds[BENCH_ROUNDS - 1], n, n / seconds[0]);
+            bench_parts(r, "prefill", took);
+            printf("int8_peak %.1f GOP/s\nfloat_peak %.1f GFLOP/s\nprefill_of_peak %.1f %%\n", peaks[0], peaks[1],
+                   100 * 2 * layers_cost(&r->engine.model).macs * speed / 1e9 / peaks[r->engine.model.quantized ? 0 : 1]);
+        }
+    }
+}
+
+/* Decode n tokens; between slices of a few read the file, so that both meet the same disturbances. What a token moves: the
+ * weights it meets, the recurrent state there and back, and all keys and values. */
+static void bench_decode(Run *r, Machine *m, int n)
+{
+    const State *s = &r->engine.state;
+    const Config *c = &r->engine.model.config;
+    double seconds = 0, kv = 0;
+    memset(r->engine.seconds, 0, sizeof r->engine.seconds);
+    m->bytes = m->seconds = 0;
+    for (int left = n, slice; left > 0 && !interrupted; left -= slice) {
+        slice = min_int(left, BENCH_SLICE);
+        read_some(m);
+        seconds += bench_tokens(r, slice, true);
+    }
+    kv = 2.0 * (s->tokens.len - n / 2) * c->has_full * c->num_key_value_heads * c->head_dim * (s->kv_f16 ? 2 : 4);
+    double bytes = bytes_per_token(&r->engine.model) + 2.0 * sizeof(float) * (double)s->recurrent_len + kv;
+    double bandwidth = m->seconds > 0 ? m->bytes / m->seconds / 1e9 : 0, used = n / seconds * bytes / 1e9;
+    printf("decode_%d %.2f tok/s\n", n, n / seconds);
+    bench_parts(r, "decode", seconds);
+    printf("read_bandwidth %.2f GB/s\ndecode_bytes %.4f GB/token\ndecode_of_bandwidth %.1f %%\n", bandwidth, bytes / 1e9,
+           bandwidth > 0 ? 100 * used / bandwidth : 0);
 }
 
 /* -m bench: lines of name, value, unit. */
 static int mode_bench(Run *r)
 {
-    int ctx = r->engine.state.ctx, depth = (int)max_int((int)r->args.depth, 0);
-    int prompt = min_int(512, ctx - depth), decode = min_int(128, ctx - depth);
-    if (depth && (prompt < 512 || decode < 128)) die("--depth %d: wanted room for 512 more in the context of %d (-c)", depth, ctx);
-    double before = read_bandwidth(r);
-    bench_tokens(r, min_int(16, ctx), false, NULL); /* brings the weights in */
-    state_reset(&r->engine.state);
-    if (depth) bench_tokens(r, depth, false, NULL);
+    const Args *a = &r->args;
+    int ctx = r->engine.state.ctx, depth = (int)a->depth;
+    int prompt = a->prompt > 0 ? (int)a->prompt : 512, decode = a->n > 0 ? (int)a->n : 128;
+    if (!depth && !a->prompt) prompt = min_int(prompt, ctx);
+    if (!depth && a->n <= 0) decode = min_int(decode, ctx);
+    if (depth + max_int(prompt, decode) > ctx)
+        die("-m bench: wanted room for %d tokens after a depth of %d, found a context of %d (-c)", max_int(prompt, decode), depth, ctx);
+    if (depth) bench_tokens(r, depth, false);
     Snapshot deep = {0};
+    Machine m = {.r = r, .total = r->engine.model.file.size / READ_PIECE};
     snapshot_take(&deep, &r->engine.state);
-    bench_tokens(r, prompt, false, "prefill");
+    bench_prefill(r, &m, &deep, prompt);
     snapshot_restore(&deep, &r->engine.state);
-    double start = now();
-    bench_tokens(r, decode, true, "decode");
-    double speed = decode / (now() - start), bandwidth = fmax(before, read_bandwidth(r)), bytes = bytes_per_token(&r->engine.model) / 1e9;
-    printf("read_bandwidth %.2f GB/s\ndecode_bytes %.4f GB/token\ndecode_of_bandwidth %.1f %%\npeak_memory %ld MB\n", bandwidth, bytes,
-           bandwidth > 0 ? 100 * speed * bytes / bandwidth : 0, peak_memory_mb());
-    return 0;
+    read_some(&m);
+    if (!interrupted) bench_decode(r, &m, decode);
+    printf("peak_memory %ld MB\n", peak_memory_mb());
+    return interrupted ? 130 : 0;
 }
 
-/* ---- 20. Command line ---- */
+/* ---- 21. Command line ---- */
 
 typedef enum { TEXT, REAL, WHOLE, BYTES, FLAG, LATER } OptionKind;
 
@@ -3943,8 +4081,9 @@ static const Option OPTIONS[] = {
     {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
     {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
     {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models) or f32"},
-    {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 512"},
+    {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 1024"},
     {"depth", NULL, WHOLE, AT(depth), 0, 1 << 28, "N", "bench: positions to fill first"},
+    {"prompt", NULL, WHOLE, AT(prompt), 1, 1 << 28, "N", "bench: tokens of the prompt; default 512 (decode: -n, default 128)"},
     {"quiet", "q", FLAG, AT(quiet), 0, 0, NULL, "no statistics or progress"},
     {"verbose", "v", FLAG, AT(verbose), 0, 0, NULL, "show special tokens and the ids fed"},
     {"help", "h", FLAG, AT(help), 0, 0, NULL, "this text"},
@@ -4015,7 +4154,7 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
 static Args parse_args(int argc, char **argv)
 {
     Args a = {.temperature = NAN, .top_p = NAN, .min_p = NAN, .presence = NAN, .repetition = NAN, .top_k = -1, .seed = -1, .n = 0,
-              .ctx = -1, .threads = -1, .draft = -1, .depth = 0, .batch = 512};
+              .ctx = -1, .threads = -1, .draft = -1, .batch = DEFAULT_BATCH};
     for (int i = 1; i < argc; i++) {
         if (argv[i][0] != '-' || !argv[i][1]) {
             if (a.model) usage_error("%s: one model is enough, %s was given before", argv[i], a.model);
@@ -4061,7 +4200,7 @@ static void check_args(const Args *a)
     if (logits && !a->out) usage_error("-m logits: wants -o FILE");
     if (!logits && a->out) usage_error("-o: only -m logits writes a file");
     if (!logits && a->dump) usage_error("--dump: goes with -m logits");
-    if (a->depth && strcmp(a->mode, "bench")) usage_error("--depth: goes with -m bench");
+    if ((a->depth || a->prompt) && strcmp(a->mode, "bench")) usage_error("--%s: goes with -m bench", a->depth ? "depth" : "prompt");
     if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");
     if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
     if (a->ids && (!strcmp(a->mode, "chat") || !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect")))

@@ -93,8 +93,7 @@ enum {
     BLOCK = 32,         /* quantized values that share a scale */
     SUPER = 64,         /* columns of a quantized superblock: two blocks, a whole number of cache lines */
     MAX_ROWS = 8,       /* activation rows one kernel call takes at most */
-    KV_TILE = 64,       /* positions one step of the online softmax takes */
-    KV_RANGE = 512,     /* positions of a range: ranges are computed apart and merged in order */
+    KV_RANGE = 512,     /* positions attended to at a time; the results of ranges are merged in order */
     GDN_CHUNK = 32,     /* tokens a DeltaNet head convolves before it walks its state through them */
     FFN_CHUNK = 64,     /* tokens that share one scratch of intermediate values */
     HEAD_ROWS = 16,     /* rows of logits made at a time */
@@ -389,7 +388,7 @@ typedef struct {
     int ctx;              /* positions there is room for */
     bool kv_f16;          /* keys and values as f16, else as float */
     uint8_t *k;           /* [attention layer][G][ctx / 16][hd][16]: 16 positions side by side */
-    uint8_t *v;           /* [attention layer][G][ctx / KV_TILE][hd / 16][KV_TILE][16 dims] */
+    uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE][hd / 16][KV_RANGE][16 dims] */
     size_t kv_layer, kv_head; /* bytes of a layer's and of a head's keys (or values) */
     float *recurrent;     /* all that cannot be cut back: S, then conv, in one piece for snapshots */
     size_t recurrent_len; /* floats */
@@ -1302,11 +1301,11 @@ static float *attn_gate(const Pass *p, int t, int h)
     return p->e->work.proj + (size_t)t * p->e->work.proj_ld + (c->num_attention_heads + h) * c->head_dim;
 }
 
-/* Where position pos of a head's values begins for dims [16 d, 16 d + 16): values of one KV_TILE lie together. */
+/* Where position pos of a head's values begins for dims [16 d, 16 d + 16): values of one range lie together. */
 static size_t v_offset(const Config *c, int pos, int d)
 {
     size_t tiles = round_up((size_t)c->head_dim, TILE) / TILE;
-    return ((size_t)(pos / KV_TILE) * tiles + (size_t)d) * KV_TILE * TILE + (size_t)(pos % KV_TILE) * TILE;
+    return ((size_t)(pos / KV_RANGE) * tiles + (size_t)d) * KV_RANGE * TILE + (size_t)(pos % KV_RANGE) * TILE;
 }
 
 /* Store one key or value element in the cache's type. */
@@ -1359,52 +1358,34 @@ typedef struct {
     int hdp;
 } AttnRows;
 
-/* One step of the online softmax: positions [pos, pos + count), count <= KV_TILE. */
-static void attn_tile(AttnRows *a, int pos, int count, float (*score)[KV_TILE])
+/* All rows of `a` over range number `range`: a->o and a->sm become that range's partial result. scratch: [MAX_ROWS][KV_RANGE] */
+static void attn_range(AttnRows *a, int range, float *scratch)
 {
     const Engine *e = a->p->e;
     const Config *c = &e->model.config;
     const State *s = &e->state;
-    size_t head = (size_t)a->p->layer->attn.index * s->kv_layer + (size_t)a->g * s->kv_head;
-    size_t width = s->kv_f16 ? 2 : 4;
+    const void *weights[MAX_ROWS];
+    float (*score)[KV_RANGE] = (float (*)[KV_RANGE])scratch, y[MAX_ROWS][TILE];
+    int pos = range * KV_RANGE, count = min_int(KV_RANGE, a->last[a->n - 1] + 1 - pos), padded = (int)round_up((size_t)count, TILE);
+    size_t head = (size_t)a->p->layer->attn.index * s->kv_layer + (size_t)a->g * s->kv_head, width = s->kv_f16 ? 2 : 4;
     void (*tile)(const uint8_t *, int, const void *const *, int, float (*)[TILE], const int8_t *) =
         s->kv_f16 ? e->kernels->tile_f16 : e->kernels->tile[F32];
-    float y[MAX_ROWS][TILE];
-    for (int i = 0; i < count; i += TILE) { /* scores: a tile of 16 keys against all rows */
+    for (int i = 0; i < count; i += TILE) { /* scores = q . k: a tile of 16 keys against all rows */
         tile(s->k + head + (size_t)(pos + i) * (size_t)c->head_dim * width, c->head_dim, a->q, a->n, y, NULL);
         for (int r = 0; r < a->n; r++) memcpy(score[r] + i, y[r], sizeof y[r]);
     }
-    const void *weights[MAX_ROWS];
-    for (int r = 0; r < a->n; r++) {
+    for (int r = 0; r < a->n; r++) { /* weights = exp(scores - the largest), 0 for what the row may not see */
         int seen = min_int(count, a->last[r] + 1 - pos);
-        float max = a->sm[r].m, *o = a->o + r * a->hdp;
+        float max = -INFINITY;
         for (int i = 0; i < seen; i++) max = score[r][i] > max ? score[r][i] : max;
-        for (int i = max_int(seen, 0); i < KV_TILE; i++) score[r][i] = -INFINITY;
+        for (int i = max_int(seen, 0); i < padded; i++) score[r][i] = seen > 0 ? -INFINITY : 0;
+        a->sm[r] = (Softmax){max, seen > 0 ? e->kernels->exp_sum(score[r], max, padded) : 0};
         weights[r] = score[r];
-        if (seen <= 0) { /* nothing here that this row may see */
-            memset(score[r], 0, sizeof score[r]);
-            continue;
-        }
-        float shrink = a->sm[r].m == -INFINITY ? 0 : expf(a->sm[r].m - max);
-        a->sm[r].l = a->sm[r].l * shrink + e->kernels->exp_sum(score[r], max, KV_TILE);
-        a->sm[r].m = max;
-        for (int i = 0; shrink != 1 && i < a->hdp; i++) o[i] *= shrink;
     }
-    for (int d = 0; d < a->hdp / TILE; d++) { /* o += weights . values: a tile of 16 dims */
+    for (int d = 0; d < a->hdp / TILE; d++) { /* o = weights . values: a tile of 16 dims */
         tile(s->v + head + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL);
-        for (int r = 0; r < a->n; r++)
-            for (int i = 0; i < TILE; i++) a->o[r * a->hdp + d * TILE + i] += y[r][i];
+        for (int r = 0; r < a->n; r++) memcpy(a->o + r * a->hdp + d * TILE, y[r], sizeof y[r]);
     }
-}
-
-/* All rows of `a` over range number `range`: a->o and a->sm become that range's partial result. */
-static void attn_range(AttnRows *a, int range, float *scratch)
-{
-    float (*score)[KV_TILE] = (float (*)[KV_TILE])scratch;
-    int end = min_int((range + 1) * KV_RANGE, a->last[a->n - 1] + 1);
-    for (int r = 0; r < a->n; r++) a->sm[r] = (Softmax){-INFINITY, 0};
-    memset(a->o, 0, (size_t)(a->n * a->hdp) * sizeof *a->o);
-    for (int pos = range * KV_RANGE; pos < end; pos += KV_TILE) attn_tile(a, pos, min_int(KV_TILE, end - pos), score);
 }
 
 /* (o, sm) of the ranges so far takes in the next range's. */
@@ -1458,7 +1439,7 @@ static void attn_block(void *arg, int item, int thread)
     const Pass *p = arg;
     float *scratch = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
     int blocks = attn_blocks(p), hdp = (int)round_up((size_t)p->e->model.config.head_dim, TILE);
-    float *part = scratch + MAX_ROWS * KV_TILE, *o = part + MAX_ROWS * hdp;
+    float *part = scratch + MAX_ROWS * KV_RANGE, *o = part + MAX_ROWS * hdp;
     AttnRows a = attn_rows(p, item / blocks, item % blocks, part);
     Softmax sm[MAX_ROWS];
     for (int r = 0; r < a.n; r++) sm[r] = (Softmax){-INFINITY, 0};
@@ -1764,7 +1745,7 @@ static void state_init(State *s, const Config *c, int ctx, bool kv_f16)
     size_t linear = (size_t)c->has_linear, full = (size_t)c->has_full;
     s->ctx = ctx;
     s->kv_f16 = kv_f16;
-    s->kv_head = mul(round_up((size_t)ctx, KV_TILE), hdp) * (kv_f16 ? 2 : 4);
+    s->kv_head = mul(round_up((size_t)ctx, KV_RANGE), hdp) * (kv_f16 ? 2 : 4);
     s->kv_layer = mul(s->kv_head, (size_t)c->num_key_value_heads);
     s->k = (uint8_t *)reserve(mul(s->kv_layer, full) / 4, "keys");
     s->v = (uint8_t *)reserve(mul(s->kv_layer, full) / 4, "values");
@@ -1844,7 +1825,7 @@ static void work_init(Engine *e, int batch)
     size_t group = H / (size_t)c->num_key_value_heads, blocks = (MAX_ROWS * group + 3) / 4; /* a kernel takes 4 rows or more */
     size_t ranges = (size_t)attn_ranges(e->state.ctx);
     w->partial = reserve(mul(mul((size_t)c->num_key_value_heads * blocks, ranges), MAX_ROWS * (hdp + TILE)), "attention");
-    size_t gdn = GDN_CHUNK * (dvp + 2) + 2 * dvp, conv = (size_t)(c->linear_conv_kernel_dim + 1) * (dk + dvp), attn = MAX_ROWS * (KV_TILE + 2 * hdp) + hdp;
+    size_t gdn = GDN_CHUNK * (dvp + 2) + 2 * dvp, conv = (size_t)(c->linear_conv_kernel_dim + 1) * (dk + dvp), attn = MAX_ROWS * (KV_RANGE + 2 * hdp) + hdp;
     size_t need = gdn > attn ? gdn : attn;
     if (need < conv) need = conv;
     if (need < (size_t)FFN_CHUNK * SUPER) need = (size_t)FFN_CHUNK * SUPER;

@@ -454,16 +454,17 @@ enum { T_PROJ, T_DELTA, T_ATTN, T_MOE, T_HEAD };
 
 /* ---- 4. Kernel interface: all that Part IV provides ----
  * Every kernel sums in an order that depends on the shapes alone, never on how many rows came along. */
+typedef void TileKernel(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE], const int8_t *levels,
+                        const uint8_t *next);
+
 struct Kernels {
     const char *name;
     int rows;              /* activation rows a `tile` call takes at most: its registers' worth */
     /* y[r][0..15] = sum over c of W[0..15][c] x[r][c] for n <= rows activation rows; w is one tile.
-     * x[r] points to floats for F32 and BF16, to ActBlocks for Q8 and Q4 (levels: Q4's codebook). */
-    void (*tile[N_TYPES])(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE],
-                          const int8_t *levels);
-    /* the same for keys and values stored as f16: w is [cols][16 f16] */
-    void (*tile_f16)(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE],
-                     const int8_t *levels);
+     * x[r] points to floats for F32 and BF16, to ActBlocks for Q8 and Q4 (levels: Q4's codebook).
+     * next: a tile of the same size to fetch into the cache meanwhile, or NULL. */
+    TileKernel *tile[N_TYPES];
+    TileKernel *tile_f16;  /* the same for keys and values stored as f16: w is [cols][16 f16] */
     void (*quantize)(ActBlock *q, const float *x, int n);   /* floats to int8 blocks, zero padded */
     float (*dot)(const float *a, const float *b, int n);
     void (*sigmoid)(float *y, const float *x, int n);       /* y = 1 / (1 + exp(-x)) */
@@ -1065,7 +1066,10 @@ typedef struct {
     int item_tiles;
 } Matmul;
 
-enum { ITEM_BYTES = 144 << 10 };
+enum {
+    ITEM_BYTES = 144 << 10,
+    AHEAD_ROWS = 3 /* with fewer rows a tile is read faster than it can be fetched ahead: that would only disturb */
+};
 
 /* How many tiles one item takes: what a core's L2 holds beside the activations, and in decode a stretch of memory long enough
  * for the prefetcher; but never so many that threads would have nothing to do. */
@@ -1095,7 +1099,7 @@ static void matmul_item(void *arg, int item, int thread)
         for (int i = tile0; i < tile1; i++) {
             float y[MAX_ROWS][TILE];
             kn->tile[m->w->type](m->w->data + (size_t)i * m->w->tile_bytes, m->w->cols, x, n, y,
-                                 m->e->model.q4_levels);
+                                 m->e->model.q4_levels, NULL);
             int valid = min_int(TILE, m->w->rows - i * TILE);
             for (int t = 0; t < n; t++) {
                 float *out = m->y + (size_t)(t0 + t) * m->ld + (size_t)i * TILE;
@@ -1368,10 +1372,9 @@ static void attn_range(AttnRows *a, int range, float *scratch)
     float (*score)[KV_RANGE] = (float (*)[KV_RANGE])scratch, y[MAX_ROWS][TILE];
     int pos = range * KV_RANGE, count = min_int(KV_RANGE, a->last[a->n - 1] + 1 - pos), padded = (int)round_up((size_t)count, TILE);
     size_t head = (size_t)a->p->layer->attn.index * s->kv_layer + (size_t)a->g * s->kv_head, width = s->kv_f16 ? 2 : 4;
-    void (*tile)(const uint8_t *, int, const void *const *, int, float (*)[TILE], const int8_t *) =
-        s->kv_f16 ? e->kernels->tile_f16 : e->kernels->tile[F32];
+    TileKernel *tile = s->kv_f16 ? e->kernels->tile_f16 : e->kernels->tile[F32];
     for (int i = 0; i < count; i += TILE) { /* scores = q . k: a tile of 16 keys against all rows */
-        tile(s->k + head + (size_t)(pos + i) * (size_t)c->head_dim * width, c->head_dim, a->q, a->n, y, NULL);
+        tile(s->k + head + (size_t)(pos + i) * (size_t)c->head_dim * width, c->head_dim, a->q, a->n, y, NULL, NULL);
         for (int r = 0; r < a->n; r++) memcpy(score[r] + i, y[r], sizeof y[r]);
     }
     for (int r = 0; r < a->n; r++) { /* weights = exp(scores - the largest), 0 for what the row may not see */
@@ -1383,7 +1386,7 @@ static void attn_range(AttnRows *a, int range, float *scratch)
         weights[r] = score[r];
     }
     for (int d = 0; d < a->hdp / TILE; d++) { /* o = weights . values: a tile of 16 dims */
-        tile(s->v + head + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL);
+        tile(s->v + head + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL, NULL);
         for (int r = 0; r < a->n; r++) memcpy(a->o + r * a->hdp + d * TILE, y[r], sizeof y[r]);
     }
 }
@@ -1612,8 +1615,10 @@ static void ffn_up_item(void *arg, int item, int thread)
                 const void *x[MAX_ROWS];
                 for (int t = 0; t < n; t++)
                     x[t] = act_row(&w->xn, m->type, (size_t)w->slot_token[f->first + c0 + t0 + t]);
-                kn->tile[m->type](tiles + (size_t)(2 * i) * m->tile_bytes, m->cols, x, n, gate, e->model.q4_levels);
-                kn->tile[m->type](tiles + (size_t)(2 * i + 1) * m->tile_bytes, m->cols, x, n, up, e->model.q4_levels);
+                const uint8_t *tile = tiles + (size_t)(2 * i) * m->tile_bytes, *up_tile = tile + m->tile_bytes;
+                bool ahead = n >= AHEAD_ROWS && t0 + n == chunk && i + 1 < pairs; /* the last use of these: fetch the next two */
+                kn->tile[m->type](tile, m->cols, x, n, gate, e->model.q4_levels, ahead ? tile + 2 * m->tile_bytes : NULL);
+                kn->tile[m->type](up_tile, m->cols, x, n, up, e->model.q4_levels, ahead ? up_tile + 2 * m->tile_bytes : NULL);
                 for (int t = 0; t < n; t++) {
                     silu(kn, gate[t], s, TILE);
                     for (int r = 0; r < TILE; r++) h[(t0 + t) * SUPER + i * TILE + r] = gate[t][r] * up[t][r];
@@ -1647,8 +1652,10 @@ static void ffn_down_item(void *arg, int item, int thread)
             for (int s = 0; s < n; s++) x[s] = act_row(&w->h, m->type, (size_t)(s0 + s));
             for (int i = tile0; i < tile1; i++) {
                 float y[MAX_ROWS][TILE];
-                kn->tile[m->type](m->data + (size_t)f->expert * m->matrix_bytes + (size_t)i * m->tile_bytes, m->cols, x, n,
-                                  y, e->model.q4_levels);
+                const uint8_t *tile = m->data + (size_t)f->expert * m->matrix_bytes + (size_t)i * m->tile_bytes;
+                bool ahead = n >= AHEAD_ROWS && s0 + n == f->first + f->count && f + 1 < w->ffn + w->n_ffn && f[1].down == m;
+                kn->tile[m->type](tile, m->cols, x, n, y, e->model.q4_levels,
+                                  ahead ? tile + (size_t)(f[1].expert - f->expert) * m->matrix_bytes : NULL);
                 for (int s = 0; s < n; s++) {
                     float *out = w->out + (size_t)w->slot_token[s0 + s] * w->xn.ld + i * TILE;
                     kn->add_scaled(out, y[s], w->slot_weight[s0 + s], TILE);
@@ -2812,12 +2819,13 @@ INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels)
 }
 
 /* One tile against n rows, n a constant: y[t] = sum over c of column c times x[t][c], in the order of c. */
-INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, bool f16)
+INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next, bool f16)
 {
     vf acc[ROWS][PARTS], column[PARTS];
     UNROLL for (int t = 0; t < n; t++)
         UNROLL for (int p = 0; p < PARTS; p++) acc[t][p] = (vf){0};
     for (int c = 0; c < cols; c++) {
+        if (next) __builtin_prefetch(next + (size_t)c * TILE * 4, 0, 2);
         UNROLL for (int p = 0; p < PARTS; p++) {
             if (f16) FN(load_f16)(&column[p], (const uint16_t *)w + (size_t)c * TILE + p * LANES);
             else column[p] = *(const vfu *)((const float *)w + (size_t)c * TILE + p * LANES);
@@ -2831,12 +2839,13 @@ INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float
 
 /* bf16 tiles hold pairs of columns, so that one load gives two vectors: even columns in the upper halves' places
  * after a shift, odd ones after a mask. Even and odd columns are summed apart and added last. */
-INLINE void FN(bf16_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n)
+INLINE void FN(bf16_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next)
 {
     vf even[ROWS][PARTS], odd[ROWS][PARTS];
     UNROLL for (int t = 0; t < n; t++)
         UNROLL for (int p = 0; p < PARTS; p++) even[t][p] = odd[t][p] = (vf){0};
-    for (int c = 0; c < cols; c += 2)
+    for (int c = 0; c < cols; c += 2) {
+        if (next) __builtin_prefetch(next + (size_t)c * TILE * 2, 0, 2);
         UNROLL for (int p = 0; p < PARTS; p++) {
             vi pair = *(const viu *)(w + ((size_t)c * TILE + (size_t)p * LANES * 2) * 2);
             vf lower = (vf)(pair << 16), upper = (vf)(pair & (int32_t)0xffff0000);
@@ -2845,13 +2854,16 @@ INLINE void FN(bf16_rows)(const uint8_t *w, int cols, const void *const *x, floa
                 odd[t][p] += upper * ((const float *)x[t])[c + 1];
             }
         }
+    }
     UNROLL for (int t = 0; t < n; t++)
         UNROLL for (int p = 0; p < PARTS; p++) *(vfu *)(y[t] + p * LANES) = even[t][p] + odd[t][p];
 }
 
 /* 16 rows x 4 columns at a time: exact integer sums over a block of 32, then one factor: scale_w * scale_x. */
-INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const int8_t *levels)
+INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next,
+                          const int8_t *levels)
 {
+
     vf acc[ROWS][PARTS];
     const ActBlock *a[ROWS];
     UNROLL for (int t = 0; t < n; t++) {
@@ -2860,6 +2872,8 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
     }
     for (int super = 0; super * SUPER < cols; super++) {
         const uint16_t *scales = (const uint16_t *)w;
+        int bytes = 2 * TILE * 2 + TILE * SUPER / (levels ? 2 : 1);
+        for (int i = 0; next && i < bytes; i += 64) __builtin_prefetch(next + (size_t)super * (size_t)bytes + i, 0, 2);
         w += 2 * TILE * 2;
         UNROLL for (int b = 0; b < 2; b++)
             UNROLL for (int p = 0; p < PARTS; p++) {
@@ -2903,16 +2917,16 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
     }
 #define TILE_KERNEL(name, call)                                                                                        \
     TARGET static void FN(name)(const uint8_t *w, int cols, const void *const *x, int n, float (*y)[TILE],            \
-                                const int8_t *levels)                                                                  \
+                                const int8_t *levels, const uint8_t *next)                                             \
     {                                                                                                                  \
         (void)levels;                                                                                                  \
         EACH_ROWS(call)                                                                                                \
     }
-TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, false))
-TILE_KERNEL(tile_f16, FN(f32_rows)(w, cols, x, y, N, true))
-TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N))
-TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, NULL))
-TILE_KERNEL(tile_q4, FN(int8_rows)(w, cols, x, y, N, levels))
+TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, next, false))
+TILE_KERNEL(tile_f16, FN(f32_rows)(w, cols, x, y, N, next, true))
+TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N, next))
+TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, next, NULL))
+TILE_KERNEL(tile_q4, FN(int8_rows)(w, cols, x, y, N, next, levels))
 
 /* One block of 32 floats to int8: scale = largest / 127, rounded to nearest even. */
 INLINE void FN(quantize_block)(ActBlock *a, int b, const float *x)
@@ -3872,7 +3886,7 @@ static int mode_inspect(Run *r)
 
 /* ---- 20. Benchmark ---- */
 
-enum { READ_PIECE = 1 << 20, READ_PIECES = 512, BENCH_SLICE = 16, BENCH_ROUNDS = 3, PEAK_REPEATS = 1000 };
+enum { READ_PIECE = 1 << 20, READ_PIECES = 512, READ_WINDOW = 2048, BENCH_SLICE = 16, BENCH_ROUNDS = 3, PEAK_REPEATS = 1000 };
 
 /* What the machine itself can do: reading the mapped checkpoint, and arithmetic without any memory. */
 typedef struct {
@@ -4014,10 +4028,11 @@ static int mode_bench(Run *r)
     if (depth) bench_tokens(r, depth, false);
     Snapshot deep = {0};
     Machine m = {.r = r, .total = r->engine.model.file.size / READ_PIECE};
+    if (m.total > READ_WINDOW) m.total = READ_WINDOW;
+    for (size_t i = 0; i < m.total; i += READ_PIECES) read_some(&m); /* not counted: brings the pages in */
     snapshot_take(&deep, &r->engine.state);
     bench_prefill(r, &m, &deep, prompt);
     snapshot_restore(&deep, &r->engine.state);
-    read_some(&m);
     if (!interrupted) bench_decode(r, &m, decode);
     printf("peak_memory %ld MB\n", peak_memory_mb());
     return interrupted ? 130 : 0;

@@ -526,7 +526,8 @@ class Plan:
 #   q8    for each 64 columns: 2 x 16 bf16 scales [block of 32][row], then for each 4 columns 16 x 4 bytes q+128;
 #         a weight is scale * q, q = -127..127
 #   q4    for each 64 columns: the same scales, then for block b and j = 0..3 16 x 4 bytes, byte i holding the levels
-#         of columns 32b+4j+i (low four bits) and 32b+16+4j+i (high); a weight is scale * Q4_LEVELS[index]
+#         of columns 32b+4j+i (low four bits) and 32b+16+4j+i (high); a weight is scale * Q4_LEVELS[book, index],
+#         where book is the lowest bit of the scale's 16
 # Columns are padded to whole pairs or 64s with zeros; in q4, which has no 0, a begun block ends in smallest levels.
 TILE = 16
 Type = namedtuple("Type", "name code tile_bytes encode decode")
@@ -604,16 +605,19 @@ def decode_q8(tiles, C):
     return values(scales, q.reshape(*q.shape[:3], 64), C)
 
 
-# The 16 levels of q4, found by Lloyd's iteration on blocks of 32 normal values, each with its best signed scale:
-# skewed levels and a free sign beat symmetric ones (relative error 0.0726 against 0.0776 at the same 4.5 bits).
-Q4_LEVELS = np.array([-127, -100, -78, -61, -46, -33, -21, -9, 2, 13, 24, 36, 49, 64, 82, 106], np.float32)
-# Where the search puts the largest weight of a block at first, in units of the levels: chosen greedily from a fine
-# grid; with eight the error is 0.2 % above that of the whole grid.
-Q4_TARGETS = (-128, 110, -137, -119, -104, 104, 116, -125)
+# Two codebooks of 16 levels, found by Lloyd's iteration on blocks of 32 normal values, each block with the better book
+# and its best signed scale. The relative error on normal weights is 0.070; with one book 0.0726, with symmetric levels
+# 0.0776, all at 4.5 bits.
+Q4_LEVELS = np.array([[-127, -93, -71, -55, -41, -30, -19, -8, 1, 11, 22, 33, 45, 59, 76, 100],
+                      [-127, -103, -82, -65, -50, -36, -23, -9, 3, 16, 28, 41, 54, 69, 87, 108]], np.float32)
+# Where the search puts the largest weight of a block at first, in units of the levels, and in which book: chosen greedily
+# from a fine grid; with eight the error is 0.4 % above that of the whole grid.
+Q4_TARGETS = ((0, -127), (1, -127), (0, 102), (1, 111), (1, -136), (1, -109), (0, -136), (1, -121))
 Q4_TINY = 1e-36                                             # blocks of smaller weights count as zero
 # Nearest level by table: floor(2 * value) + 512 -> index, exact since the midpoints are halves of integers.
-Q4_INDEX = np.searchsorted((Q4_LEVELS[1:] + Q4_LEVELS[:-1]), np.arange(-512, 512), side="right").astype(np.uint8)
-Q4_NEAREST = Q4_LEVELS[Q4_INDEX]
+Q4_INDEX = np.stack([np.searchsorted(book[1:] + book[:-1], np.arange(-512, 512), side="right") for book in Q4_LEVELS])
+Q4_INDEX = Q4_INDEX.astype(np.uint8)
+Q4_NEAREST = np.take_along_axis(Q4_LEVELS, Q4_INDEX.astype(int), 1)
 
 
 def q4_places(w, inverse):
@@ -621,10 +625,17 @@ def q4_places(w, inverse):
     return (w * (2 * inverse)[:, None] + np.float32(512)).astype(np.int16)
 
 
-def q4_fit(w, inverse):
-    """Levels nearest to w/scale for each block; the products <w, levels> and <levels, levels>, [N] each."""
-    levels = Q4_NEAREST.take(q4_places(w, inverse), mode="clip")
+def q4_fit(w, inverse, book):
+    """A book's levels nearest to w/scale for each block; the products <w, levels> and <levels, levels>, [N] each."""
+    levels = Q4_NEAREST[book].take(q4_places(w, inverse), mode="clip")
     return np.einsum("ij,ij->i", w, levels), np.einsum("ij,ij->i", levels, levels)
+
+
+def to_bf16_with_book(x, book):
+    """float32 and book [N] -> the nearest bf16 bit patterns whose lowest bit is the book (0 stays 0)."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    bits = (((u - (book << 16) + 0x10000) >> 17) << 1) + book
+    return np.where(u << 1, bits, 0).astype(np.uint16)
 
 
 def reciprocal(x):
@@ -640,15 +651,18 @@ def quantize_q4_blocks(w):
     largest[np.abs(largest) < Q4_TINY] = 0
     unit = w * reciprocal(largest)[:, None]                 # the search sees weights of magnitude 0..1
     best_gain, best = np.full((2, len(w)), -1, np.float32)
-    for target in Q4_TARGETS:
-        wl, ll = q4_fit(unit, np.full(len(w), target, np.float32))
-        wl, ll = q4_fit(unit, ll * reciprocal(wl))
+    books = np.zeros(len(w), np.uint32)
+    for book, target in Q4_TARGETS:
+        wl, ll = q4_fit(unit, np.full(len(w), target, np.float32), book)
+        wl, ll = q4_fit(unit, ll * reciprocal(wl), book)
         gain = wl * wl / ll
         better = gain > best_gain
         np.copyto(best_gain, gain, where=better)
         np.copyto(best, wl / ll, where=better)
-    bits = to_bf16(best * largest)
-    return bits, Q4_INDEX.take(q4_places(w, reciprocal(from_bf16(bits))), mode="clip")
+        np.copyto(books, np.uint32(book), where=better)
+    bits = to_bf16_with_book(best * largest, books)
+    places = q4_places(w, reciprocal(from_bf16(bits)))
+    return bits, Q4_INDEX.reshape(-1).take(np.clip(places, 0, 1023) + (books.astype(np.int16) << 10)[:, None])
 
 
 def quantize_q4(w, step=2048):
@@ -664,11 +678,17 @@ def encode_q4(x):
     return join(scales, (codes[:, :, :, :, 0] | codes[:, :, :, :, 1] << 4).transpose(0, 2, 3, 4, 1, 5))
 
 
+def q4_book(scales):
+    """float32 scales as stored in bf16 -> which codebook their blocks use."""
+    return scales.view(np.uint32) >> 16 & 1
+
+
 def decode_q4(tiles, C):
     scales, codes = split(tiles, 512)
     codes = codes.reshape(*codes.shape[:2], 2, 4, TILE, 4).transpose(0, 4, 1, 2, 3, 5)
     index = np.stack([codes & 15, codes >> 4], 4)           # tile, row, superblock, block, half, j, i
-    return values(scales, Q4_LEVELS[index].reshape(*index.shape[:3], 64), C)
+    book = q4_book(scales)[..., None, None, None]
+    return values(scales, Q4_LEVELS[book, index].reshape(*index.shape[:3], 64), C)
 
 
 F32 = Type("f32", 1, lambda C: C * 64, encode_f32, decode_f32)
@@ -733,7 +753,7 @@ def config_meta(config, type_name, tensors):
                 has_mtp=int(any(t.name == "mtp.fc" for t in tensors)), rms_norm_eps=float(config.rms_norm_eps),
                 **config.rope_meta)
     if any(t.type is Q4 for t in tensors):
-        meta["q4_levels"] = [int(level) for level in Q4_LEVELS]
+        meta["q4_levels"] = [int(level) for level in Q4_LEVELS.reshape(-1)]
     return meta
 
 
@@ -979,13 +999,13 @@ def allowed_error(type, x, scales):
     if type is Q8:
         return np.abs(scales) * np.float32(0.50001)
     if type is Q4:                                          # half the widest gap; beyond the ends, up to 0.35 max|w|
-        low, high = np.minimum(*np.multiply.outer(Q4_LEVELS[[0, -1]], scales)), np.maximum(
-            *np.multiply.outer(Q4_LEVELS[[0, -1]], scales))
+        ends = Q4_LEVELS[q4_book(scales)][..., [0, -1]] * scales[..., None]
+        low, high = ends.min(-1), ends.max(-1)
         beyond = np.maximum(np.maximum(x - high, low - x), 0)
         blocks = pad_columns(np.abs(x), 32).reshape(*x.shape[:2], -1, 32).max(3)
         largest = np.repeat(blocks, 32, axis=2)[:, :, :x.shape[2]]
         return Q4_TINY + np.where(beyond > 0, np.where(beyond <= 0.35 * largest, beyond * np.float32(1.0001), 0),
-                                  np.abs(scales) * np.float32(np.diff(Q4_LEVELS).max() * 0.50001))
+                                  np.abs(scales) * np.float32(np.diff(Q4_LEVELS, axis=1).max() * 0.50001))
     return np.zeros_like(x)
 
 

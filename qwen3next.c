@@ -375,7 +375,7 @@ typedef struct {
     bool has_mtp;
     double *inv_freq;             /* [rotary_dim / 2], radians a position */
     float rope_scale;             /* YaRN's factor on cos and sin, else 1 */
-    int8_t q4_levels[16];
+    int8_t q4_levels[32];         /* two codebooks */
     int stop_ids[MAX_STOPS], n_stops;
     uint64_t tokenizer_hash;      /* 0: the checkpoint names no tokenizer */
     ChatPieces chat;
@@ -815,9 +815,9 @@ static void read_chat(const Reader *r, ChatPieces *c)
 static void read_defaults(const Reader *r, Model *m)
 {
     const MetaRecord *levels = find_meta(r, "q4_levels", META_INT), *stops = find_meta(r, "stop_ids", META_INT);
-    if (levels && levels->count != 16)
-        die("%s: q4_levels: wanted 16 numbers, found %u", r->file.path, levels->count);
-    for (uint32_t i = 0; levels && i < 16; i++) {
+    if (levels && levels->count != 32)
+        die("%s: q4_levels: wanted 32 numbers, found %u", r->file.path, levels->count);
+    for (uint32_t i = 0; levels && i < 32; i++) {
         int64_t level = meta_int_at(r, levels, i);
         if (level < -127 || level > 127)
             die("%s: q4_levels: wanted -127 to 127, found %lld", r->file.path, (long long)level);
@@ -1045,9 +1045,10 @@ static void matrix_row(const Matrix *m, const int8_t *levels, int row, float *ou
             int group = c % SUPER / 4, byte = r * 4 + c % 4;
             const uint8_t *q = super + 2 * TILE * 2;
             if (m->type == Q8) out[c] = scale * (float)(q[group * 64 + byte] - 128);
-            else { /* two groups share 64 bytes: j low, j + 4 high */
+            else { /* two groups share 64 bytes: j low, j + 4 high; the scale's lowest bit tells the codebook */
                 int block = group / 8, j = group % 8, nibbles = q[(block * 4 + j % 4) * 64 + byte];
-                out[c] = scale * (float)levels[j < 4 ? nibbles & 15 : nibbles >> 4];
+                int book = ((const uint16_t *)super)[c % SUPER / BLOCK * TILE + r] & 1;
+                out[c] = scale * (float)levels[book * 16 + (j < 4 ? nibbles & 15 : nibbles >> 4)];
             }
         }
     }
@@ -2705,7 +2706,7 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
 #define VB 64
 #define ROWS 8
 #define USE_AVX512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx2,fma,f16c")))
 #include "qwen3next.c"
 #undef KERNEL_PASS
 #elif defined HAVE_NEON
@@ -2802,19 +2803,25 @@ INLINE void FN(dot4)(vi *sum, const vb *w, const int8_t *x)
 #endif
 }
 
-/* Bytes as q8 stores them from q4's nibbles: codebook value + 128. */
-INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels)
+/* Bytes as q8 stores them from q4's nibbles: codebook value + 128. book: all ones in lanes that use the second 16 levels. */
+INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels, const vi *book)
 {
 #if defined USE_AVX512
-    __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(_mm_loadu_si128((const __m128i *)levels), _mm_set1_epi8(-128)));
-    *out = (vb)_mm512_shuffle_epi8(table, (__m512i)*index);
+    __m512i table = _mm512_xor_si512(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)levels)), _mm512_set1_epi8(-128));
+    *out = (vb)_mm512_permutexvar_epi8((__m512i)(*index | ((vb)*book & 16)), table);
 #elif defined USE_AVX2
-    __m256i table = _mm256_broadcastsi128_si256(_mm_xor_si128(_mm_loadu_si128((const __m128i *)levels), _mm_set1_epi8(-128)));
-    *out = (vb)_mm256_shuffle_epi8(table, (__m256i)*index);
+    const __m128i flip = _mm_set1_epi8(-128), *l = (const __m128i *)levels;
+    __m256i first = _mm256_broadcastsi128_si256(_mm_xor_si128(_mm_loadu_si128(l), flip));
+    __m256i second = _mm256_broadcastsi128_si256(_mm_xor_si128(_mm_loadu_si128(l + 1), flip));
+    *out = (vb)_mm256_blendv_epi8(_mm256_shuffle_epi8(first, (__m256i)*index), _mm256_shuffle_epi8(second, (__m256i)*index),
+                                  (__m256i)*book);
 #elif defined USE_NEON
-    *out = (vb)vqtbl1q_u8(veorq_u8(vreinterpretq_u8_s8(vld1q_s8(levels)), vdupq_n_u8(128)), (uint8x16_t)*index);
+    uint8x16_t flip = vdupq_n_u8(128);
+    uint8x16x2_t both = {{veorq_u8(vreinterpretq_u8_s8(vld1q_s8(levels)), flip),
+                          veorq_u8(vreinterpretq_u8_s8(vld1q_s8(levels + 16)), flip)}};
+    *out = (vb)vqtbl2q_u8(both, vorrq_u8((uint8x16_t)*index, vandq_u8((uint8x16_t)*book, vdupq_n_u8(16))));
 #else
-    for (int i = 0; i < VB; i++) (*out)[i] = (uint8_t)(levels[(*index)[i]] + 128);
+    for (int i = 0; i < VB; i++) (*out)[i] = (uint8_t)(levels[(*book)[i / 4] * -16 + (*index)[i]] + 128);
 #endif
 }
 
@@ -2880,6 +2887,7 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
                 vi sum[ROWS];
                 vf scale;
                 FN(load_bf16)(&scale, scales + b * TILE + p * LANES);
+                vi book = (vi)scale << 15 >> 31; /* q4: the lowest bit of the 16 chooses the codebook */
                 IN_ORDER;
                 UNROLL for (int t = 0; t < n; t++) sum[t] = (vi){0} + (DOT_UNSIGNED ? a[t][super].bias[b] : 0);
                 UNROLL for (int j = 0; j < 8; j++) {
@@ -2888,7 +2896,7 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
                         tile = *(const vbu *)(w + (b * 4 + j % 4) * 64 + p * VB);
                         if (j < 4) tile &= 15;
                         else tile >>= 4;
-                        FN(look_up)(&tile, &tile, levels);
+                        FN(look_up)(&tile, &tile, levels, &book);
                     } else {
                         tile = *(const vbu *)(w + (b * 8 + j) * 64 + p * VB);
                     }
@@ -3154,7 +3162,8 @@ static bool kernels_run_here(const Kernels *k)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* f16c came before avx2 */
     if (!strcmp(k->name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vnni");
 #endif
 #if defined HAVE_NEON && defined __linux__
     if (!strcmp(k->name, "neon")) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
@@ -3886,13 +3895,13 @@ static int mode_inspect(Run *r)
 
 /* ---- 20. Benchmark ---- */
 
-enum { READ_PIECE = 1 << 20, READ_PIECES = 512, READ_WINDOW = 2048, BENCH_SLICE = 16, BENCH_ROUNDS = 3, PEAK_REPEATS = 1000 };
+enum { READ_PIECE = 1 << 20, READ_PIECES = 512, READ_WINDOW = 2048, BENCH_SLICE = 8, BENCH_ROUNDS = 5, BENCH_SAMPLES = 64,
+       PEAK_REPEATS = 1000 };
 
 /* What the machine itself can do: reading the mapped checkpoint, and arithmetic without any memory. */
 typedef struct {
     Run *r;
     size_t first, total;        /* pieces of READ_PIECE bytes: where this pass begins, how many there are */
-    double bytes, seconds;      /* read so far */
     bool floats;                /* which arithmetic */
     atomic_ullong sum;          /* keeps the compiler from leaving the work out */
 } Machine;
@@ -3908,17 +3917,29 @@ static void read_piece(void *arg, int item, int thread)
     atomic_fetch_add(&m->sum, sum);
 }
 
-/* Read the next pieces of the checkpoint with all threads. */
-static void read_some(Machine *m)
+/* Read the next pieces of the checkpoint with all threads; returns the speed in GB/s, 0 for a file too small. */
+static double read_some(Machine *m)
 {
-    if (!m->total) return;
+    if (!m->total) return 0;
     int pieces = min_int(READ_PIECES, (int)m->total);
     double start = now();
     parallel_for(m->r->engine.pool, pieces, read_piece, m);
-    m->seconds += now() - start;
-    m->bytes += (double)pieces * READ_PIECE;
     m->first += (size_t)pieces;
+    return (double)pieces * READ_PIECE / (now() - start) / 1e9;
 }
+
+/* Values measured so far, ascending. */
+typedef struct { int n; double value[BENCH_SAMPLES]; } Sample;
+
+/* Takes in one more; beyond BENCH_SAMPLES the largest is lost. */
+static void sample_add(Sample *s, double value)
+{
+    int at = s->n < BENCH_SAMPLES ? s->n++ : BENCH_SAMPLES - 1;
+    for (; at > 0 && s->value[at - 1] > value; at--) s->value[at] = s->value[at - 1];
+    s->value[at] = value;
+}
+
+static double median(const Sample *s) { return s->n ? s->value[s->n / 2] : 0; }
 
 /* One thread's share of arithmetic. */
 static void peak_item(void *arg, int item, int thread)
@@ -3930,19 +3951,15 @@ static void peak_item(void *arg, int item, int thread)
     atomic_fetch_add(&m->sum, (unsigned long long)data[0]);
 }
 
-/* Billions of operations a second on all threads, a multiplication and an addition counted as two: the best of five. */
+/* Billions of operations a second on all threads, a multiplication and an addition counted as two. */
 static double peak(Machine *m, bool floats)
 {
-    double best = 0, data[8] = {0};
+    float data[16] = {0};
     int n = pool_threads(m->r->engine.pool);
     m->floats = floats;
-    double operations = n * (double)PEAK_REPEATS * m->r->engine.kernels->peak((float *)(void *)data, floats);
-    for (int i = 0; i < 5; i++) {
-        double start = now();
-        parallel_for(m->r->engine.pool, n, peak_item, m);
-        best = fmax(best, operations / (now() - start) / 1e9);
-    }
-    return best;
+    double operations = n * (double)PEAK_REPEATS * m->r->engine.kernels->peak(data, floats), start = now();
+    parallel_for(m->r->engine.pool, n, peak_item, m);
+    return operations / (now() - start) / 1e9;
 }
 
 /* Run n pseudo-random tokens, as one prompt or one by one; returns the seconds it took. */
@@ -3970,49 +3987,49 @@ static void bench_parts(const Run *r, const char *name, double seconds)
     fflush(stdout);
 }
 
-/* Prompts of n tokens, each from the same state: the median of several, and how it compares with the arithmetic's peak. */
+/* Prompts of n tokens, each from the same state, and between them the arithmetic's peak: the best seen counts. */
 static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
 {
-    double seconds[BENCH_ROUNDS], peaks[2] = {peak(m, false), peak(m, true)};
+    Sample speed = {0};
+    double seconds = 0, int8 = 0, floats = 0;
     for (int i = -1; i < BENCH_ROUNDS && !interrupted; i++) { /* the first is not counted: it brings the weights in */
+        for (int k = 0; k < 5; k++) int8 = fmax(int8, peak(m, false)), floats = fmax(floats, peak(m, true));
         snapshot_restore(start, &r->engine.state);
-        memset(r->engine.seconds, 0, sizeof r->engine.seconds);
+        if (i == 0) memset(r->engine.seconds, 0, sizeof r->engine.seconds);
         double took = bench_tokens(r, n, false);
-        int at = max_int(i, 0);
-        for (; at > 0 && seconds[at - 1] > took; at--) seconds[at] = seconds[at - 1];
-        seconds[at] = took;
-        if (i == BENCH_ROUNDS - 1) {
-            double speed = n / seconds[BENCH_ROUNDS / 2];
-            printf("prefill_%d %.2f tok/s\nprefill_%d_slowest %.2f tok/s\nprefill_%d_fastest %.2f tok/s\n", n, speed, n,
-                   n / seconds[BENCH_ROUNDS - 1], n, n / seconds[0]);
-            bench_parts(r, "prefill", took);
-            printf("int8_peak %.1f GOP/s\nfloat_peak %.1f GFLOP/s\nprefill_of_peak %.1f %%\n", peaks[0], peaks[1],
-                   100 * 2 * layers_cost(&r->engine.model).macs * speed / 1e9 / peaks[r->engine.model.quantized ? 0 : 1]);
-        }
+        if (i >= 0) sample_add(&speed, n / took), seconds += took;
     }
+    if (interrupted) return;
+    printf("prefill_%d %.2f tok/s\nprefill_%d_slowest %.2f tok/s\nprefill_%d_fastest %.2f tok/s\n", n, median(&speed), n,
+           speed.value[0], n, speed.value[speed.n - 1]);
+    bench_parts(r, "prefill", seconds);
+    printf("int8_peak %.1f GOP/s\nfloat_peak %.1f GFLOP/s\nprefill_of_peak %.1f %%\n", int8, floats,
+           100 * 2 * layers_cost(&r->engine.model).macs * median(&speed) / 1e9 / (r->engine.model.quantized ? int8 : floats));
 }
 
-/* Decode n tokens; between slices of a few read the file, so that both meet the same disturbances. What a token moves: the
- * weights it meets, the recurrent state there and back, and all keys and values. */
+/* Decode n tokens; before each slice of a few read the file, so that both meet the same disturbances: their ratio is the
+ * median over slices. What a token moves: the weights it meets, the recurrent state there and back, all keys and values. */
 static void bench_decode(Run *r, Machine *m, int n)
 {
     const State *s = &r->engine.state;
     const Config *c = &r->engine.model.config;
-    double seconds = 0, kv = 0;
+    double seconds = 0, position = 2.0 * c->has_full * c->num_key_value_heads * c->head_dim * (s->kv_f16 ? 2 : 4);
+    double bytes = bytes_per_token(&r->engine.model) + 2.0 * sizeof(float) * (double)s->recurrent_len +
+                   position * (s->tokens.len + n / 2);
+    Sample bandwidth = {0}, share = {0};
     memset(r->engine.seconds, 0, sizeof r->engine.seconds);
-    m->bytes = m->seconds = 0;
     for (int left = n, slice; left > 0 && !interrupted; left -= slice) {
         slice = min_int(left, BENCH_SLICE);
-        read_some(m);
-        seconds += bench_tokens(r, slice, true);
+        double reading = read_some(m), took = bench_tokens(r, slice, true);
+        seconds += took;
+        sample_add(&bandwidth, reading);
+        sample_add(&share, reading > 0 ? 100 * bytes * slice / took / 1e9 / reading : 0);
     }
-    kv = 2.0 * (s->tokens.len - n / 2) * c->has_full * c->num_key_value_heads * c->head_dim * (s->kv_f16 ? 2 : 4);
-    double bytes = bytes_per_token(&r->engine.model) + 2.0 * sizeof(float) * (double)s->recurrent_len + kv;
-    double bandwidth = m->seconds > 0 ? m->bytes / m->seconds / 1e9 : 0, used = n / seconds * bytes / 1e9;
+    if (interrupted) return;
     printf("decode_%d %.2f tok/s\n", n, n / seconds);
     bench_parts(r, "decode", seconds);
-    printf("read_bandwidth %.2f GB/s\ndecode_bytes %.4f GB/token\ndecode_of_bandwidth %.1f %%\n", bandwidth, bytes / 1e9,
-           bandwidth > 0 ? 100 * used / bandwidth : 0);
+    printf("read_bandwidth %.2f GB/s\ndecode_bytes %.4f GB/token\ndecode_of_bandwidth %.1f %%\n", median(&bandwidth),
+           bytes / 1e9, median(&share));
 }
 
 /* -m bench: lines of name, value, unit. */

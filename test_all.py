@@ -203,7 +203,8 @@ def untile(raw, kind, columns, levels):
     else:                                     # 2 blocks of 4 groups: low nibble column 4j+i, high nibble 16+4j+i
         groups = raw[:, :, 64:].reshape(-1, blocks, 2, 4, 16, 4).transpose(0, 4, 1, 2, 3, 5)
         groups = groups.reshape(-1, 16, blocks, 2, 16)
-        numbers = np.array(levels, np.float32)[np.concatenate([groups & 15, groups >> 4], axis=-1)]
+        book = (scales.view(np.uint32) >> 16 & 1)                              # the scale's lowest bit: which 16 levels
+        numbers = np.array(levels, np.float32)[book * 16 + np.concatenate([groups & 15, groups >> 4], axis=-1)]
     return (numbers * scales).reshape(-1, 16, blocks * 64)[:, :, :columns]
 
 

@@ -2946,10 +2946,12 @@ INLINE void FN(quantize_block)(ActBlock *a, int b, const float *x)
         top = (larger & size) | (~larger & top);
     }
     for (int i = 1; i < LANES; i++) top[0] = top[i] > top[0] ? top[i] : top[0];
-    float max = ((vf)top)[0], inverse = max > 0 && max < INFINITY ? 127 / max : 0;
+    float max = ((vf)top)[0];
+    bool sane = max > 1e-36f && max < INFINITY; /* else 127 / max or x / max has no value: all q are 0 */
+    float inverse = sane ? 127 / max : 0;
     typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
     UNROLL for (int j = 0; j < VECTORS; j++) { /* adding 1.5 * 2^23 leaves the rounded integer in the lowest bits */
-        vi q = (vi)(*(const vfu *)(x + j * LANES) * inverse + 0x1.8p23f) - 0x4b400000;
+        vi q = ((vi)(*(const vfu *)(x + j * LANES) * inverse + 0x1.8p23f) - 0x4b400000) & -(int32_t)sane;
         *(bytes *)(a->q + b * BLOCK + j * LANES) = __builtin_convertvector(q, bytes);
         sum += q;
     }

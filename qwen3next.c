@@ -2537,18 +2537,20 @@ static int sample(Sampler *s, const float *logits)
 /* ============================== Part IV: the machine room ============================== */
 
 /* ---- 14. Threads: a pool that spins briefly, then sleeps ----
- * parallel_for hands out items one by one, so a slow core takes fewer. Which thread makes an item changes no bit. */
+ * parallel_for hands out items one by one, so a slow core takes fewer. Which thread makes an item changes no bit. A loop ends
+ * when its items are done, not when every thread has been there: threads without a core to run on delay nobody. */
 
 struct Pool {
     int n;                       /* threads, the caller included */
-    int spins;                   /* looks at `generation` before sleeping; few when cores are short */
+    int wanted;                  /* sleepers to wake for a loop: no more than cores are left for */
+    int spins;                   /* looks at `ticket` before sleeping; few when cores are short */
     pthread_t thread[MAX_THREADS];
-    atomic_uint generation;      /* counts the loops; a new value wakes the workers */
-    atomic_int next, busy;       /* next item to hand out; workers still at it */
+    atomic_ullong ticket;        /* number of the loop << 32 | items not yet handed out */
+    atomic_int done;             /* items finished */
     atomic_int sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    int items;
+    int items;                   /* of this loop, as are fn and arg: read only by those who hold one of its items */
     void (*fn)(void *arg, int item, int thread);
     void *arg;
     bool quit;
@@ -2567,26 +2569,32 @@ static void cpu_relax(void)
 #endif
 }
 
-/* Take items until there are none left. */
+/* Take items until there are none left. An item in hand keeps the loop, and with it fn and arg, alive. */
 static void pool_work(Pool *p, int thread)
 {
-    for (int i; (i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < p->items;) p->fn(p->arg, i, thread);
+    unsigned long long t = atomic_load(&p->ticket);
+    while ((uint32_t)t) {
+        if (!atomic_compare_exchange_weak(&p->ticket, &t, t - 1)) continue;
+        p->fn(p->arg, p->items - (int)(uint32_t)t, thread);
+        atomic_fetch_add_explicit(&p->done, 1, memory_order_release);
+        t = atomic_load(&p->ticket);
+    }
 }
 
-/* Wait until the generation differs from `seen`: spin, then sleep. */
-static unsigned pool_wait(Pool *p, unsigned seen)
+/* Wait for another loop than number `seen`: spin, then sleep. Returns its number. */
+static uint32_t pool_wait(Pool *p, uint32_t seen)
 {
-    unsigned g;
+    uint32_t loop;
     for (int i = 0; i < p->spins; i++) {
-        if ((g = atomic_load_explicit(&p->generation, memory_order_acquire)) != seen) return g;
+        if ((loop = (uint32_t)(atomic_load_explicit(&p->ticket, memory_order_acquire) >> 32)) != seen) return loop;
         cpu_relax();
     }
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleepers, 1);
-    while ((g = atomic_load(&p->generation)) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    while ((loop = (uint32_t)(atomic_load(&p->ticket) >> 32)) == seen) pthread_cond_wait(&p->wake, &p->mutex);
     atomic_fetch_sub(&p->sleepers, 1);
     pthread_mutex_unlock(&p->mutex);
-    return g;
+    return loop;
 }
 
 typedef struct { Pool *pool; int thread; } Worker;
@@ -2596,11 +2604,10 @@ static void *pool_thread(void *arg)
 {
     Worker w = *(Worker *)arg;
     free(arg);
-    for (unsigned seen = 0;;) {
+    for (uint32_t seen = 0;;) {
         seen = pool_wait(w.pool, seen);
         if (w.pool->quit) return NULL;
         pool_work(w.pool, w.thread);
-        atomic_fetch_sub_explicit(&w.pool->busy, 1, memory_order_release);
     }
 }
 
@@ -2633,8 +2640,10 @@ static Pool *pool_create(int n)
 {
     Pool *p = grow(NULL, 1, sizeof *p);
     memset(p, 0, sizeof *p);
+    int cores = physical_cores();
     p->n = n;
-    p->spins = n <= physical_cores() ? 20000 : 100;
+    p->wanted = min_int(n, max_int(cores, 2)) - 1;
+    p->spins = n <= cores ? 20000 : 100;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     for (int i = 1; i < n; i++) {
@@ -2646,13 +2655,14 @@ static Pool *pool_create(int n)
     return p;
 }
 
-/* Wake the workers for a new generation. */
-static void pool_signal(Pool *p)
+/* Open the next loop, and wake sleepers for it. */
+static void pool_open(Pool *p, int items, int wanted)
 {
-    atomic_fetch_add(&p->generation, 1);
+    unsigned long long loop = (atomic_load(&p->ticket) >> 32) + 1;
+    atomic_store(&p->ticket, loop << 32 | (unsigned)items);
     if (!atomic_load(&p->sleepers)) return;
     pthread_mutex_lock(&p->mutex);
-    pthread_cond_broadcast(&p->wake);
+    for (int i = 0; i < wanted; i++) pthread_cond_signal(&p->wake);
     pthread_mutex_unlock(&p->mutex);
 }
 
@@ -2660,7 +2670,7 @@ static void pool_signal(Pool *p)
 static void pool_free(Pool *p)
 {
     p->quit = true;
-    pool_signal(p);
+    pool_open(p, 0, p->n);
     for (int i = 1; i < p->n; i++) pthread_join(p->thread[i], NULL);
     free(p);
 }
@@ -2675,11 +2685,10 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
     p->items = items;
     p->fn = fn;
     p->arg = arg;
-    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&p->busy, p->n - 1, memory_order_relaxed);
-    pool_signal(p);
+    atomic_store_explicit(&p->done, 0, memory_order_relaxed);
+    pool_open(p, items, min_int(p->wanted, items - 1));
     pool_work(p, 0);
-    for (int i = 0; atomic_load_explicit(&p->busy, memory_order_acquire); i++) {
+    for (int i = 0; atomic_load_explicit(&p->done, memory_order_acquire) < items; i++) {
         if (i < p->spins) cpu_relax();
         else sched_yield();
     }

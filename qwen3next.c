@@ -37,7 +37,7 @@
  *          10 forward   11 state
  *     III  12 tokenizer   13 sampler
  *     IV   14 threads   15 kernels (this part is compiled once for each instruction set)
- *     V    16 chat template   17 generate   18 chat   19 other modes   20 command line
+ *     V    16 chat template   17 generate   18 chat   19 other modes   20 benchmark   21 command line
  *
  * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
  * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens and text.
@@ -73,7 +73,7 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#if (defined __x86_64__ || defined __i386__) && !defined PLAIN_ONLY
+#if defined __x86_64__ && !defined PLAIN_ONLY
 #define HAVE_X86 1
 #include <immintrin.h>
 #elif defined __aarch64__ && !defined PLAIN_ONLY
@@ -94,7 +94,7 @@ enum {
     SUPER = 64,         /* columns of a quantized superblock: two blocks, a whole number of cache lines */
     MAX_ROWS = 8,       /* activation rows one kernel call takes at most */
     KV_RANGE = 512,     /* positions attended to at a time; the results of ranges are merged in order */
-    GDN_CHUNK = 32,     /* tokens a DeltaNet head convolves before it walks its state through them */
+    GDN_CHUNK = 32,     /* tokens a DeltaNet head walks its state through before it norms their outputs */
     FFN_CHUNK = 64,     /* tokens that share one scratch of intermediate values */
     HEAD_ROWS = 16,     /* rows of logits made at a time */
     MAX_BATCH = 2048,   /* tokens of one forward at most */
@@ -102,6 +102,8 @@ enum {
     MAX_THREADS = 256,
     MAX_STOPS = 16,
 };
+
+_Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can address");
 
 /* ---- 2. Utilities ---- */
 
@@ -156,6 +158,9 @@ static float *reserve(size_t count, const char *what)
     size_t bytes = round_up(mul(count ? count : 1, sizeof(float)), 4096);
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) die("cannot reserve %zu MB for the %s: %s", bytes >> 20, what, strerror(errno));
+#ifdef MADV_HUGEPAGE /* 2 MB at a time; not where small models would pay for memory they never use */
+    if (bytes >= (size_t)16 << 20) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
     return p;
 }
 
@@ -292,7 +297,7 @@ typedef struct {
     int32_t bias[2];      /* -128 * sum of q over the block: weights are stored unsigned, as q+128 */
 } ActBlock;
 
-/* Rows of activations: always as float, and as int8 when some weight matrix is quantized. */
+/* Rows of activations: as float, and as int8 when some weight matrix is quantized (an expert's: only what `down` takes). */
 typedef struct {
     int cols;
     size_t ld;            /* floats from row to row */
@@ -387,8 +392,8 @@ typedef struct {
     Tokens tokens;        /* fed to the model, in order */
     int ctx;              /* positions there is room for */
     bool kv_f16;          /* keys and values as f16, else as float */
-    uint8_t *k;           /* [attention layer][G][ctx / 16][hd][16]: 16 positions side by side */
-    uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE][hd / 16][KV_RANGE][16 dims] */
+    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions side by side; heads kv_head bytes apart */
+    uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE up][hd / 16 up][KV_RANGE][16 dims] */
     size_t kv_layer, kv_head; /* bytes of a layer's and of a head's keys (or values) */
     float *recurrent;     /* all that cannot be cut back: S, then conv, in one piece for snapshots */
     size_t recurrent_len; /* floats */
@@ -405,7 +410,7 @@ typedef struct {
     int batch;
     float *x;             /* [n][D] the residual stream, rows xn.ld apart */
     Acts xn;              /* [n][D] after a norm */
-    float *proj;          /* [n][proj_ld] what the mixer's input projection made */
+    float *proj;          /* [n][proj_ld] what the mixer's input projection made; then q, k and v are finished in place */
     size_t proj_ld;
     float *ba;            /* [n][ba_ld] DeltaNet's b and a */
     size_t ba_ld;
@@ -461,8 +466,9 @@ struct Kernels {
     const char *name;
     int rows;              /* activation rows a `tile` call takes at most: its registers' worth */
     /* y[r][0..15] = sum over c of W[0..15][c] x[r][c] for n <= rows activation rows; w is one tile.
-     * x[r] points to floats for F32 and BF16, to ActBlocks for Q8 and Q4 (levels: Q4's codebook).
-     * next: a tile of the same size to fetch into the cache meanwhile, or NULL. */
+     * x[r] points to floats for F32 and BF16, to ActBlocks for Q8 and Q4 (levels: Q4's two codebooks).
+     * BF16 takes columns in pairs: with an odd number x has one more float, of any finite value.
+     * next: a tile of the same size to fetch into the cache meanwhile, or NULL (for tile_f16 always NULL). */
     TileKernel *tile[N_TYPES];
     TileKernel *tile_f16;  /* the same for keys and values stored as f16: w is [cols][16 f16] */
     void (*quantize)(ActBlock *q, const float *x, int n);   /* floats to int8 blocks, zero padded */
@@ -470,7 +476,7 @@ struct Kernels {
     void (*sigmoid)(float *y, const float *x, int n);       /* y = 1 / (1 + exp(-x)) */
     float (*exp_sum)(float *x, float max, int n);           /* x = exp(x - max), returns the sum */
     void (*add_scaled)(float *out, const float *y, float weight, int n); /* out += weight y */
-    /* arithmetic in registers, int8 or float, for the benchmark; data: 16 floats. Returns operations done */
+    /* arithmetic of int8 or float tiles without their memory, for the benchmark; data: 16 floats. Returns operations done */
     double (*peak)(float *data, bool floats);
     /* walks 16 columns of one head's S[dk][16] through n tokens: see the definition */
     void (*delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v, size_t ld,
@@ -1171,8 +1177,8 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
 }
 
 /* ---- 7. Gated DeltaNet (arXiv 2412.06464) ----
- * One item is one value head h; its queries and keys come from key head h / (nv / nk), so a key head serves
- * nv / nk neighbours (repeat_interleave). All heads are independent, and so are the columns of a head's state. */
+ * Value head h takes its queries and keys from key head h / (nv / nk), so a key head serves nv / nk neighbours
+ * (repeat_interleave). All heads are independent, and so are the columns of a head's state. */
 
 /* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of token t for
  * `count` channels from `first`; inputs before the batch come from the state. s: scratch [count] */
@@ -1193,7 +1199,7 @@ static void conv_silu(const Pass *p, const float *conv_state, int first, int cou
 }
 
 /* One head of q, k or v, all tokens: convolve in place, last token first, so that no input is overwritten before it has
- * been used; then give queries and keys unit length. The state becomes the last kernel - 1 raw inputs. */
+ * been used; then scale queries and keys (unit length; queries also by 1 / sqrt(dk)). The state becomes the last kernel - 1 raw inputs. */
 static void gdn_conv(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -1263,7 +1269,7 @@ static void gdn_head(void *arg, int h, int thread)
         const float *v = w->proj + (size_t)t0 * w->proj_ld + 2 * c->key_dim + h * dv;
         gdn_gates(p, h, t0, n, decay, beta);
         /* S = decay S;  u = beta (v - S'k);  S = S + k u';  o = S'q, 16 columns at a time: FN(delta_rule) in section 15.
-         * Columns from dv to dvp hold what nobody reads. */
+         * Columns from dv to dvp are computed from what lies behind the head's v, and read by nobody. */
         for (int col = 0; col < dvp; col += TILE)
             e->kernels->delta_rule(S + col * dk, dk, n, q, k, v + col, w->proj_ld, decay, beta, o + col, dvp);
         for (int t = 0; t < n; t++) {
@@ -1371,7 +1377,9 @@ static void attn_range(AttnRows *a, int range, float *scratch)
     const State *s = &e->state;
     const void *weights[MAX_ROWS];
     float (*score)[KV_RANGE] = (float (*)[KV_RANGE])scratch, y[MAX_ROWS][TILE];
-    int pos = range * KV_RANGE, count = min_int(KV_RANGE, a->last[a->n - 1] + 1 - pos), padded = (int)round_up((size_t)count, TILE);
+    int pos = range * KV_RANGE, count = min_int(KV_RANGE, a->last[a->n - 1] + 1 - pos);
+    count = max_int(count, 0); /* 0: all of these rows' tokens lie before this range */
+    int padded = (int)round_up((size_t)count, TILE);
     size_t head = (size_t)a->p->layer->attn.index * s->kv_layer + (size_t)a->g * s->kv_head, width = s->kv_f16 ? 2 : 4;
     TileKernel *tile = s->kv_f16 ? e->kernels->tile_f16 : e->kernels->tile[F32];
     for (int i = 0; i < count; i += TILE) { /* scores = q . k: a tile of 16 keys against all rows */
@@ -1524,7 +1532,12 @@ static void attn_mixer(Pass *p)
     e->seconds[T_PROJ] += now() - mixed + projected - start;
 }
 
-/* ---- 9. Mixture of experts ---- */
+/* ---- 9. Mixture of experts ----
+ * Prefill turns "the experts of a token" into "the tokens of an expert", so that weights come from memory once a batch.
+ * Who stays in which cache: in `matmul` a few rows of activations (L1) meet a few tiles (L2); in `ffn_up_item` two tiles stay
+ * while all the expert's rows pass; in `ffn_down_item` an item owns some output rows and walks through all experts, so that
+ * no two threads ever add to the same number and the order of the sum is fixed. While the last rows use a tile, the next
+ * expert's is fetched: with few tokens an expert, waiting for memory would else take a third of the time. */
 
 /* Router: p = softmax(W x) over *all* experts, then the k largest, divided by their sum if norm_topk_prob says so;
  * and the shared expert's weight, sigmoid(shared_expert_gate . x).
@@ -1812,7 +1825,7 @@ static void work_init(Engine *e, int batch)
     w->xn = acts_init(n, D, q);
     w->x = reserve(n * w->xn.ld, "residual stream");
     w->out = reserve(n * w->xn.ld, "residual stream");
-    w->proj_ld = row_stride(linear_rows > qgkv_rows ? linear_rows : qgkv_rows, TILE);
+    w->proj_ld = row_stride((linear_rows > qgkv_rows ? linear_rows : qgkv_rows) + TILE, TILE); /* gdn_head reads v in whole tiles */
     w->proj = reserve(mul(n, w->proj_ld), "projections");
     w->ba_ld = row_stride(2 * (size_t)c->linear_num_value_heads, TILE);
     w->ba = reserve(n * w->ba_ld, "gates");
@@ -1905,13 +1918,13 @@ static const void *section(const Tokenizer *t, size_t *at, size_t count, size_t 
     return t->file.data + start;
 }
 
-/* Refuse a table of code points that a binary search could not trust. */
-static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, bool ranges, bool pairs, const char *what)
+/* Refuse a table that a binary search could not trust: ranges [a, b], or pairs (a, b), in order; values c up to `most`. */
+static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, bool ranges, uint32_t most, const char *what)
 {
     for (uint32_t i = 0; i < n; i++) {
         const Triple *x = &list[i], *before = i ? x - 1 : NULL;
-        bool fine = x->a < 0x110000 && (pairs ? x->b < 0x110000 && x->c < 0x110000 : true);
-        if (ranges) fine &= x->b >= x->a && x->b < 0x110000 && (!before || x->a > before->b);
+        bool fine = x->a < 0x110000 && x->b < 0x110000 && x->c <= most;
+        if (ranges) fine &= x->b >= x->a && (!before || x->a > before->b);
         else if (before) fine &= x->a > before->a || (x->a == before->a && x->b > before->b);
         if (!fine) die("%s: %s entry %u: out of order or no code point", t->file.path, what, i);
     }
@@ -1991,10 +2004,10 @@ static Tokenizer *open_tokenizer(const char *path)
     t->decomp = section(t, &at, h->n_decomp, sizeof(Triple), "decompositions");
     t->comp = section(t, &at, h->n_comp, sizeof(Triple), "compositions");
     t->bytes = section(t, &at, t->offsets[h->n_tokens], 1, "token bytes");
-    check_sorted(t, classes, h->n_classes, true, false, "class");
-    check_sorted(t, t->ccc, t->n_ccc, true, false, "combining class");
-    check_sorted(t, t->decomp, t->n_decomp, false, true, "decomposition");
-    check_sorted(t, t->comp, t->n_comp, false, true, "composition");
+    check_sorted(t, classes, h->n_classes, true, C_SPACE, "class");
+    check_sorted(t, t->ccc, t->n_ccc, true, 255, "combining class");
+    check_sorted(t, t->decomp, t->n_decomp, false, 0x10ffff, "decomposition");
+    check_sorted(t, t->comp, t->n_comp, false, 0x10ffff, "composition");
     index_tokens(t, classes, h->n_classes);
     index_merges(t);
     return t;
@@ -2364,7 +2377,7 @@ static void printer_flush(Printer *p, bool all)
     while (done < p->held.len) {
         uint32_t cp = utf8_get(s + done, p->held.len - done, &len);
         int need = s[done] >= 0xf0 ? 4 : s[done] >= 0xe0 ? 3 : s[done] >= 0xc2 ? 2 : 1;
-        bool whole = true; /* could more bytes still complete it? */
+        bool whole = true; /* false: more bytes could still complete it */
         if (cp >= RAW_BYTE && p->held.len - done < (size_t)need && s[done] < 0xf5) {
             whole = false;
             for (size_t i = done + 1; i < p->held.len; i++) whole |= (s[i] & 0xc0) != 0x80;
@@ -2553,7 +2566,7 @@ struct Pool {
     int items;                   /* of this loop, as are fn and arg: read only by those who hold one of its items */
     void (*fn)(void *arg, int item, int thread);
     void *arg;
-    bool quit;
+    atomic_bool quit;
 };
 
 /* How many threads work on a loop. */
@@ -2696,7 +2709,7 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
 
 /* ---- 15. Kernels ----
  * From here to the table, this file includes itself once for each instruction set: the same C, other widths of
- * vector, and two operations that differ: `dot4` (int8) and `load_f16`. The pass called plain is their definition.
+ * vector, and three operations that differ: `dot4` (int8), `look_up` (q4) and `load_f16`. The pass called plain is their definition.
  * FN(name) names a pass's copy of a function; VB is the vector's bytes. A tile's 16 rows are PARTS vectors. */
 #define KERNEL_PASS plain
 #define VB 16
@@ -3066,8 +3079,9 @@ INLINE void FN(state_read)(vf *out, const float *S, int dk, const float *k)
 }
 
 /* The delta rule for 16 value columns, token after token, with the state in L1:
- *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q        ((decay S)'k = decay (S'k): one pass less)
- * The pass that writes S also takes the next token's S'k, in state_read's order.
+ *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q
+ * In one pass a token: (decay S)'k = decay (S'k), so u = beta (v - decay Sk) where Sk = S'k of the state before, which the
+ * pass of the token before has summed up while it wrote that state, in state_read's order (the last pass does so in vain).
  * S: [dk][16]; q, k: [n][dk] and v: [n][16], rows ld apart; o: [n][16], rows ldo apart; decay, beta: [n]. */
 TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v, size_t ld,
                                   const float *decay, const float *beta, float *o, int ldo)
@@ -3105,12 +3119,12 @@ TARGET static double FN(peak)(float *data, bool floats)
     enum { SUMS = 12, STEPS = 1000 };
     vi sum[SUMS];
     vf acc[SUMS];
-    vb w = (vb)((vi){0} + 0x01020304);
     UNROLL for (int j = 0; j < SUMS; j++) sum[j] = (vi){0} + j, acc[j] = (vf){0} + (float)j; /* else they would be one sum */
     for (int i = 0; i < STEPS; i++) {
         IN_ORDER; /* data may have changed: nothing may be computed ahead */
+        vb w = *(const vbu *)data;
         UNROLL for (int j = 0; j < SUMS; j++) {
-            if (floats) acc[j] += (vf)w * data[0];
+            if (floats) acc[j] += (vf)w * data[j];
             else FN(dot4)(&sum[j], &w, (const int8_t *)data + j);
         }
     }
@@ -3206,7 +3220,8 @@ static void on_interrupt_leave(int sig) { (void)sig; _exit(130); }
 typedef struct {
     const char *model, *mode, *text, *file, *out, *system, *tokenizer, *load, *save, *dump, *cpu, *kv;
     double temperature, top_p, min_p, presence, repetition; /* NAN: not given */
-    int64_t top_k, seed, n, ctx, threads, draft, depth, batch, prompt; /* -1: not given */
+    int64_t top_k, seed, ctx, threads, draft;     /* -1: not given */
+    int64_t n, depth, prompt, batch;              /* 0: not given */
     uint64_t memory;
     bool ids, echo, quiet, verbose, help, version;
 } Args;
@@ -3906,13 +3921,20 @@ static int mode_inspect(Run *r)
 
 /* ---- 20. Benchmark ---- */
 
-enum { READ_PIECE = 1 << 20, READ_PIECES = 512, READ_WINDOW = 2048, BENCH_SLICE = 8, BENCH_ROUNDS = 5, BENCH_SAMPLES = 64,
-       PEAK_REPEATS = 1000 };
+enum {
+    READ_PIECE = 1 << 20, /* bytes an item reads */
+    READ_PIECES = 512,    /* pieces of one timing */
+    READ_WINDOW = 2048,   /* pieces at the file's beginning that are read, in turns */
+    BENCH_SLICE = 8,      /* tokens decoded at a time */
+    BENCH_ROUNDS = 5,     /* prompts timed */
+    BENCH_SAMPLES = 64,
+    PEAK_REPEATS = 1000   /* calls of the arithmetic kernel an item makes */
+};
 
 /* What the machine itself can do: reading the mapped checkpoint, and arithmetic without any memory. */
 typedef struct {
     Run *r;
-    size_t first, total;        /* pieces of READ_PIECE bytes: where this pass begins, how many there are */
+    size_t first, total;        /* pieces: how many have been read so far, how many there are (first counts on, modulo total) */
     bool floats;                /* which arithmetic */
     atomic_ullong sum;          /* keeps the compiler from leaving the work out */
 } Machine;
@@ -3942,10 +3964,10 @@ static double read_some(Machine *m)
 /* Values measured so far, ascending. */
 typedef struct { int n; double value[BENCH_SAMPLES]; } Sample;
 
-/* Takes in one more; beyond BENCH_SAMPLES the largest is lost. */
+/* Takes in one more; callers take no more than BENCH_SAMPLES. */
 static void sample_add(Sample *s, double value)
 {
-    int at = s->n < BENCH_SAMPLES ? s->n++ : BENCH_SAMPLES - 1;
+    int at = s->n++;
     for (; at > 0 && s->value[at - 1] > value; at--) s->value[at] = s->value[at - 1];
     s->value[at] = value;
 }
@@ -3957,7 +3979,7 @@ static void peak_item(void *arg, int item, int thread)
 {
     (void)item, (void)thread;
     Machine *m = arg;
-    float data[16] = {1};
+    float data[16] = {0};
     for (int i = 0; i < PEAK_REPEATS; i++) m->r->engine.kernels->peak(data, m->floats);
     atomic_fetch_add(&m->sum, (unsigned long long)data[0]);
 }
@@ -3998,7 +4020,8 @@ static void bench_parts(const Run *r, const char *name, double seconds)
     fflush(stdout);
 }
 
-/* Prompts of n tokens, each from the same state, and between them the arithmetic's peak: the best seen counts. */
+/* Prompts of n tokens, each from the same state, and between them the arithmetic's peak: the best seen counts.
+ * prefill_of_peak: multiplications with the layers' matrices, as a share of it; all other work counts as time lost. */
 static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
 {
     Sample speed = {0};
@@ -4030,7 +4053,7 @@ static void bench_decode(Run *r, Machine *m, int n)
     Sample bandwidth = {0}, share = {0};
     memset(r->engine.seconds, 0, sizeof r->engine.seconds);
     for (int left = n, slice; left > 0 && !interrupted; left -= slice) {
-        slice = min_int(left, BENCH_SLICE);
+        slice = min_int(left, max_int(BENCH_SLICE, (n + BENCH_SAMPLES - 1) / BENCH_SAMPLES));
         double reading = read_some(m), took = bench_tokens(r, slice, true);
         seconds += took;
         sample_add(&bandwidth, reading);
@@ -4198,7 +4221,7 @@ typedef struct { const char *name; int (*run)(Run *r); bool engine, watches; } M
 
 static const Mode MODES[] = {
     {"chat", mode_chat, true, true}, {"generate", mode_generate, true, true}, {"logits", mode_logits, true, true},
-    {"perplexity", mode_perplexity, true, true}, {"tokenize", mode_tokenize, false, false}, {"bench", mode_bench, true, false},
+    {"perplexity", mode_perplexity, true, true}, {"tokenize", mode_tokenize, false, false}, {"bench", mode_bench, true, true},
     {"inspect", mode_inspect, false, false}};
 
 /* The mode asked for, or the default for this prompt and terminal. */

@@ -24,21 +24,25 @@ run: qwen3next                            ## build, then chat with the demo chec
 test: qwen3next qwen3next-debug .venv/installed   ## run all tests
 	$(PYTHON) -m pytest $(PYTEST) test_all.py
 
-# Speed on this machine, on made-up weights of a middle size: drawn once into build/, then measured.
-bench: qwen3next build/bench.bin          ## measure prefill, decode and memory bandwidth
-	./qwen3next build/bench.bin -m bench
+# Speed on this machine, and where the time goes, on made-up weights: drawn once into build/ (4.4 GB), then measured.
+# BENCH says what to measure, for instance: make bench BENCH="-j 1 --prompt 2048".
+bench: qwen3next build/bench-q8.bin build/bench-q4.bin   ## measure prefill, decode and what the machine can do
+	for type in q8 q4; do ./qwen3next build/bench-$$type.bin -m bench $(BENCH) > build/bench-$$type.txt || exit; done
+	@paste build/bench-q8.txt build/bench-q4.txt | awk 'BEGIN {printf "%-26s%12s%12s\n", "", "q8", "q4"} \
+	  {printf "%-26s%12s%12s  %s\n", $$1, $$2, $$5, $$3}'
 
-build/bench.bin: export.py Makefile | .venv/installed
+build/bench-%.bin: export.py Makefile | .venv/installed
 	mkdir -p build
-	printf '%s' '$(BENCH_CONFIG)' > build/bench.json
-	$(PYTHON) export.py --random build/bench.json --seed 1 --type q4 -o $@
+	printf '%s' '$(BENCH_CONFIG)' > build/bench-$*.json
+	$(PYTHON) export.py --random build/bench-$*.json --seed 1 --type $* -o $@
 
-# A sixth of the real model's width and depth each way, the real ratio of DeltaNet to attention layers.
-BENCH_CONFIG = {"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 12, \
-  "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "linear_num_key_heads": 8, \
-  "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts": 128, \
-  "num_experts_per_tok": 10, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, \
-  "intermediate_size": 1024, "rope_theta": 10000000, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+# Layers exactly as in the released model, but 8 of its 48 and with 64 of 512 experts: 2.5 billion weights, 846 million of
+# them met by a token.
+BENCH_CONFIG = {"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 8, \
+  "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16, \
+  "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts": 64, \
+  "num_experts_per_tok": 10, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, \
+  "intermediate_size": 5120, "rope_theta": 10000000, "partial_rotary_factor": 0.25, "max_position_embeddings": 262144}
 
 # Finds memory errors and undefined behaviour at the place where they happen. Slow; the tests use it on damaged files.
 debug: qwen3next-debug                    ## build with AddressSanitizer and UndefinedBehaviorSanitizer

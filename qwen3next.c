@@ -2550,7 +2550,7 @@ static int sample(Sampler *s, const float *logits)
 /* ============================== Part IV: the machine room ============================== */
 
 /* ---- 14. Threads: a pool that spins briefly, then sleeps ----
- * parallel_for hands out items one by one, so a slow core takes fewer. Which thread makes an item changes no bit. A loop ends
+ * parallel_for hands out items as threads ask for them, so a slow core takes fewer. Which thread makes an item changes no bit. A loop ends
  * when its items are done, not when every thread has been there: threads without a core to run on delay nobody. */
 
 struct Pool {
@@ -2582,14 +2582,17 @@ static void cpu_relax(void)
 #endif
 }
 
-/* Take items until there are none left. An item in hand keeps the loop, and with it fn and arg, alive. */
+/* Take items until there are none left: runs of neighbours, long at first, so that a thread reads long stretches of memory;
+ * short in the end, so that all finish together. Items in hand keep the loop, and with it fn and arg, alive. */
 static void pool_work(Pool *p, int thread)
 {
     unsigned long long t = atomic_load(&p->ticket);
     while ((uint32_t)t) {
-        if (!atomic_compare_exchange_weak(&p->ticket, &t, t - 1)) continue;
-        p->fn(p->arg, p->items - (int)(uint32_t)t, thread);
-        atomic_fetch_add_explicit(&p->done, 1, memory_order_release);
+        int left = (int)(uint32_t)t, run = max_int(1, left / (2 * p->n));
+        if (!atomic_compare_exchange_weak(&p->ticket, &t, t - (unsigned)run)) continue;
+        int first = p->items - left;
+        for (int i = first; i < first + run; i++) p->fn(p->arg, i, thread);
+        atomic_fetch_add_explicit(&p->done, run, memory_order_release);
         t = atomic_load(&p->ticket);
     }
 }

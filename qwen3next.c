@@ -134,6 +134,7 @@ __attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
 /* The smallest multiple of `to` that is not below n. */
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static int min_int(int a, int b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
 
 /* a * b, or the end of the program when the product does not fit. */
@@ -297,7 +298,7 @@ typedef struct {
     int32_t bias[2];      /* -128 * sum of q over the block: weights are stored unsigned, as q+128 */
 } ActBlock;
 
-/* Rows of activations: as float, and as int8 when some weight matrix is quantized (an expert's: only what `down` takes). */
+/* Rows of activations: as float, and as int8 when some weight matrix is quantized (an expert's: what `down` takes). */
 typedef struct {
     int cols;
     size_t ld;            /* floats from row to row */
@@ -392,9 +393,9 @@ typedef struct {
     Tokens tokens;        /* fed to the model, in order */
     int ctx;              /* positions there is room for */
     bool kv_f16;          /* keys and values as f16, else as float */
-    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions side by side; heads kv_head bytes apart */
+    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together */
     uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE up][hd / 16 up][KV_RANGE][16 dims] */
-    size_t kv_layer, kv_head; /* bytes of a layer's and of a head's keys (or values) */
+    size_t kv_layer, kv_head; /* bytes from layer to layer and from head to head, in both */
     float *recurrent;     /* all that cannot be cut back: S, then conv, in one piece for snapshots */
     size_t recurrent_len; /* floats */
     float *S;             /* [DeltaNet layer][nv][dv / 16][dk][16 columns] */
@@ -427,7 +428,7 @@ typedef struct {
     int *slot_token;      /* [n (k + 1)] rows of h: which token ... */
     float *slot_weight;   /* [n (k + 1)] ... and its weight */
     Acts h;               /* [n (k + 1)][the largest I] silu(gate) up */
-    float *partial;       /* [G][row blocks][ranges][MAX_ROWS (hdp + TILE)]: unfinished attention over ranges, for small n */
+    float *partial;       /* [G][row blocks][ranges][MAX_ROWS (hdp + TILE)]: attention not yet merged, for small n */
     float *logits;        /* [HEAD_ROWS][logits_ld] */
     size_t logits_ld;
     float *scratch;       /* [threads][scratch_len] */
@@ -476,7 +477,7 @@ struct Kernels {
     void (*sigmoid)(float *y, const float *x, int n);       /* y = 1 / (1 + exp(-x)) */
     float (*exp_sum)(float *x, float max, int n);           /* x = exp(x - max), returns the sum */
     void (*add_scaled)(float *out, const float *y, float weight, int n); /* out += weight y */
-    /* arithmetic of int8 or float tiles without their memory, for the benchmark; data: 16 floats. Returns operations done */
+    /* the arithmetic of int8 or float tiles alone, for the benchmark; data: 16 floats. Returns operations done */
     double (*peak)(float *data, bool floats);
     /* walks 16 columns of one head's S[dk][16] through n tokens: see the definition */
     void (*delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v, size_t ld,
@@ -967,6 +968,9 @@ typedef struct {
     bool add_out;         /* the norm stage first adds work.out to x */
 } Pass;
 
+/* A thread's own scratch: [scratch_len] */
+static float *thread_scratch(const Work *w, int thread) { return w->scratch + (size_t)thread * w->scratch_len; }
+
 /* y = x / sqrt(mean(x^2) + eps) * (1 + w): zero-centred RMSNorm, w stored as the distance from one. */
 static void rmsnorm(const Kernels *kn, float *y, const float *x, const float *w, int n, float eps)
 {
@@ -1078,8 +1082,8 @@ enum {
     AHEAD_ROWS = 3 /* with fewer rows a tile is read faster than it can be fetched ahead: that would only disturb */
 };
 
-/* How many tiles one item takes: what a core's L2 holds beside the activations, and in decode a stretch of memory long enough
- * for the prefetcher; but never so many that threads would have nothing to do. */
+/* How many tiles one item takes: what a core's L2 holds beside the activations, and in decode a stretch of memory
+ * long enough for the prefetcher; but never so many that threads would have nothing to do. */
 static int item_tiles(const Engine *e, const Matrix *m, int tiles)
 {
     return max_int(1, min_int((int)(ITEM_BYTES / m->tile_bytes), tiles / (4 * pool_threads(e->pool))));
@@ -1199,7 +1203,8 @@ static void conv_silu(const Pass *p, const float *conv_state, int first, int cou
 }
 
 /* One head of q, k or v, all tokens: convolve in place, last token first, so that no input is overwritten before it has
- * been used; then scale queries and keys (unit length; queries also by 1 / sqrt(dk)). The state becomes the last kernel - 1 raw inputs. */
+ * been used; then scale queries and keys (unit length; queries, as in attention, also by 1 / sqrt(dk)). The state
+ * becomes the last kernel - 1 raw inputs. */
 static void gdn_conv(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -1210,7 +1215,7 @@ static void gdn_conv(void *arg, int item, int thread)
     int keep = c->linear_conv_kernel_dim - 1;
     size_t row = (size_t)c->conv_dim, bytes = (size_t)width * sizeof(float);
     float *state = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer;
-    float *out = w->scratch + (size_t)thread * w->scratch_len, *tmp = out + width, *raw = tmp + width; /* raw: [keep][width] */
+    float *out = thread_scratch(w, thread), *tmp = out + width, *raw = tmp + width; /* raw: [keep][width] */
     for (int j = 0; j < keep; j++) {
         int src = p->n - keep + j; /* in the batch; below zero: j + n in the old state */
         const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld : state + (size_t)(j + p->n) * row;
@@ -1218,7 +1223,7 @@ static void gdn_conv(void *arg, int item, int thread)
     }
     for (int t = p->n - 1; t >= 0; t--) {
         conv_silu(p, state, first, width, t, out, tmp);
-        if (item < qk) l2norm(p->e->kernels, out, dk, item < qk / 2 ? 1 / sqrtf((float)dk) : 1); /* q is scaled as in attention */
+        if (item < qk) l2norm(p->e->kernels, out, dk, item < qk / 2 ? 1 / sqrtf((float)dk) : 1);
         memcpy(w->proj + (size_t)t * w->proj_ld + first, out, bytes);
     }
     for (int j = 0; j < keep; j++) memcpy(state + (size_t)j * row + first, raw + j * width, bytes);
@@ -1261,7 +1266,7 @@ static void gdn_head(void *arg, int h, int thread)
     int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, dvp = (int)round_up((size_t)dv, TILE);
     int kh = h / (c->linear_num_value_heads / c->linear_num_key_heads);
     float *S = e->state.S + (size_t)p->layer->linear.index * e->state.S_layer + (size_t)h * (size_t)(dk * dvp);
-    float *o = w->scratch + (size_t)thread * w->scratch_len; /* [GDN_CHUNK][dvp] */
+    float *o = thread_scratch(w, thread); /* [GDN_CHUNK][dvp] */
     float *decay = o + GDN_CHUNK * dvp, *beta = decay + GDN_CHUNK, *tmp = beta + GDN_CHUNK;
     for (int t0 = 0; t0 < p->n; t0 += GDN_CHUNK) {
         int n = min_int(GDN_CHUNK, p->n - t0);
@@ -1337,7 +1342,8 @@ static void attn_prepare(void *arg, int t, int thread)
     State *s = &p->e->state;
     int hd = c->head_dim, H = c->num_attention_heads, G = c->num_key_value_heads, half = c->rotary_dim / 2;
     const float *rope = p->e->work.rope + (size_t)t * (size_t)c->rotary_dim;
-    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld, *k = q + 2 * H * hd /* the gates lie between */, *v = k + G * hd;
+    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld;
+    float *k = q + 2 * H * hd /* the gates lie between */, *v = k + G * hd;
     for (int h = 0; h < H; h++) {
         rmsnorm(kn, q + h * hd, q + h * hd, a->q_norm, hd, c->rms_norm_eps);
         rope_partial(q + h * hd, rope, half);
@@ -1349,7 +1355,8 @@ static void attn_prepare(void *arg, int t, int thread)
         rope_partial(k + g * hd, rope, half);
         size_t head = (size_t)a->index * s->kv_layer + (size_t)g * s->kv_head;
         for (int i = 0; i < hd; i++) {
-            kv_put(s, s->k + head, ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE), k[g * hd + i]);
+            size_t at = ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE);
+            kv_put(s, s->k + head, at, k[g * hd + i]);
             kv_put(s, s->v + head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[g * hd + i]);
         }
     }
@@ -1369,7 +1376,8 @@ typedef struct {
     int hdp;
 } AttnRows;
 
-/* All rows of `a` over range number `range`: a->o and a->sm become that range's partial result. scratch: [MAX_ROWS][KV_RANGE] */
+/* All rows of `a` over range number `range`: a->o and a->sm become that range's partial result.
+ * scratch: [MAX_ROWS][KV_RANGE], the scores, then the weights */
 static void attn_range(AttnRows *a, int range, float *scratch)
 {
     const Engine *e = a->p->e;
@@ -1449,7 +1457,7 @@ static int attn_ranges(int positions) { return (positions + KV_RANGE - 1) / KV_R
 static void attn_block(void *arg, int item, int thread)
 {
     const Pass *p = arg;
-    float *scratch = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
+    float *scratch = thread_scratch(&p->e->work, thread);
     int blocks = attn_blocks(p), hdp = (int)round_up((size_t)p->e->model.config.head_dim, TILE);
     float *part = scratch + MAX_ROWS * KV_RANGE, *o = part + MAX_ROWS * hdp;
     AttnRows a = attn_rows(p, item / blocks, item % blocks, part);
@@ -1476,7 +1484,7 @@ static float *attn_partial(const Pass *p, int g, int block, int range, int range
 static void attn_split(void *arg, int item, int thread)
 {
     const Pass *p = arg;
-    float *scratch = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
+    float *scratch = thread_scratch(&p->e->work, thread);
     int ranges = attn_ranges(p->pos + p->n), blocks = attn_blocks(p), range = item % ranges;
     int block = item / ranges % blocks, g = item / ranges / blocks;
     float *partial = attn_partial(p, g, block, range, ranges);
@@ -1489,7 +1497,7 @@ static void attn_split(void *arg, int item, int thread)
 static void attn_join(void *arg, int item, int thread)
 {
     const Pass *p = arg;
-    float *o = p->e->work.scratch + (size_t)thread * p->e->work.scratch_len;
+    float *o = thread_scratch(&p->e->work, thread);
     int blocks = attn_blocks(p), ranges = attn_ranges(p->pos + p->n), block = item % blocks, g = item / blocks;
     AttnRows a = attn_rows(p, g, block, NULL);
     for (int r = 0; r < a.n; r++) {
@@ -1534,10 +1542,10 @@ static void attn_mixer(Pass *p)
 
 /* ---- 9. Mixture of experts ----
  * Prefill turns "the experts of a token" into "the tokens of an expert", so that weights come from memory once a batch.
- * Who stays in which cache: in `matmul` a few rows of activations (L1) meet a few tiles (L2); in `ffn_up_item` two tiles stay
- * while all the expert's rows pass; in `ffn_down_item` an item owns some output rows and walks through all experts, so that
- * no two threads ever add to the same number and the order of the sum is fixed. While the last rows use a tile, the next
- * expert's is fetched: with few tokens an expert, waiting for memory would else take a third of the time. */
+ * Who stays in which cache: in `matmul` a few rows of activations (L1) meet a few tiles (L2); in `ffn_up_item` two tiles
+ * stay while all the expert's rows pass; in `ffn_down_item` an item owns some output rows and walks through all experts,
+ * so that no two threads ever add to the same number and the order of the sum is fixed. While the last rows use a tile,
+ * the next one is fetched: with few tokens an expert, prefill would else often wait for memory. */
 
 /* Router: p = softmax(W x) over *all* experts, then the k largest, divided by their sum if norm_topk_prob says so;
  * and the shared expert's weight, sigmoid(shared_expert_gate . x).
@@ -1617,9 +1625,10 @@ static void ffn_up_item(void *arg, int item, int thread)
     }
     const Ffn *f = &w->ffn[lo];
     const Matrix *m = f->gate_up;
-    int unit0 = (item - f->first_item) * SUPER, pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE;
+    int unit0 = (item - f->first_item) * SUPER; /* its first intermediate unit */
+    int pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE; /* of a gate and an up tile */
     const uint8_t *tiles = m->data + (size_t)f->expert * m->matrix_bytes + (size_t)(unit0 / TILE) * 2 * m->tile_bytes;
-    float *h = w->scratch + (size_t)thread * w->scratch_len, gate[MAX_ROWS][TILE], up[MAX_ROWS][TILE], s[TILE];
+    float *h = thread_scratch(w, thread), gate[MAX_ROWS][TILE], up[MAX_ROWS][TILE], s[TILE];
     for (int c0 = 0; c0 < f->count; c0 += FFN_CHUNK) {
         int chunk = min_int(FFN_CHUNK, f->count - c0);
         memset(h, 0, (size_t)chunk * SUPER * sizeof *h);
@@ -1630,9 +1639,10 @@ static void ffn_up_item(void *arg, int item, int thread)
                 for (int t = 0; t < n; t++)
                     x[t] = act_row(&w->xn, m->type, (size_t)w->slot_token[f->first + c0 + t0 + t]);
                 const uint8_t *tile = tiles + (size_t)(2 * i) * m->tile_bytes, *up_tile = tile + m->tile_bytes;
-                bool ahead = n >= AHEAD_ROWS && t0 + n == chunk && i + 1 < pairs; /* the last use of these: fetch the next two */
-                kn->tile[m->type](tile, m->cols, x, n, gate, e->model.q4_levels, ahead ? tile + 2 * m->tile_bytes : NULL);
-                kn->tile[m->type](up_tile, m->cols, x, n, up, e->model.q4_levels, ahead ? up_tile + 2 * m->tile_bytes : NULL);
+                bool ahead = n >= AHEAD_ROWS && t0 + n == chunk && i + 1 < pairs; /* last use of these: fetch two more */
+                const uint8_t *next = ahead ? up_tile + m->tile_bytes : NULL, *next_up = ahead ? next + m->tile_bytes : NULL;
+                kn->tile[m->type](tile, m->cols, x, n, gate, e->model.q4_levels, next);
+                kn->tile[m->type](up_tile, m->cols, x, n, up, e->model.q4_levels, next_up);
                 for (int t = 0; t < n; t++) {
                     silu(kn, gate[t], s, TILE);
                     for (int r = 0; r < TILE; r++) h[(t0 + t) * SUPER + i * TILE + r] = gate[t][r] * up[t][r];
@@ -1660,16 +1670,17 @@ static void ffn_down_item(void *arg, int item, int thread)
         memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));
     for (const Ffn *f = w->ffn; f < w->ffn + w->n_ffn; f++) {
         const Matrix *m = f->down;
+        bool another = f + 1 < w->ffn + w->n_ffn && f[1].down == m; /* an expert after this one */
         for (int s0 = f->first, n; s0 < f->first + f->count; s0 += n) {
             n = next_rows(kn, f->first + f->count - s0);
+            bool ahead = another && n >= AHEAD_ROWS && s0 + n == f->first + f->count; /* the last use of this one's tiles */
             const void *x[MAX_ROWS];
             for (int s = 0; s < n; s++) x[s] = act_row(&w->h, m->type, (size_t)(s0 + s));
             for (int i = tile0; i < tile1; i++) {
                 float y[MAX_ROWS][TILE];
                 const uint8_t *tile = m->data + (size_t)f->expert * m->matrix_bytes + (size_t)i * m->tile_bytes;
-                bool ahead = n >= AHEAD_ROWS && s0 + n == f->first + f->count && f + 1 < w->ffn + w->n_ffn && f[1].down == m;
-                kn->tile[m->type](tile, m->cols, x, n, y, e->model.q4_levels,
-                                  ahead ? tile + (size_t)(f[1].expert - f->expert) * m->matrix_bytes : NULL);
+                const uint8_t *next = ahead ? tile + (size_t)(f[1].expert - f->expert) * m->matrix_bytes : NULL;
+                kn->tile[m->type](tile, m->cols, x, n, y, e->model.q4_levels, next);
                 for (int s = 0; s < n; s++) {
                     float *out = w->out + (size_t)w->slot_token[s0 + s] * w->xn.ld + i * TILE;
                     kn->add_scaled(out, y[s], w->slot_weight[s0 + s], TILE);
@@ -1793,8 +1804,8 @@ static void snapshot_restore(const Snapshot *snap, State *s)
     s->tokens.len = snap->n_tokens;
 }
 
-/* Floats from row to row of a buffer with so many columns: an odd number of tiles (cache lines). At a power of two the same
- * column of all tokens would fall into one set of the cache, and push itself out. */
+/* Floats from row to row of a buffer with so many columns: an odd number of tiles (cache lines). At a power of two
+ * the same column of all tokens would fall into one set of the cache, and push itself out. */
 static size_t row_stride(size_t cols, size_t multiple)
 {
     size_t ld = round_up(cols, multiple);
@@ -1825,7 +1836,7 @@ static void work_init(Engine *e, int batch)
     w->xn = acts_init(n, D, q);
     w->x = reserve(n * w->xn.ld, "residual stream");
     w->out = reserve(n * w->xn.ld, "residual stream");
-    w->proj_ld = row_stride((linear_rows > qgkv_rows ? linear_rows : qgkv_rows) + TILE, TILE); /* gdn_head reads v in whole tiles */
+    w->proj_ld = row_stride(max_size(linear_rows, qgkv_rows) + TILE, TILE); /* + TILE: gdn_head reads v in whole tiles */
     w->proj = reserve(mul(n, w->proj_ld), "projections");
     w->ba_ld = row_stride(2 * (size_t)c->linear_num_value_heads, TILE);
     w->ba = reserve(n * w->ba_ld, "gates");
@@ -1842,15 +1853,15 @@ static void work_init(Engine *e, int batch)
     w->h = acts_init(n * (k + 1), inner, q);
     w->logits_ld = round_up((size_t)c->vocab_size, TILE);
     w->logits = reserve(HEAD_ROWS * w->logits_ld, "logits");
-    size_t hdp = round_up(hd, TILE), dk = (size_t)c->linear_key_head_dim, dvp = round_up((size_t)c->linear_value_head_dim, TILE);
     size_t group = H / (size_t)c->num_key_value_heads, blocks = (MAX_ROWS * group + 3) / 4; /* a kernel takes 4 rows or more */
-    size_t ranges = (size_t)attn_ranges(e->state.ctx);
+    size_t hdp = round_up(hd, TILE), ranges = (size_t)attn_ranges(e->state.ctx);
     w->partial = reserve(mul(mul((size_t)c->num_key_value_heads * blocks, ranges), MAX_ROWS * (hdp + TILE)), "attention");
-    size_t gdn = GDN_CHUNK * (dvp + 2) + 2 * dvp, conv = (size_t)(c->linear_conv_kernel_dim + 1) * (dk + dvp), attn = MAX_ROWS * (KV_RANGE + 2 * hdp) + hdp;
-    size_t need = gdn > attn ? gdn : attn;
-    if (need < conv) need = conv;
-    if (need < (size_t)FFN_CHUNK * SUPER) need = (size_t)FFN_CHUNK * SUPER;
-    if (need < E + 1) need = E + 1;
+    size_t dk = (size_t)c->linear_key_head_dim, dvp = round_up((size_t)c->linear_value_head_dim, TILE);
+    size_t need = GDN_CHUNK * (dvp + 2) + 2 * dvp;                                      /* gdn_head */
+    need = max_size(need, (size_t)(c->linear_conv_kernel_dim + 1) * (dk + dvp));        /* gdn_conv */
+    need = max_size(need, MAX_ROWS * (KV_RANGE + 2 * hdp) + hdp);                       /* attn_block */
+    need = max_size(need, (size_t)FFN_CHUNK * SUPER);                                   /* ffn_up_item */
+    need = max_size(need, E + 1);                                                       /* moe_group */
     w->scratch_len = round_up(need, 1024);
     w->scratch = reserve((size_t)pool_threads(e->pool) * w->scratch_len, "scratch");
 }
@@ -1918,7 +1929,7 @@ static const void *section(const Tokenizer *t, size_t *at, size_t count, size_t 
     return t->file.data + start;
 }
 
-/* Refuse a table that a binary search could not trust: ranges [a, b], or pairs (a, b), in order; values c up to `most`. */
+/* Refuse a table that a binary search could not trust: wants ranges [a, b] or pairs (a, b) in order, c up to `most`. */
 static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, bool ranges, uint32_t most, const char *what)
 {
     for (uint32_t i = 0; i < n; i++) {
@@ -2550,8 +2561,9 @@ static int sample(Sampler *s, const float *logits)
 /* ============================== Part IV: the machine room ============================== */
 
 /* ---- 14. Threads: a pool that spins briefly, then sleeps ----
- * parallel_for hands out items as threads ask for them, so a slow core takes fewer. Which thread makes an item changes no bit. A loop ends
- * when its items are done, not when every thread has been there: threads without a core to run on delay nobody. */
+ * parallel_for hands out items as threads ask for them, so a slow core takes fewer. Which thread makes an item changes
+ * no bit. A loop ends when its items are done, not when every thread has been there: threads without a core to run on
+ * delay nobody. */
 
 struct Pool {
     int n;                       /* threads, the caller included */
@@ -2582,8 +2594,8 @@ static void cpu_relax(void)
 #endif
 }
 
-/* Take items until there are none left: runs of neighbours, long at first, so that a thread reads long stretches of memory;
- * short in the end, so that all finish together. Items in hand keep the loop, and with it fn and arg, alive. */
+/* Take items until there are none left: runs of neighbours, long at first, so that a thread reads long stretches of
+ * memory; short in the end, so that all finish together. Items in hand keep the loop, and with it fn and arg, alive. */
 static void pool_work(Pool *p, int thread)
 {
     unsigned long long t = atomic_load(&p->ticket);
@@ -2712,7 +2724,8 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
 
 /* ---- 15. Kernels ----
  * From here to the table, this file includes itself once for each instruction set: the same C, other widths of
- * vector, and three operations that differ: `dot4` (int8), `look_up` (q4) and `load_f16`. The pass called plain is their definition.
+ * vector, and three operations that differ: `dot4` (int8), `look_up` (q4) and `load_f16`. The pass called plain is
+ * their definition.
  * FN(name) names a pass's copy of a function; VB is the vector's bytes. A tile's 16 rows are PARTS vectors. */
 #define KERNEL_PASS plain
 #define VB 16
@@ -2828,18 +2841,20 @@ INLINE void FN(dot4)(vi *sum, const vb *w, const int8_t *x)
 #endif
 }
 
-/* Bytes as q8 stores them from q4's nibbles: codebook value + 128. book: all ones in lanes that use the second 16 levels. */
+/* Bytes as q8 stores them from q4's nibbles: codebook value + 128. book: all ones in lanes of the second 16 levels. */
 INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels, const vi *book)
 {
 #if defined USE_AVX512
-    __m512i table = _mm512_xor_si512(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)levels)), _mm512_set1_epi8(-128));
+    __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)levels));
+    table = _mm512_xor_si512(table, _mm512_set1_epi8(-128));
     *out = (vb)_mm512_permutexvar_epi8((__m512i)(*index | ((vb)*book & 16)), table);
 #elif defined USE_AVX2
     const __m128i flip = _mm_set1_epi8(-128), *l = (const __m128i *)levels;
     __m256i first = _mm256_broadcastsi128_si256(_mm_xor_si128(_mm_loadu_si128(l), flip));
     __m256i second = _mm256_broadcastsi128_si256(_mm_xor_si128(_mm_loadu_si128(l + 1), flip));
-    *out = (vb)_mm256_blendv_epi8(_mm256_shuffle_epi8(first, (__m256i)*index), _mm256_shuffle_epi8(second, (__m256i)*index),
-                                  (__m256i)*book);
+    first = _mm256_shuffle_epi8(first, (__m256i)*index);
+    second = _mm256_shuffle_epi8(second, (__m256i)*index);
+    *out = (vb)_mm256_blendv_epi8(first, second, (__m256i)*book);
 #elif defined USE_NEON
     uint8x16_t flip = vdupq_n_u8(128);
     uint8x16x2_t both = {{veorq_u8(vreinterpretq_u8_s8(vld1q_s8(levels)), flip),
@@ -2851,7 +2866,8 @@ INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels, const vi
 }
 
 /* One tile against n rows, n a constant: y[t] = sum over c of column c times x[t][c], in the order of c. */
-INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next, bool f16)
+INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next,
+                         bool f16)
 {
     vf acc[ROWS][PARTS], column[PARTS];
     UNROLL for (int t = 0; t < n; t++)
@@ -3083,8 +3099,8 @@ INLINE void FN(state_read)(vf *out, const float *S, int dk, const float *k)
 
 /* The delta rule for 16 value columns, token after token, with the state in L1:
  *     S = decay S;  u = beta (v - S'k);  S = S + k u;  o = S'q
- * In one pass a token: (decay S)'k = decay (S'k), so u = beta (v - decay Sk) where Sk = S'k of the state before, which the
- * pass of the token before has summed up while it wrote that state, in state_read's order (the last pass does so in vain).
+ * In one pass a token: (decay S)'k = decay (S'k), so u = beta (v - decay Sk) where Sk = S'k of the state before, which
+ * the pass of the token before summed up while it wrote that state, in state_read's order (the last one in vain).
  * S: [dk][16]; q, k: [n][dk] and v: [n][16], rows ld apart; o: [n][16], rows ldo apart; decay, beta: [n]. */
 TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const float *k, const float *v, size_t ld,
                                   const float *decay, const float *beta, float *o, int ldo)
@@ -3095,7 +3111,8 @@ TARGET static void FN(delta_rule)(float *S, int dk, int n, const float *q, const
         FN(state_read)(&Sk, s, dk, k);
         for (int t = 0; t < n; t++) {
             const float *kt = k + (size_t)t * ld, *qt = q + (size_t)t * ld, *next = t + 1 < n ? kt + ld : kt;
-            vf u = (*(const vfu *)(v + (size_t)t * ld + p * LANES) - Sk * decay[t]) * beta[t], out[4] = {{0}}, read[4] = {{0}};
+            vf u = (*(const vfu *)(v + (size_t)t * ld + p * LANES) - Sk * decay[t]) * beta[t];
+            vf out[4] = {{0}}, read[4] = {{0}};
             int i = 0;
             for (; i + 4 <= dk; i += 4)
                 UNROLL for (int j = 0; j < 4; j++) {
@@ -3122,7 +3139,7 @@ TARGET static double FN(peak)(float *data, bool floats)
     enum { SUMS = 12, STEPS = 1000 };
     vi sum[SUMS];
     vf acc[SUMS];
-    UNROLL for (int j = 0; j < SUMS; j++) sum[j] = (vi){0} + j, acc[j] = (vf){0} + (float)j; /* else they would be one sum */
+    UNROLL for (int j = 0; j < SUMS; j++) sum[j] = (vi){0} + j, acc[j] = (vf){0} + (float)j; /* all different sums */
     for (int i = 0; i < STEPS; i++) {
         IN_ORDER; /* data may have changed: nothing may be computed ahead */
         vb w = *(const vbu *)data;
@@ -3938,7 +3955,7 @@ enum {
 /* What the machine itself can do: reading the mapped checkpoint, and arithmetic without any memory. */
 typedef struct {
     Run *r;
-    size_t first, total;        /* pieces: how many have been read so far, how many there are (first counts on, modulo total) */
+    size_t first, total;        /* pieces: how many have been read so far (modulo total the next), how many there are */
     bool floats;                /* which arithmetic */
     atomic_ullong sum;          /* keeps the compiler from leaving the work out */
 } Machine;
@@ -3948,7 +3965,8 @@ static void read_piece(void *arg, int item, int thread)
 {
     (void)thread;
     Machine *m = arg;
-    const uint64_t *p = (const uint64_t *)(m->r->engine.model.file.data + (m->first + (size_t)item) % m->total * READ_PIECE);
+    size_t offset = (m->first + (size_t)item) % m->total * READ_PIECE;
+    const uint64_t *p = (const uint64_t *)(m->r->engine.model.file.data + offset);
     uint64_t sum = 0;
     for (size_t i = 0; i < READ_PIECE / 8; i++) sum += p[i];
     atomic_fetch_add(&m->sum, sum);
@@ -4045,12 +4063,14 @@ static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
     printf("prefill_%d %.2f tok/s\nprefill_%d_slowest %.2f tok/s\nprefill_%d_fastest %.2f tok/s\n", n, median(&speed), n,
            speed.value[0], n, speed.value[speed.n - 1]);
     bench_parts(r, "prefill", seconds);
+    double used = 2 * layers_cost(&r->engine.model).macs * median(&speed) / 1e9;
     printf("int8_peak %.1f GOP/s\nfloat_peak %.1f GFLOP/s\nprefill_of_peak %.1f %%\n", int8, floats,
-           100 * 2 * layers_cost(&r->engine.model).macs * median(&speed) / 1e9 / (r->engine.model.quantized ? int8 : floats));
+           100 * used / (r->engine.model.quantized ? int8 : floats));
 }
 
-/* Decode n tokens; before each slice of a few read the file, so that both meet the same disturbances: their ratio is the
- * median over slices. What a token moves: the weights it meets, the recurrent state there and back, all keys and values. */
+/* Decode n tokens; before each slice of a few read the file, so that both meet the same disturbances: their ratio is
+ * the median over slices. What a token moves: the weights it meets, the recurrent state there and back, all keys and
+ * values. */
 static void bench_decode(Run *r, Machine *m, int n)
 {
     const State *s = &r->engine.state;
@@ -4083,7 +4103,8 @@ static int mode_bench(Run *r)
     if (!depth && !a->prompt) prompt = min_int(prompt, ctx);
     if (!depth && a->n <= 0) decode = min_int(decode, ctx);
     if (depth + max_int(prompt, decode) > ctx)
-        die("-m bench: wanted room for %d tokens after a depth of %d, found a context of %d (-c)", max_int(prompt, decode), depth, ctx);
+        die("-m bench: wanted room for %d tokens after a depth of %d, found a context of %d (-c)", max_int(prompt, decode),
+            depth, ctx);
     if (depth) bench_tokens(r, depth, false);
     Snapshot deep = {0};
     Machine m = {.r = r, .total = r->engine.model.file.size / READ_PIECE};

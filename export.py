@@ -525,6 +525,9 @@ class Plan:
 #   bf16  for each pair of columns: 16 x 2 bf16
 #   q8    for each 64 columns: 2 x 16 bf16 scales [block of 32][row], then for each 4 columns 16 x 4 bytes q+128;
 #         a weight is scale * q, q = -127..127
+#   q6    for each 64 columns: the same scales, then for each block of 32 two times 16 x 4 bytes, with two bits each of
+#         the 4-column groups 0..3 and 4..7, lowest first, and four times 16 x 4 bytes with the upper four bits of the
+#         groups j (low) and j+4 (high); a weight is scale * (16 four + 4 two - 128): q8 without its two lowest bits
 #   q4    for each 64 columns: the same scales, then for block b and j = 0..3 16 x 4 bytes, byte i holding the levels
 #         of columns 32b+4j+i (low four bits) and 32b+16+4j+i (high); a weight is scale * Q4_LEVELS[book, index],
 #         where book is the lowest bit of the scale's 16
@@ -602,6 +605,32 @@ def encode_q8(x):
 def decode_q8(tiles, C):
     scales, codes = split(tiles, 1024)
     q = codes.reshape(*codes.shape[:2], 16, TILE, 4).transpose(0, 3, 1, 2, 4).astype(np.float32) - 128
+    return values(scales, q.reshape(*q.shape[:3], 64), C)
+
+
+def quantize_q6(w):
+    """[N, 32] -> scale bits [N], codes [N, 32]: weight = scale * (4 code - 128). The scale is max|w|/124 rounded up."""
+    bits = to_bf16_up(np.abs(w).max(1) / np.float32(124))
+    step = from_bf16(bits)[:, None] * np.float32(4)
+    q = np.divide(w, step, out=np.zeros_like(w), where=step > 0)
+    return bits, (np.clip(np.rint(q), -31, 31) + 32).astype(np.uint8)
+
+
+def encode_q6(x):
+    scales, codes = superblocks(x, quantize_q6)
+    T, S = scales.shape[:2]
+    codes = codes.reshape(T, TILE, S, 2, 2, 4, 4).transpose(4, 5, 0, 2, 3, 1, 6)   # half, j, tile, superblock, block, row, i
+    two = np.stack([sum((half[j] & 3) << 2 * j for j in range(4)) for half in codes], 3)     # [T, S, 2, 2, 16, 4]
+    four = np.stack([codes[0, j] >> 2 | codes[1, j] >> 2 << 4 for j in range(4)], 3)         # [T, S, 2, 4, 16, 4]
+    return join(scales, np.concatenate([two, four], 3))
+
+
+def decode_q6(tiles, C):
+    scales, codes = split(tiles, 768)
+    codes = codes.reshape(*codes.shape[:2], 2, 6, TILE, 4)
+    two = np.stack([codes[:, :, :, j // 4] >> j % 4 * 2 & 3 for j in range(8)], 3)
+    four = np.stack([codes[:, :, :, 2 + j % 4] >> j // 4 * 4 & 15 for j in range(8)], 3)
+    q = (four * np.float32(16) + two * np.float32(4) - 128).transpose(0, 4, 1, 2, 3, 5)      # tile, row, superblock, ...
     return values(scales, q.reshape(*q.shape[:3], 64), C)
 
 
@@ -695,6 +724,7 @@ F32 = Type("f32", 1, lambda C: C * 64, encode_f32, decode_f32)
 BF16 = Type("bf16", 2, lambda C: -(-C // 2) * 64, encode_bf16, decode_bf16)
 Q8 = Type("q8", 3, lambda C: -(-C // 64) * 1088, encode_q8, decode_q8)
 Q4 = Type("q4", 4, lambda C: -(-C // 64) * 576, encode_q4, decode_q4)
+Q6 = Type("q6", 5, lambda C: -(-C // 64) * 832, encode_q6, decode_q6)   # only for the output head of a q4 file
 FLOAT = Type("float", 0, None, None, None)
 TYPES = {t.name: t for t in (F32, BF16, Q8, Q4)}
 
@@ -703,7 +733,7 @@ def typed(tensors, type_name, small):
     """The tensors with their stored types; small(tensor) tells BF16 or F32 for the small ones."""
     stored = TYPES[type_name]
     kinds = {"float": lambda t: FLOAT, "small": small, "matrix": lambda t: stored,
-             "head": lambda t: Q8 if stored is Q4 else stored}
+             "head": lambda t: stored if stored is not Q4 else Q6 if t.name == "lm_head" else Q8}
     return [t._replace(type=kinds[t.kind](t)) for t in tensors]
 
 
@@ -898,7 +928,7 @@ def encode_chunk(source, chunk):
     tiles, error, square = [], 0.0, 0.0
     for x in read_tiles(source, chunk):
         tiles.append(t.type.encode(x))
-        if t.type in (Q8, Q4):
+        if t.type in (Q8, Q6, Q4):
             difference = t.type.decode(tiles[-1], x.shape[2])[0] - x
             error += float(np.vdot(difference, difference))
             square += float(np.vdot(x, x))
@@ -998,6 +1028,8 @@ def allowed_error(type, x, scales):
         return np.where(x.view(np.uint32) & 0xFFFF, np.abs(x) * np.float32(2**-8) + np.float32(2**-134), 0)
     if type is Q8:
         return np.abs(scales) * np.float32(0.50001)
+    if type is Q6:
+        return np.abs(scales) * np.float32(2.00004)
     if type is Q4:                                          # half the widest gap; beyond the ends, up to 0.35 max|w|
         ends = Q4_LEVELS[q4_book(scales)][..., [0, -1]] * scales[..., None]
         low, high = ends.min(-1), ends.max(-1)
@@ -1073,7 +1105,7 @@ class RandomWeights:
         C, parts = t.shape[-1], len(t.data[chunk.matrix])
         count, std = chunk.count * parts, 0.8 / math.sqrt(C)  # of a unit vector's image: activations stay near 1
         whole = (chunk.first + chunk.count) * TILE <= t.shape[-2] and C % 64 == 0
-        if whole and t.type in (Q8, Q4):
+        if whole and t.type in (Q8, Q6, Q4):
             tiles = self.quantized(chunk, count, C, std)
         elif whole and t.type is BF16:
             bits = to_bf16(self.normal * np.float32(std))
@@ -1088,7 +1120,7 @@ class RandomWeights:
         """count tiles of random codes under scales that differ by up to an eighth."""
         S, size = C // 64, chunk.tensor.type.tile_bytes(C) // (C // 64)
         tiles = self.raw(chunk, count * S * size).reshape(count * S, size)
-        levels = Q4_LEVELS if chunk.tensor.type is Q4 else np.arange(-127, 128)
+        levels = {Q4: Q4_LEVELS, Q6: np.arange(-128, 128, 4), Q8: np.arange(-127, 128)}[chunk.tensor.type]
         scale = int(to_bf16([std / levels.std()])[0])
         scales = tiles[:, :64].view(np.uint16)
         np.add(scales & 15, np.uint16(scale - 8), out=scales)  # 7 bits of fraction: steps of at most 1/128

@@ -278,8 +278,8 @@ static Mapping map_file(const char *path)
 
 /* ---- 3. Structs ---- */
 
-typedef enum { FLOAT, F32, BF16, Q8, Q4, N_TYPES } Type; /* FLOAT: plain row-major float32, no matrix */
-static const char *const TYPE_NAMES[N_TYPES] = {"float", "f32", "bf16", "q8", "q4"};
+typedef enum { FLOAT, F32, BF16, Q8, Q4, Q6, N_TYPES } Type; /* FLOAT: plain row-major float32, no matrix */
+static const char *const TYPE_NAMES[N_TYPES] = {"float", "f32", "bf16", "q8", "q4", "q6"};
 
 /* One or more matrices of a type and shape, in tiles of TILE rows x all columns (README: the format). */
 typedef struct {
@@ -467,7 +467,7 @@ struct Kernels {
     const char *name;
     int rows;              /* activation rows a `tile` call takes at most: its registers' worth */
     /* y[r][0..15] = sum over c of W[0..15][c] x[r][c] for n <= rows activation rows; w is one tile.
-     * x[r] points to floats for F32 and BF16, to ActBlocks for Q8 and Q4 (levels: Q4's two codebooks).
+     * x[r] points to floats for F32 and BF16, to ActBlocks for the quantized types (levels: Q4's two codebooks).
      * BF16 takes columns in pairs: with an odd number x has one more float, of any finite value.
      * next: a tile of the same size to fetch into the cache meanwhile, or NULL (for tile_f16 always NULL). */
     TileKernel *tile[N_TYPES];
@@ -519,6 +519,7 @@ static size_t tile_bytes(Type type, size_t cols)
     case BF16: return round_up(cols, 2) * TILE * 2;
     case Q8: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER);
     case Q4: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER / 2);
+    case Q6: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER * 6 / 8);
     default: return 0;
     }
 }
@@ -1049,16 +1050,19 @@ static void matrix_row(const Matrix *m, const int8_t *levels, int row, float *ou
             memcpy(&out[c], tile + ((size_t)c * TILE + r) * 4, 4);
         } else if (m->type == BF16) {
             out[c] = bf16_to_float(((const uint16_t *)tile)[(c / 2 * TILE + r) * 2 + c % 2]);
-        } else { /* Q8, Q4: scales of a superblock, then groups of 4 columns: 16 rows x 4 */
+        } else { /* quantized: scales of a superblock, then groups of 4 columns: 16 rows x 4 */
             const uint8_t *super = tile + (size_t)(c / SUPER) * tile_bytes(m->type, SUPER);
             float scale = bf16_to_float(((const uint16_t *)super)[c % SUPER / BLOCK * TILE + r]);
-            int group = c % SUPER / 4, byte = r * 4 + c % 4;
-            const uint8_t *q = super + 2 * TILE * 2;
-            if (m->type == Q8) out[c] = scale * (float)(q[group * 64 + byte] - 128);
-            else { /* two groups share 64 bytes: j low, j + 4 high; the scale's lowest bit tells the codebook */
-                int block = group / 8, j = group % 8, nibbles = q[(block * 4 + j % 4) * 64 + byte];
-                int book = ((const uint16_t *)super)[c % SUPER / BLOCK * TILE + r] & 1;
-                out[c] = scale * (float)levels[book * 16 + (j < 4 ? nibbles & 15 : nibbles >> 4)];
+            int block = c % SUPER / BLOCK, j = c % BLOCK / 4, byte = r * 4 + c % 4; /* group j of 4 columns */
+            const uint8_t *q = super + 2 * TILE * 2 + (size_t)block * tile_bytes(m->type, SUPER) / 2 - (size_t)block * TILE * 2;
+            if (m->type == Q8) {
+                out[c] = scale * (float)(q[j * 64 + byte] - 128);
+            } else if (m->type == Q6) { /* two bits of four groups share a byte; four bits of two: j low, j + 4 high */
+                int two = q[j / 4 * 64 + byte] >> j % 4 * 2 & 3, four = q[128 + j % 4 * 64 + byte] >> j / 4 * 4 & 15;
+                out[c] = scale * (float)(four * 16 + two * 4 - 128);
+            } else { /* the scale's lowest bit tells the codebook */
+                int book = ((const uint16_t *)super)[block * TILE + r] & 1, four = q[j % 4 * 64 + byte] >> j / 4 * 4 & 15;
+                out[c] = scale * (float)levels[book * 16 + four];
             }
         }
     }
@@ -2909,7 +2913,7 @@ INLINE void FN(bf16_rows)(const uint8_t *w, int cols, const void *const *x, floa
 
 /* 16 rows x 4 columns at a time: exact integer sums over a block of 32, then one factor: scale_w * scale_x. */
 INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next,
-                          const int8_t *levels)
+                          int bits, const int8_t *levels)
 {
 
     vf acc[ROWS][PARTS];
@@ -2920,33 +2924,43 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
     }
     for (int super = 0; super * SUPER < cols; super++) {
         const uint16_t *scales = (const uint16_t *)w;
-        int bytes = 2 * TILE * 2 + TILE * SUPER / (levels ? 2 : 1);
+        int block = TILE * BLOCK * bits / 8, bytes = 2 * TILE * 2 + 2 * block;
         for (int i = 0; next && i < bytes; i += 64) __builtin_prefetch(next + (size_t)super * (size_t)bytes + i, 0, 2);
         w += 2 * TILE * 2;
         UNROLL for (int b = 0; b < 2; b++)
             UNROLL for (int p = 0; p < PARTS; p++) {
                 vi sum[ROWS];
                 vf scale;
+                const uint8_t *from = w + b * block + p * VB;
+                vb two[2] = {{0}};
                 FN(load_bf16)(&scale, scales + b * TILE + p * LANES);
                 vi book = (vi)scale << 15 >> 31; /* q4: the lowest bit of the 16 chooses the codebook */
+                if (bits == 6) two[0] = *(const vbu *)from, two[1] = *(const vbu *)(from + 64);
                 IN_ORDER;
                 UNROLL for (int t = 0; t < n; t++) sum[t] = (vi){0} + (DOT_UNSIGNED ? a[t][super].bias[b] : 0);
                 UNROLL for (int j = 0; j < 8; j++) {
                     vb tile;
-                    if (levels) {
-                        tile = *(const vbu *)(w + (b * 4 + j % 4) * 64 + p * VB);
+                    if (bits == 8) {
+                        tile = *(const vbu *)(from + j * 64);
+                    } else if (bits == 6) { /* the upper six bits of q8's byte */
+                        tile = *(const vbu *)(from + 128 + j % 4 * 64);
+                        vb low = two[j / 4];
+                        if (j < 4) tile <<= 4;
+                        if (j % 4) low >>= j % 4 * 2 - 2;
+                        else low <<= 2;
+                        tile = (tile & 0xf0) | (low & 12);
+                    } else {
+                        tile = *(const vbu *)(from + j % 4 * 64);
                         if (j < 4) tile &= 15;
                         else tile >>= 4;
                         FN(look_up)(&tile, &tile, levels, &book);
-                    } else {
-                        tile = *(const vbu *)(w + (b * 8 + j) * 64 + p * VB);
                     }
                     UNROLL for (int t = 0; t < n; t++) FN(dot4)(&sum[t], &tile, a[t][super].q + b * BLOCK + j * 4);
                 }
                 UNROLL for (int t = 0; t < n; t++)
                     acc[t][p] += __builtin_convertvector(sum[t], vf) * (scale * a[t][super].d[b]);
             }
-        w += TILE * SUPER / (levels ? 2 : 1);
+        w += 2 * block;
     }
     UNROLL for (int t = 0; t < n; t++)
         UNROLL for (int p = 0; p < PARTS; p++) *(vfu *)(y[t] + p * LANES) = acc[t][p];
@@ -2974,8 +2988,9 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
 TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, next, false))
 TILE_KERNEL(tile_f16, FN(f32_rows)(w, cols, x, y, N, next, true))
 TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N, next))
-TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, next, NULL))
-TILE_KERNEL(tile_q4, FN(int8_rows)(w, cols, x, y, N, next, levels))
+TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, next, 8, NULL))
+TILE_KERNEL(tile_q6, FN(int8_rows)(w, cols, x, y, N, next, 6, NULL))
+TILE_KERNEL(tile_q4, FN(int8_rows)(w, cols, x, y, N, next, 4, levels))
 
 /* One block of 32 floats to int8: scale = largest / 127, rounded to nearest even. */
 INLINE void FN(quantize_block)(ActBlock *a, int b, const float *x)
@@ -3156,7 +3171,7 @@ TARGET static double FN(peak)(float *data, bool floats)
 #define QUOTE(x) QUOTE2(x)
 static const Kernels FN(kernels) = {
     QUOTE(KERNEL_PASS), ROWS,
-    {NULL, FN(tile_f32), FN(tile_bf16), FN(tile_q8), FN(tile_q4)}, FN(tile_f16),
+    {NULL, FN(tile_f32), FN(tile_bf16), FN(tile_q8), FN(tile_q4), FN(tile_q6)}, FN(tile_f16),
     FN(quantize), FN(dot), FN(sigmoid), FN(exp_sum), FN(add_scaled), FN(peak), FN(delta_rule)};
 
 #undef TARGET

@@ -142,7 +142,7 @@ def needs_cpu(name):
 # ----------------------------------------------------------------------------------------------------------------
 
 META, TENSOR = 64, 128                            # bytes of a record in the two directories
-FLOAT, F32, BF16, Q8, Q4 = range(5)               # tensor types
+FLOAT, F32, BF16, Q8, Q4, Q6 = range(6)           # tensor types
 
 
 @dataclasses.dataclass
@@ -194,12 +194,17 @@ def untile(raw, kind, columns, levels):
         pairs = raw.view(np.uint16).reshape(-1, (columns + 1) // 2, 16, 2).transpose(0, 2, 1, 3)
         return bf16_to_f32(pairs.reshape(len(pairs), 16, -1)[:, :, :columns])
     blocks = (columns + 63) // 64                                 # superblocks of 64 columns: scales, then numbers
-    raw = raw.reshape(-1, blocks, {Q8: 1088, Q4: 576}[kind])
+    raw = raw.reshape(-1, blocks, {Q8: 1088, Q6: 832, Q4: 576}[kind])
     scales = np.ascontiguousarray(raw[:, :, :64]).view(np.uint16).reshape(-1, blocks, 2, 16)
     scales = bf16_to_f32(scales).transpose(0, 3, 1, 2)[..., None]              # [tiles, 16, blocks, 2, 1]
     if kind == Q8:                                                # 16 groups of 4 columns, 16 rows each
         groups = raw[:, :, 64:].reshape(-1, blocks, 16, 16, 4).transpose(0, 3, 1, 2, 4)
         numbers = groups.reshape(-1, 16, blocks, 2, 32).astype(np.float32) - 128
+    elif kind == Q6:                          # 2 blocks: two chunks with 2 bits of 4 groups, four with 4 bits of 2 groups
+        chunks = raw[:, :, 64:].reshape(-1, blocks, 2, 6, 16, 4).astype(int)
+        groups = [16 * (chunks[:, :, :, 2 + j % 4] >> 4 * (j // 4) & 15) + 4 * (chunks[:, :, :, j // 4] >> 2 * (j % 4) & 3)
+                  for j in range(8)]                                           # each [tiles, blocks, 2, 16, 4]
+        numbers = np.stack(groups, -2).transpose(0, 3, 1, 2, 4, 5).reshape(-1, 16, blocks, 2, 32) - 128.0
     else:                                     # 2 blocks of 4 groups: low nibble column 4j+i, high nibble 16+4j+i
         groups = raw[:, :, 64:].reshape(-1, blocks, 2, 4, 16, 4).transpose(0, 4, 1, 2, 3, 5)
         groups = groups.reshape(-1, 16, blocks, 2, 16)
@@ -2240,7 +2245,7 @@ def test_inspect_lists_everything():
     checkpoint, output = read_checkpoint(path), engine(path, "-m", "inspect").decode()
     for tensor in checkpoint.tensors.values():
         line = next(line for line in output.splitlines() if re.search(rf"(^|\s){re.escape(tensor.name)}(\s|$)", line))
-        assert str(tensor.offset) in line and ("float", "f32", "bf16", "q8", "q4")[tensor.type] in line
+        assert str(tensor.offset) in line and ("float", "f32", "bf16", "q8", "q4", "q6")[tensor.type] in line
         assert all(str(n) in line for n in tensor.shape), line
     for key in SHAPE_KEYS:
         assert re.search(rf"{key}\W+{checkpoint.scalar(key)}\b", output), key

@@ -726,6 +726,7 @@ Q8 = Type("q8", 3, lambda C: -(-C // 64) * 1088, encode_q8, decode_q8)
 Q4 = Type("q4", 4, lambda C: -(-C // 64) * 576, encode_q4, decode_q4)
 Q6 = Type("q6", 5, lambda C: -(-C // 64) * 832, encode_q6, decode_q6)   # only for the output head of a q4 file
 FLOAT = Type("float", 0, None, None, None)
+QUANTIZED = Q8, Q6, Q4
 TYPES = {t.name: t for t in (F32, BF16, Q8, Q4)}
 
 
@@ -928,7 +929,7 @@ def encode_chunk(source, chunk):
     tiles, error, square = [], 0.0, 0.0
     for x in read_tiles(source, chunk):
         tiles.append(t.type.encode(x))
-        if t.type in (Q8, Q6, Q4):
+        if t.type in QUANTIZED:
             difference = t.type.decode(tiles[-1], x.shape[2])[0] - x
             error += float(np.vdot(difference, difference))
             square += float(np.vdot(x, x))
@@ -1105,7 +1106,7 @@ class RandomWeights:
         C, parts = t.shape[-1], len(t.data[chunk.matrix])
         count, std = chunk.count * parts, 0.8 / math.sqrt(C)  # of a unit vector's image: activations stay near 1
         whole = (chunk.first + chunk.count) * TILE <= t.shape[-2] and C % 64 == 0
-        if whole and t.type in (Q8, Q6, Q4):
+        if whole and t.type in QUANTIZED:
             tiles = self.quantized(chunk, count, C, std)
         elif whole and t.type is BF16:
             bits = to_bf16(self.normal * np.float32(std))

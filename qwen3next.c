@@ -153,15 +153,24 @@ static void *grow(void *old, size_t count, size_t size)
     return p;
 }
 
+/* Ask for pages of 2 MB where the system and, for a mapped file, the file system can: fewer address translations, up to
+ * 25 % faster reading. Nothing is lost where it cannot. */
+static void want_huge_pages(void *p, size_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 /* Zeroed memory of `count` floats that the system commits only where it is touched. */
 static float *reserve(size_t count, const char *what)
 {
     size_t bytes = round_up(mul(count ? count : 1, sizeof(float)), 4096);
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) die("cannot reserve %zu MB for the %s: %s", bytes >> 20, what, strerror(errno));
-#ifdef MADV_HUGEPAGE /* 2 MB at a time; not where small models would pay for memory they never use */
-    if (bytes >= (size_t)16 << 20) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
+    if (bytes >= (size_t)16 << 20) want_huge_pages(p, bytes); /* less would cost small models memory they never use */
     return p;
 }
 
@@ -270,9 +279,7 @@ static Mapping map_file(const char *path)
     void *p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (p == MAP_FAILED) die("%s: cannot map: %s", path, strerror(errno));
     close(fd);
-#ifdef MADV_HUGEPAGE /* pages of 2 MB where the file system can: fewer address translations, up to 25 % faster reading */
-    madvise(p, (size_t)info.st_size, MADV_HUGEPAGE);
-#endif
+    want_huge_pages(p, (size_t)info.st_size);
     return (Mapping){p, (size_t)info.st_size, path};
 }
 
@@ -511,15 +518,16 @@ typedef struct {
     uint32_t bound;       /* tensors that the model has asked for and got */
 } Reader;
 
+/* Bytes of the codes of one block of a quantized type: TILE rows x BLOCK columns, without their scales. */
+static size_t block_bytes(Type type) { return TILE * BLOCK * (type == Q8 ? 8 : type == Q6 ? 6 : 4) / 8; }
+
 /* Bytes of one tile of TILE rows x cols columns; 0 for FLOAT, which has no tiles. */
 static size_t tile_bytes(Type type, size_t cols)
 {
     switch (type) {
     case F32: return cols * TILE * 4;
     case BF16: return round_up(cols, 2) * TILE * 2;
-    case Q8: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER);
-    case Q4: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER / 2);
-    case Q6: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + TILE * SUPER * 6 / 8);
+    case Q8: case Q6: case Q4: return round_up(cols, SUPER) / SUPER * (2 * TILE * 2 + 2 * block_bytes(type));
     default: return 0;
     }
 }
@@ -1052,17 +1060,18 @@ static void matrix_row(const Matrix *m, const int8_t *levels, int row, float *ou
             out[c] = bf16_to_float(((const uint16_t *)tile)[(c / 2 * TILE + r) * 2 + c % 2]);
         } else { /* quantized: scales of a superblock, then groups of 4 columns: 16 rows x 4 */
             const uint8_t *super = tile + (size_t)(c / SUPER) * tile_bytes(m->type, SUPER);
-            float scale = bf16_to_float(((const uint16_t *)super)[c % SUPER / BLOCK * TILE + r]);
             int block = c % SUPER / BLOCK, j = c % BLOCK / 4, byte = r * 4 + c % 4; /* group j of 4 columns */
-            const uint8_t *q = super + 2 * TILE * 2 + (size_t)block * tile_bytes(m->type, SUPER) / 2 - (size_t)block * TILE * 2;
+            uint16_t bits = ((const uint16_t *)super)[block * TILE + r];
+            float scale = bf16_to_float(bits);
+            const uint8_t *q = super + 2 * TILE * 2 + (size_t)block * block_bytes(m->type);
             if (m->type == Q8) {
                 out[c] = scale * (float)(q[j * 64 + byte] - 128);
             } else if (m->type == Q6) { /* two bits of four groups share a byte; four bits of two: j low, j + 4 high */
                 int two = q[j / 4 * 64 + byte] >> j % 4 * 2 & 3, four = q[128 + j % 4 * 64 + byte] >> j / 4 * 4 & 15;
                 out[c] = scale * (float)(four * 16 + two * 4 - 128);
             } else { /* the scale's lowest bit tells the codebook */
-                int book = ((const uint16_t *)super)[block * TILE + r] & 1, four = q[j % 4 * 64 + byte] >> j / 4 * 4 & 15;
-                out[c] = scale * (float)levels[book * 16 + four];
+                int four = q[j % 4 * 64 + byte] >> j / 4 * 4 & 15;
+                out[c] = scale * (float)levels[(bits & 1) * 16 + four];
             }
         }
     }
@@ -1078,7 +1087,6 @@ typedef struct {
     float *y;             /* [n][ld], ld a multiple of TILE */
     size_t ld;
     const float *bias;    /* [rows] or NULL */
-    int item_tiles;
 } Matmul;
 
 enum {
@@ -1086,11 +1094,21 @@ enum {
     AHEAD_ROWS = 3 /* with fewer rows a tile is read faster than it can be fetched ahead: that would only disturb */
 };
 
+/* Tiles of one matrix. */
+static int row_tiles(const Matrix *m) { return (m->rows + TILE - 1) / TILE; }
+
 /* How many tiles one item takes: what a core's L2 holds beside the activations, and in decode a stretch of memory
  * long enough for the prefetcher; but never so many that threads would have nothing to do. */
-static int item_tiles(const Engine *e, const Matrix *m, int tiles)
+static int item_tiles(const Engine *e, const Matrix *m)
 {
-    return max_int(1, min_int((int)(ITEM_BYTES / m->tile_bytes), tiles / (4 * pool_threads(e->pool))));
+    return max_int(1, min_int((int)(ITEM_BYTES / m->tile_bytes), row_tiles(m) / (4 * pool_threads(e->pool))));
+}
+
+/* How many items that makes. */
+static int matrix_items(const Engine *e, const Matrix *m)
+{
+    int each = item_tiles(e, m);
+    return (row_tiles(m) + each - 1) / each;
 }
 
 /* Rows for the next tile call when `left` are to go: the fewest calls, of about equal size. */
@@ -1106,7 +1124,7 @@ static void matmul_item(void *arg, int item, int thread)
     (void)thread;
     const Matmul *m = arg;
     const Kernels *kn = m->e->kernels;
-    int tile0 = item * m->item_tiles, tile1 = min_int(tile0 + m->item_tiles, (m->w->rows + TILE - 1) / TILE);
+    int each = item_tiles(m->e, m->w), tile0 = item * each, tile1 = min_int(tile0 + each, row_tiles(m->w));
     for (int t0 = 0, n; t0 < m->n; t0 += n) { /* rows outside: they stay in L1, the tiles in L2 */
         n = next_rows(kn, m->n - t0);
         const void *x[MAX_ROWS];
@@ -1129,9 +1147,8 @@ static void matmul_item(void *arg, int item, int thread)
 static void matmul(Engine *e, const Matrix *w, const Acts *x, size_t first, int n, float *y, size_t ld,
                    const float *bias)
 {
-    int tiles = (w->rows + TILE - 1) / TILE, each = item_tiles(e, w, tiles);
-    Matmul m = {e, w, x, n, first, y, ld, bias, each};
-    parallel_for(e->pool, (tiles + each - 1) / each, matmul_item, &m);
+    Matmul m = {e, w, x, n, first, y, ld, bias};
+    parallel_for(e->pool, matrix_items(e, w), matmul_item, &m);
 }
 
 /* x += out (what the block before has made), then xn = norm(x), for one token. */
@@ -1614,6 +1631,18 @@ static void moe_group(const Pass *p)
     }
 }
 
+/* The network that an item of ffn_up_item belongs to: the last one that begins at or before it. */
+static const Ffn *ffn_of_item(const Work *w, int item)
+{
+    int lo = 0, hi = w->n_ffn - 1;
+    while (lo < hi) {
+        int mid = (lo + hi + 1) / 2;
+        if (w->ffn[mid].first_item <= item) lo = mid;
+        else hi = mid - 1;
+    }
+    return &w->ffn[lo];
+}
+
 /* h = silu(gate x) up x for one network and 64 of its intermediate units, all its tokens. */
 static void ffn_up_item(void *arg, int item, int thread)
 {
@@ -1621,13 +1650,7 @@ static void ffn_up_item(void *arg, int item, int thread)
     const Engine *e = p->e;
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
-    int lo = 0, hi = w->n_ffn - 1;
-    while (lo < hi) { /* the last network that begins at or before this item */
-        int mid = (lo + hi + 1) / 2;
-        if (w->ffn[mid].first_item <= item) lo = mid;
-        else hi = mid - 1;
-    }
-    const Ffn *f = &w->ffn[lo];
+    const Ffn *f = ffn_of_item(w, item);
     const Matrix *m = f->gate_up;
     int unit0 = (item - f->first_item) * SUPER; /* its first intermediate unit */
     int pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE; /* of a gate and an up tile */
@@ -1668,8 +1691,7 @@ static void ffn_down_item(void *arg, int item, int thread)
     const Engine *e = p->e;
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
-    int tiles = (e->model.config.hidden_size + TILE - 1) / TILE, each = item_tiles(e, w->ffn->down, tiles);
-    int tile0 = item * each, tile1 = min_int(tile0 + each, tiles);
+    int each = item_tiles(e, w->ffn->down), tile0 = item * each, tile1 = min_int(tile0 + each, row_tiles(w->ffn->down));
     for (int t = 0; t < p->n; t++)
         memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));
     for (const Ffn *f = w->ffn; f < w->ffn + w->n_ffn; f++) {
@@ -1714,8 +1736,7 @@ static void mlp_block(Pass *p)
     }
     const Ffn *last = &w->ffn[w->n_ffn - 1];
     parallel_for(e->pool, last->first_item + (last->gate_up->rows + SUPER - 1) / SUPER, ffn_up_item, p);
-    int tiles = (c->hidden_size + TILE - 1) / TILE, each = item_tiles(e, w->ffn->down, tiles);
-    parallel_for(e->pool, (tiles + each - 1) / each, ffn_down_item, p);
+    parallel_for(e->pool, matrix_items(e, w->ffn->down), ffn_down_item, p); /* every network's down has as many rows */
     dump(p, "mlp", w->out, p->n, c->hidden_size, w->xn.ld);
     e->seconds[T_MOE] += now() - start;
 }

@@ -34,7 +34,7 @@
  *
  *     I    1 platform   2 utilities   3 structs   4 kernel interface   5 checkpoint
  *     II   6 small blocks   7 Gated DeltaNet   8 gated attention   9 mixture of experts
- *          10 forward   11 state
+ *          10 forward, 10a multi-token prediction   11 state
  *     III  12 tokenizer   13 sampler
  *     IV   14 threads   15 kernels (this part is compiled once for each instruction set)
  *     V    16 chat template   17 generate   18 chat   19 other modes   20 benchmark   21 command line
@@ -99,6 +99,9 @@ enum {
     HEAD_ROWS = 16,     /* rows of logits made at a time */
     MAX_BATCH = 2048,   /* tokens of one forward at most */
     DEFAULT_BATCH = 1024,
+    MAX_DRAFT = 8,      /* tokens drafted for one forward at most */
+    AUTO_DRAFT = 4,     /* ... when the program chooses how many */
+    MAX_TRIAL = MAX_DRAFT + 1, /* tokens of a forward that may be taken back */
     MAX_THREADS = 256,
     MAX_STOPS = 16,
 };
@@ -368,6 +371,13 @@ typedef struct {
     Mlp mlp;
 } Layer;
 
+/* The multi-token prediction head, which guesses the token after the next one (section 10a): one more attention layer. */
+typedef struct {
+    Matrix fc;            /* [D][2 D]: takes an embedding, then a hidden row; no data: the checkpoint has no such head */
+    const float *pre_fc_norm_embedding, *pre_fc_norm_hidden, *norm; /* [D], zero-centred */
+    Layer layer;          /* its keys and values follow those of the model's attention layers */
+} Mtp;
+
 /* The pieces export.py found in the checkpoint's own chat template. */
 typedef struct {
     bool present, thinking; /* thinking: earlier answers keep only what follows think_end */
@@ -384,8 +394,8 @@ typedef struct {
     Matrix embed_tokens, lm_head; /* [V][D]; lm_head is embed_tokens when tied */
     const float *norm;            /* [D] */
     Layer *layers;                /* [num_hidden_layers] */
+    Mtp mtp;
     bool quantized;               /* some matrix is: activations are needed as int8 */
-    bool has_mtp;
     double *inv_freq;             /* [rotary_dim / 2], radians a position */
     float rope_scale;             /* YaRN's factor on cos and sin, else 1 */
     int8_t q4_levels[32];         /* two codebooks */
@@ -395,19 +405,32 @@ typedef struct {
     SamplerSettings sampling;
 } Model;
 
+typedef enum { KV_F32, KV_F16, KV_Q8, N_KV } KvType; /* q8: int8, and a scale for each position and head */
+static const char *const KV_NAMES[N_KV] = {"f32", "f16", "q8"};
+static const size_t KV_BYTES[N_KV] = {4, 2, 1};
+
 /* What a conversation is: the tokens fed so far and what the layers remember of them. */
 typedef struct {
     Tokens tokens;        /* fed to the model, in order */
     int ctx;              /* positions there is room for */
-    bool kv_f16;          /* keys and values as f16, else as float */
+    KvType kv_type;       /* of keys and values */
     uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together */
     uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE up][hd / 16 up][KV_RANGE][16 dims] */
-    size_t kv_layer, kv_head; /* bytes from layer to layer and from head to head, in both */
-    float *recurrent;     /* all that cannot be cut back: S, then conv, in one piece for snapshots */
+    size_t kv_head;       /* bytes from head to head, in both; a layer has G heads */
+    float *k_scale, *v_scale; /* [attention layer][G][kv_positions]; only with KV_Q8 */
+    size_t kv_positions;  /* ctx, rounded up to whole ranges */
+    float *recurrent;     /* all that cannot be cut back: S, conv, h, in one piece for snapshots */
     size_t recurrent_len; /* floats */
     float *S;             /* [DeltaNet layer][nv][dv / 16][dk][16 columns] */
     float *conv;          /* [DeltaNet layer][kernel - 1][conv_dim]: the last raw inputs, oldest first */
     size_t S_layer, conv_layer; /* floats of one layer */
+    float *h;             /* [D] the last token's row after the final norm: its logits can be made again */
+    /* After a forward on trial S and conv still lack its tokens; these rows make up for the first tape_len of them. */
+    float *tape;          /* [DeltaNet layer][MAX_TRIAL][conv_dim raw inputs, then b and a: 2 nv] */
+    size_t tape_row;      /* floats of one row */
+    int tape_len;
+    bool mtp;             /* the head's keys and values are kept too, to draft with */
+    int mtp_len;          /* positions they are there for; those up to tokens.len wait in work.pair */
 } State;
 
 /* A copy of a state's recurrent part at some length; keys and values need none. */
@@ -415,12 +438,12 @@ typedef struct { int n_tokens; float *recurrent; } Snapshot;
 
 /* Scratch for one forward of up to `batch` tokens. Memory is committed as far as it is used. */
 typedef struct {
-    int batch;
+    int batch;            /* tokens of a prompt read at a time */
     float *x;             /* [n][D] the residual stream, rows xn.ld apart */
     Acts xn;              /* [n][D] after a norm */
-    float *proj;          /* [n][proj_ld] what the mixer's input projection made; then q, k and v are finished in place */
+    float *proj;          /* [rows][proj_ld] what the mixer's input projection made; then q, k and v are finished in place */
     size_t proj_ld;
-    float *ba;            /* [n][ba_ld] DeltaNet's b and a */
+    float *ba;            /* [rows][ba_ld] DeltaNet's b and a; rows: gdn_rows */
     size_t ba_ld;
     Acts mix;             /* [n][value_dim or H hd] the mixer's output before its last projection */
     float *out;           /* [n][D] what a mixer or MLP adds to x, rows xn.ld apart */
@@ -435,6 +458,8 @@ typedef struct {
     int *slot_token;      /* [n (k + 1)] rows of h: which token ... */
     float *slot_weight;   /* [n (k + 1)] ... and its weight */
     Acts h;               /* [n (k + 1)][the largest I] silu(gate) up */
+    Acts pair;            /* [pair_rows][2 D] MTP: rows waiting for their next token: (its embedding, hidden), both normed */
+    int pair_rows;
     float *partial;       /* [G][row blocks][ranges][MAX_ROWS (hdp + TILE)]: attention not yet merged, for small n */
     float *logits;        /* [HEAD_ROWS][logits_ld] */
     size_t logits_ld;
@@ -476,9 +501,9 @@ struct Kernels {
     /* y[r][0..15] = sum over c of W[0..15][c] x[r][c] for n <= rows activation rows; w is one tile.
      * x[r] points to floats for F32 and BF16, to ActBlocks for the quantized types (levels: Q4's two codebooks).
      * BF16 takes columns in pairs: with an odd number x has one more float, of any finite value.
-     * next: a tile of the same size to fetch into the cache meanwhile, or NULL (for tile_f16 always NULL). */
+     * next: a tile of the same size to fetch into the cache meanwhile, or NULL (for tile_kv always NULL). */
     TileKernel *tile[N_TYPES];
-    TileKernel *tile_f16;  /* the same for keys and values stored as f16: w is [cols][16 f16] */
+    TileKernel *tile_kv[N_KV]; /* the same for keys and values: w is [cols][16] numbers of this type, q8's without scale */
     void (*quantize)(ActBlock *q, const float *x, int n);   /* floats to int8 blocks, zero padded */
     float (*dot)(const float *a, const float *b, int n);
     void (*sigmoid)(float *y, const float *x, int n);       /* y = 1 / (1 + exp(-x)) */
@@ -936,6 +961,23 @@ static void bind_layers(Reader *r, Model *m)
     }
 }
 
+/* The multi-token prediction head, all of it or, without its first tensor, nothing. */
+static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
+{
+    const char *layer = "mtp.layers.0.";
+    int D = c->hidden_size;
+    mtp->fc = bind_matrix(r, "", "mtp.fc", OPTIONAL, 0, false, D, 2 * D);
+    if (!mtp->fc.data) return;
+    mtp->pre_fc_norm_embedding = bind_floats(r, "", "mtp.pre_fc_norm_embedding", REQUIRED, D, 0);
+    mtp->pre_fc_norm_hidden = bind_floats(r, "", "mtp.pre_fc_norm_hidden", REQUIRED, D, 0);
+    mtp->norm = bind_floats(r, "", "mtp.norm", REQUIRED, D, 0);
+    mtp->layer = (Layer){.full_attention = true, .attn.index = c->has_full};
+    mtp->layer.input_layernorm = bind_floats(r, layer, "input_layernorm", REQUIRED, D, 0);
+    mtp->layer.post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, D, 0);
+    bind_attention(r, c, layer, &mtp->layer.attn);
+    bind_mlp(r, c, layer, true, &mtp->layer.mlp);
+}
+
 /* Open a checkpoint: afterwards every pointer of the model points into the mapping and is safe to follow. */
 static Model open_model(const char *path)
 {
@@ -951,10 +993,9 @@ static Model open_model(const char *path)
     m.norm = bind_floats(&r, "", "norm", REQUIRED, D, 0);
     m.lm_head = bind_matrix(&r, "", "lm_head", OPTIONAL, 0, false, V, D);
     if (!m.lm_head.data) m.lm_head = m.embed_tokens;
-    m.has_mtp = find_tensor(&r, "mtp.fc") != NULL;
+    bind_mtp(&r, &m.config, &m.mtp);
     for (uint32_t i = 0; i < r.header->n_tensors; i++) {
         m.quantized |= r.tensors[i].type >= Q8;
-        r.bound += !strncmp(r.tensors[i].name, "mtp.", 4);
         if (r.tensors[i].type == Q4 && !find_meta(&r, "q4_levels", META_INT)) die("%s: key q4_levels: missing", path);
     }
     if (r.bound != r.header->n_tensors)
@@ -973,6 +1014,7 @@ typedef struct {
     const int *tokens;    /* [n] */
     int n;                /* tokens in this batch */
     int pos;              /* position of the first of them */
+    bool trial;           /* they may be taken back: DeltaNet states stay before them */
     const float *norm;    /* weight for the norm stage */
     bool add_out;         /* the norm stage first adds work.out to x */
 } Pass;
@@ -992,6 +1034,15 @@ static void l2norm(const Kernels *kn, float *x, int n, float scale)
 {
     scale /= sqrtf(kn->dot(x, x, n) + 1e-6f);
     for (int i = 0; i < n; i++) x[i] *= scale;
+}
+
+/* Index of the largest of x[0..n), the first of equals. */
+static int likeliest(const float *x, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
 }
 
 /* x = x sigmoid(x); s is scratch [n] */
@@ -1181,21 +1232,24 @@ static void quantize_mix_item(void *arg, int t, int thread)
     quantize_row(p->e, &p->e->work.mix, (size_t)t);
 }
 
-/* Write rows [n][cols] of an intermediate tensor as DIR/LAYER.NAME.npy (numpy's format), when asked to. */
+/* Write rows [n][cols] of an intermediate tensor as DIR/LAYER.NAME.npy (numpy's format), when asked to. Those of a later
+ * batch are appended; of the MTP head, which runs draft by draft, the last draft's stay. */
 static void dump(const Pass *p, const char *name, const float *data, int n, int cols, size_t ld)
 {
     if (!p->e->dump_dir) return;
-    char path[PATH_MAX], header[128];
-    int layer = p->layer ? (int)(p->layer - p->e->model.layers) : -1;
-    if (layer < 0) snprintf(path, sizeof path, "%s/%s.npy", p->e->dump_dir, name);
-    else snprintf(path, sizeof path, "%s/layers.%d.%s.npy", p->e->dump_dir, layer, name);
-    FILE *f = fopen(path, "wb");
+    char path[PATH_MAX], header[128], layer[32] = "";
+    if (p->layer == &p->e->model.mtp.layer) strcpy(layer, "mtp.layers.0.");
+    else if (p->layer) snprintf(layer, sizeof layer, "layers.%d.", (int)(p->layer - p->e->model.layers));
+    snprintf(path, sizeof path, "%s/%s%s.npy", p->e->dump_dir, layer, name);
+    int before = p->layer == &p->e->model.mtp.layer ? 0 : p->pos;
+    FILE *f = fopen(path, before ? "r+b" : "wb");
     if (!f) die("%s: %s", path, strerror(errno));
     memset(header, ' ', sizeof header);
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
-    header[10 + snprintf(header + 10, 100, "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d)}", n, cols)] = ' ';
+    header[10 + snprintf(header + 10, 100, "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d)}", before + n, cols)] = ' ';
     header[127] = '\n';
     fwrite(header, 1, sizeof header, f);
+    fseek(f, 0, SEEK_END);
     for (int t = 0; t < n; t++) fwrite(data + (size_t)t * ld, sizeof(float), (size_t)cols, f);
     bool failed = ferror(f);
     if (fclose(f) || failed) die("%s: %s", path, strerror(errno));
@@ -1223,9 +1277,16 @@ static void conv_silu(const Pass *p, const float *conv_state, int first, int cou
     silu(p->e->kernels, out, s, count);
 }
 
-/* One head of q, k or v, all tokens: convolve in place, last token first, so that no input is overwritten before it has
+/* Rows of work.proj and work.ba that a DeltaNet layer works on: first those of tokens whose trial went well, which S and
+ * conv have still to take in, then the batch. */
+static int gdn_rows(const Pass *p) { return p->e->state.tape_len + p->n; }
+
+/* How many of them S and conv take in: tokens on trial are not among them. */
+static int gdn_kept_rows(const Pass *p) { return p->e->state.tape_len + (p->trial ? 0 : p->n); }
+
+/* One head of q, k or v, all rows: convolve in place, last row first, so that no input is overwritten before it has
  * been used; then scale queries and keys (unit length; queries, as in attention, also by 1 / sqrt(dk)). The state
- * becomes the last kernel - 1 raw inputs. */
+ * becomes the last kernel - 1 raw inputs kept. */
 static void gdn_conv(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -1233,16 +1294,16 @@ static void gdn_conv(void *arg, int item, int thread)
     const Work *w = &p->e->work;
     int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, qk = 2 * c->linear_num_key_heads;
     int width = item < qk ? dk : dv, first = item < qk ? item * dk : 2 * c->key_dim + (item - qk) * dv;
-    int keep = c->linear_conv_kernel_dim - 1;
+    int keep = c->linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
     size_t row = (size_t)c->conv_dim, bytes = (size_t)width * sizeof(float);
     float *state = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer;
     float *out = thread_scratch(w, thread), *tmp = out + width, *raw = tmp + width; /* raw: [keep][width] */
     for (int j = 0; j < keep; j++) {
-        int src = p->n - keep + j; /* in the batch; below zero: j + n in the old state */
-        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld : state + (size_t)(j + p->n) * row;
+        int src = kept - keep + j; /* a row; below zero: j + kept in the old state */
+        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld : state + (size_t)(j + kept) * row;
         memcpy(raw + j * width, in + first, bytes);
     }
-    for (int t = p->n - 1; t >= 0; t--) {
+    for (int t = gdn_rows(p) - 1; t >= 0; t--) {
         conv_silu(p, state, first, width, t, out, tmp);
         if (item < qk) l2norm(p->e->kernels, out, dk, item < qk / 2 ? 1 / sqrtf((float)dk) : 1);
         memcpy(w->proj + (size_t)t * w->proj_ld + first, out, bytes);
@@ -1250,7 +1311,7 @@ static void gdn_conv(void *arg, int item, int thread)
     for (int j = 0; j < keep; j++) memcpy(state + (size_t)j * row + first, raw + j * width, bytes);
 }
 
-/* How much of the memory stays and how strongly to write, for value head h of n tokens from t0:
+/* How much of the memory stays and how strongly to write, for value head h of n rows from t0:
  * decay = exp(-exp(A_log) softplus(a + dt_bias)), beta = sigmoid(b) */
 static void gdn_gates(const Pass *p, int h, int t0, int n, float *decay, float *beta)
 {
@@ -1277,7 +1338,7 @@ static void gated_norm(const Pass *p, float *out, const float *o, const float *z
     for (int i = 0; i < dv; i++) out[i] = o[i] * scale * p->layer->linear.norm[i] * gate[i];
 }
 
-/* Value head h for all tokens of the batch: gate, walk the state, norm. */
+/* Value head h for all rows: gate, walk the state, norm what belongs to the batch. */
 static void gdn_head(void *arg, int h, int thread)
 {
     const Pass *p = arg;
@@ -1285,24 +1346,60 @@ static void gdn_head(void *arg, int h, int thread)
     const Config *c = &e->model.config;
     Work *w = &e->work;
     int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, dvp = (int)round_up((size_t)dv, TILE);
-    int kh = h / (c->linear_num_value_heads / c->linear_num_key_heads);
+    int kh = h / (c->linear_num_value_heads / c->linear_num_key_heads), rows = gdn_rows(p), kept = gdn_kept_rows(p);
     float *S = e->state.S + (size_t)p->layer->linear.index * e->state.S_layer + (size_t)h * (size_t)(dk * dvp);
     float *o = thread_scratch(w, thread); /* [GDN_CHUNK][dvp] */
-    float *decay = o + GDN_CHUNK * dvp, *beta = decay + GDN_CHUNK, *tmp = beta + GDN_CHUNK;
-    for (int t0 = 0; t0 < p->n; t0 += GDN_CHUNK) {
-        int n = min_int(GDN_CHUNK, p->n - t0);
+    float *decay = o + GDN_CHUNK * dvp, *beta = decay + GDN_CHUNK, *tmp = beta + GDN_CHUNK, *trial = tmp + 2 * dvp;
+    for (int t0 = 0; t0 < rows; t0 += GDN_CHUNK) {
+        int n = min_int(GDN_CHUNK, rows - t0), stay = max_int(0, min_int(n, kept - t0));
         const float *q = w->proj + (size_t)t0 * w->proj_ld + kh * dk, *k = q + c->key_dim;
         const float *v = w->proj + (size_t)t0 * w->proj_ld + 2 * c->key_dim + h * dv;
+        size_t on = (size_t)stay * w->proj_ld; /* to the first row on trial */
         gdn_gates(p, h, t0, n, decay, beta);
         /* S = decay S;  u = beta (v - S'k);  S = S + k u';  o = S'q, 16 columns at a time: FN(delta_rule) in section 15.
          * Columns from dv to dvp are computed from what lies behind the head's v, and read by nobody. */
-        for (int col = 0; col < dvp; col += TILE)
-            e->kernels->delta_rule(S + col * dk, dk, n, q, k, v + col, w->proj_ld, decay, beta, o + col, dvp);
-        for (int t = 0; t < n; t++) {
+        for (int col = 0; col < dvp; col += TILE) {
+            float *s = S + col * dk;
+            if (stay) e->kernels->delta_rule(s, dk, stay, q, k, v + col, w->proj_ld, decay, beta, o + col, dvp);
+            if (stay == n) continue;
+            memcpy(trial, s, (size_t)dk * TILE * sizeof *s); /* the others see a copy, which is forgotten */
+            e->kernels->delta_rule(trial, dk, n - stay, q + on, k + on, v + on + col, w->proj_ld, decay + stay,
+                                   beta + stay, o + stay * dvp + col, dvp);
+        }
+        for (int t = max_int(0, e->state.tape_len - t0); t < n; t++) {
+            size_t token = (size_t)(t0 + t - e->state.tape_len);
             const float *z = w->proj + (size_t)(t0 + t) * w->proj_ld + c->conv_dim + h * dv;
-            gated_norm(p, w->mix.f + (size_t)(t0 + t) * w->mix.ld + h * dv, o + t * dvp, z, tmp);
+            gated_norm(p, w->mix.f + token * w->mix.ld + h * dv, o + t * dvp, z, tmp);
         }
     }
+}
+_Static_assert(2 * MAX_TRIAL <= GDN_CHUNK, "a trial's rows are walked through in one piece");
+
+/* Put the tape's rows before the batch's, and the batch's, when it is on trial, on the tape. */
+static void gdn_tape(const Pass *p)
+{
+    const Config *c = &p->e->model.config;
+    const State *s = &p->e->state;
+    const Work *w = &p->e->work;
+    size_t conv = (size_t)c->conv_dim * sizeof(float), ba = 2 * (size_t)c->linear_num_value_heads * sizeof(float);
+    float *tape = s->tape + (size_t)p->layer->linear.index * MAX_TRIAL * s->tape_row;
+    for (int t = 0; t < s->tape_len; t++) {
+        memcpy(w->proj + (size_t)t * w->proj_ld, tape + (size_t)t * s->tape_row, conv);
+        memcpy(w->ba + (size_t)t * w->ba_ld, tape + (size_t)t * s->tape_row + c->conv_dim, ba);
+    }
+    for (int t = 0; p->trial && t < p->n; t++) {
+        memcpy(tape + (size_t)t * s->tape_row, w->proj + (size_t)(s->tape_len + t) * w->proj_ld, conv);
+        memcpy(tape + (size_t)t * s->tape_row + c->conv_dim, w->ba + (size_t)(s->tape_len + t) * w->ba_ld, ba);
+    }
+}
+
+/* From projections to work.mix; with an empty batch only the tape goes into S and conv. */
+static void gdn_walk(Pass *p)
+{
+    const Config *c = &p->e->model.config;
+    gdn_tape(p);
+    parallel_for(p->e->pool, 2 * c->linear_num_key_heads + c->linear_num_value_heads, gdn_conv, p);
+    parallel_for(p->e->pool, c->linear_num_value_heads, gdn_head, p);
 }
 
 /* The whole mixer: work.out = W_out (heads of W_in xn). */
@@ -1313,13 +1410,13 @@ static void gdn_mixer(Pass *p)
     const Config *c = &e->model.config;
     const LinearAttn *a = &p->layer->linear;
     double start = now();
-    matmul(e, &a->in_proj_qkvz, &w->xn, 0, p->n, w->proj, w->proj_ld, NULL);
-    matmul(e, &a->in_proj_ba, &w->xn, 0, p->n, w->ba, w->ba_ld, NULL);
+    float *proj = w->proj + (size_t)e->state.tape_len * w->proj_ld, *ba = w->ba + (size_t)e->state.tape_len * w->ba_ld;
+    matmul(e, &a->in_proj_qkvz, &w->xn, 0, p->n, proj, w->proj_ld, NULL);
+    matmul(e, &a->in_proj_ba, &w->xn, 0, p->n, ba, w->ba_ld, NULL);
     double projected = now();
-    dump(p, "linear_attn.qkvz", w->proj, p->n, c->conv_dim + c->value_dim, w->proj_ld);
+    dump(p, "linear_attn.qkvz", proj, p->n, c->conv_dim + c->value_dim, w->proj_ld);
     w->mix.cols = c->value_dim;
-    parallel_for(e->pool, 2 * c->linear_num_key_heads + c->linear_num_value_heads, gdn_conv, p);
-    parallel_for(e->pool, c->linear_num_value_heads, gdn_head, p);
+    gdn_walk(p);
     dump(p, "linear_attn.gated_norm", w->mix.f, p->n, c->value_dim, w->mix.ld);
     parallel_for(e->pool, p->n, quantize_mix_item, p);
     double mixed = now();
@@ -1345,42 +1442,69 @@ static size_t v_offset(const Config *c, int pos, int d)
     return ((size_t)(pos / KV_RANGE) * tiles + (size_t)d) * KV_RANGE * TILE + (size_t)(pos % KV_RANGE) * TILE;
 }
 
-/* Store one key or value element in the cache's type. */
-static void kv_put(const State *s, uint8_t *base, size_t at, float value)
+/* Which of all heads of all layers KV head g of this layer is. */
+static size_t kv_head(const Pass *p, int g)
 {
-    if (s->kv_f16) ((uint16_t *)base)[at] = float_to_f16(value);
-    else ((float *)base)[at] = value;
+    return (size_t)p->layer->attn.index * (size_t)p->e->model.config.num_key_value_heads + (size_t)g;
 }
 
-/* Norm and rotate one token's queries and keys, and store its keys and values. */
-static void attn_prepare(void *arg, int t, int thread)
+/* Store number i of a head's key or value as element `at` of its cache, in the cache's type. */
+static void kv_put(KvType type, uint8_t *cache, size_t at, float x, float scale)
+{
+    if (type == KV_F32) ((float *)(void *)cache)[at] = x;
+    if (type == KV_F16) ((uint16_t *)(void *)cache)[at] = float_to_f16(x);
+    if (type == KV_Q8) ((int8_t *)cache)[at] = scale > 0 ? (int8_t)rintf(x / scale) : 0;
+}
+
+/* KV_Q8: x = scale * q with q from -127 to 127, for one head's key or value x[n]. A row that is not finite becomes 0. */
+static float kv_scale(const float *x, int n)
+{
+    float max = 0;
+    for (int i = 0; i < n; i++) max = fmaxf(max, fabsf(x[i]));
+    return max < INFINITY ? max / 127 : 0;
+}
+
+/* Norm and rotate one token's keys, and store its keys and values. */
+static void attn_store(void *arg, int t, int thread)
 {
     (void)thread;
     const Pass *p = arg;
     const Config *c = &p->e->model.config;
     const SelfAttn *a = &p->layer->attn;
-    const Kernels *kn = p->e->kernels;
     State *s = &p->e->state;
-    int hd = c->head_dim, H = c->num_attention_heads, G = c->num_key_value_heads, half = c->rotary_dim / 2;
+    int hd = c->head_dim, H = c->num_attention_heads, G = c->num_key_value_heads, pos = p->pos + t;
     const float *rope = p->e->work.rope + (size_t)t * (size_t)c->rotary_dim;
-    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld;
-    float *k = q + 2 * H * hd /* the gates lie between */, *v = k + G * hd;
-    for (int h = 0; h < H; h++) {
-        rmsnorm(kn, q + h * hd, q + h * hd, a->q_norm, hd, c->rms_norm_eps);
-        rope_partial(q + h * hd, rope, half);
-        for (int i = 0; i < hd; i++) q[h * hd + i] *= 1 / sqrtf((float)hd); /* scores are q . k / sqrt(hd) */
-    }
-    int pos = p->pos + t;
-    for (int g = 0; g < G; g++) {
-        rmsnorm(kn, k + g * hd, k + g * hd, a->k_norm, hd, c->rms_norm_eps);
-        rope_partial(k + g * hd, rope, half);
-        size_t head = (size_t)a->index * s->kv_layer + (size_t)g * s->kv_head;
+    float *k = p->e->work.proj + (size_t)t * p->e->work.proj_ld + 2 * H * hd /* behind queries and gates */, *v = k + G * hd;
+    for (int g = 0; g < G; g++, k += hd, v += hd) {
+        rmsnorm(p->e->kernels, k, k, a->k_norm, hd, c->rms_norm_eps);
+        rope_partial(k, rope, c->rotary_dim / 2);
+        size_t head = kv_head(p, g), scale = head * s->kv_positions + (size_t)pos;
+        float k_scale = 0, v_scale = 0;
+        if (s->kv_type == KV_Q8) {
+            s->k_scale[scale] = k_scale = kv_scale(k, hd);
+            s->v_scale[scale] = v_scale = kv_scale(v, hd);
+        }
         for (int i = 0; i < hd; i++) {
             size_t at = ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE);
-            kv_put(s, s->k + head, at, k[g * hd + i]);
-            kv_put(s, s->v + head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[g * hd + i]);
+            kv_put(s->kv_type, s->k + head * s->kv_head, at, k[i], k_scale);
+            kv_put(s->kv_type, s->v + head * s->kv_head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[i], v_scale);
         }
     }
+}
+
+/* Norm and rotate one token's queries; then its keys and values. */
+static void attn_prepare(void *arg, int t, int thread)
+{
+    const Pass *p = arg;
+    const Config *c = &p->e->model.config;
+    int hd = c->head_dim;
+    float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld;
+    for (int h = 0; h < c->num_attention_heads; h++, q += hd) {
+        rmsnorm(p->e->kernels, q, q, p->layer->attn.q_norm, hd, c->rms_norm_eps);
+        rope_partial(q, p->e->work.rope + (size_t)t * (size_t)c->rotary_dim, c->rotary_dim / 2);
+        for (int i = 0; i < hd; i++) q[i] *= 1 / sqrtf((float)hd); /* scores are q . k / sqrt(hd) */
+    }
+    attn_store(arg, t, thread);
 }
 
 /* Softmax attention of up to MAX_ROWS query rows over a range of positions, unfinished:
@@ -1409,22 +1533,26 @@ static void attn_range(AttnRows *a, int range, float *scratch)
     int pos = range * KV_RANGE, count = min_int(KV_RANGE, a->last[a->n - 1] + 1 - pos);
     count = max_int(count, 0); /* 0: all of these rows' tokens lie before this range */
     int padded = (int)round_up((size_t)count, TILE);
-    size_t head = (size_t)a->p->layer->attn.index * s->kv_layer + (size_t)a->g * s->kv_head, width = s->kv_f16 ? 2 : 4;
-    TileKernel *tile = s->kv_f16 ? e->kernels->tile_f16 : e->kernels->tile[F32];
+    size_t head = kv_head(a->p, a->g), width = KV_BYTES[s->kv_type], first = head * s->kv_positions + (size_t)pos;
+    const uint8_t *keys = s->k + head * s->kv_head, *values = s->v + head * s->kv_head;
+    TileKernel *tile = e->kernels->tile_kv[s->kv_type];
+    bool scaled = s->kv_type == KV_Q8;
     for (int i = 0; i < count; i += TILE) { /* scores = q . k: a tile of 16 keys against all rows */
-        tile(s->k + head + (size_t)(pos + i) * (size_t)c->head_dim * width, c->head_dim, a->q, a->n, y, NULL, NULL);
+        tile(keys + (size_t)(pos + i) * (size_t)c->head_dim * width, c->head_dim, a->q, a->n, y, NULL, NULL);
         for (int r = 0; r < a->n; r++) memcpy(score[r] + i, y[r], sizeof y[r]);
     }
     for (int r = 0; r < a->n; r++) { /* weights = exp(scores - the largest), 0 for what the row may not see */
         int seen = min_int(count, a->last[r] + 1 - pos);
         float max = -INFINITY;
+        for (int i = 0; scaled && i < count; i++) score[r][i] *= s->k_scale[first + (size_t)i];
         for (int i = 0; i < seen; i++) max = score[r][i] > max ? score[r][i] : max;
         for (int i = max_int(seen, 0); i < padded; i++) score[r][i] = seen > 0 ? -INFINITY : 0;
         a->sm[r] = (Softmax){max, seen > 0 ? e->kernels->exp_sum(score[r], max, padded) : 0};
+        for (int i = 0; scaled && i < count; i++) score[r][i] *= s->v_scale[first + (size_t)i];
         weights[r] = score[r];
     }
     for (int d = 0; d < a->hdp / TILE; d++) { /* o = weights . values: a tile of 16 dims */
-        tile(s->v + head + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL, NULL);
+        tile(values + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL, NULL);
         for (int r = 0; r < a->n; r++) memcpy(a->o + r * a->hdp + d * TILE, y[r], sizeof y[r]);
     }
 }
@@ -1743,6 +1871,9 @@ static void mlp_block(Pass *p)
 
 /* ---- 10. Forward ---- */
 
+static void mtp_fill(Engine *e);
+static void mtp_wait_item(void *arg, int t, int thread);
+
 /* The embedding of token t opens its residual stream. */
 static void embed_item(void *arg, int t, int thread)
 {
@@ -1752,29 +1883,43 @@ static void embed_item(void *arg, int t, int thread)
     matrix_row(&m->embed_tokens, m->q4_levels, p->tokens[t], p->e->work.x + (size_t)t * p->e->work.xn.ld);
 }
 
+/* x += mixer(norm(x));  out = mlp(norm(x)): the MLP's part is added by the next norm, as that of the layer before (if
+ * add_out) is by this one's first. */
+static void decoder_layer(Pass *p, bool add_out)
+{
+    const Work *w = &p->e->work;
+    int D = p->e->model.config.hidden_size;
+    add_and_norm(p, p->layer->input_layernorm, add_out);
+    dump(p, "input", w->x, p->n, D, w->xn.ld);
+    if (p->layer->full_attention) attn_mixer(p);
+    else gdn_mixer(p);
+    dump(p, "mixer", w->out, p->n, D, w->xn.ld);
+    add_and_norm(p, p->layer->post_attention_layernorm, true);
+    mlp_block(p);
+}
+
 /* Run n <= work.batch tokens through all layers, extending the state by them. Afterwards work.xn holds the rows
- * after the final norm. The caller has made sure that n more positions fit into the context. */
-static void forward(Engine *e, const int *tokens, int n)
+ * after the final norm. The caller has made sure that n more positions fit into the context.
+ * trial: n <= MAX_TRIAL, and state_keep says afterwards how many of them stay. */
+static void forward(Engine *e, const int *tokens, int n, bool trial)
 {
     State *s = &e->state;
-    Model *m = &e->model;
-    Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len};
+    const Model *m = &e->model;
+    if (s->mtp && s->tokens.len - s->mtp_len + n > e->work.pair_rows) mtp_fill(e);
+    Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len, .trial = trial};
     fill_rope(m, e->work.rope, p.pos, n);
     parallel_for(e->pool, n, embed_item, &p);
     for (int i = 0; i < m->config.num_hidden_layers; i++) {
         p.layer = &m->layers[i];
-        add_and_norm(&p, p.layer->input_layernorm, i > 0);
-        dump(&p, "input", e->work.x, n, m->config.hidden_size, e->work.xn.ld);
-        if (p.layer->full_attention) attn_mixer(&p);
-        else gdn_mixer(&p);
-        dump(&p, "mixer", e->work.out, n, m->config.hidden_size, e->work.xn.ld);
-        add_and_norm(&p, p.layer->post_attention_layernorm, true);
-        mlp_block(&p);
+        decoder_layer(&p, i > 0);
     }
     p.layer = NULL;
     add_and_norm(&p, m->norm, true);
     dump(&p, "norm", e->work.xn.f, n, m->config.hidden_size, e->work.xn.ld);
+    if (s->mtp) parallel_for(e->pool, n, mtp_wait_item, &p);
     for (int t = 0; t < n; t++) tokens_add(&s->tokens, tokens[t]);
+    s->tape_len = trial ? n : 0;
+    memcpy(s->h, e->work.xn.f + (size_t)(n - 1) * e->work.xn.ld, (size_t)m->config.hidden_size * sizeof(float));
 }
 
 /* Logits of rows [first, first + n) of the last forward, n <= HEAD_ROWS: work.logits[i][vocab]. */
@@ -1786,47 +1931,192 @@ static const float *head_logits(Engine *e, int first, int n)
     return e->work.logits;
 }
 
+/* Logits of the last token fed, whatever has been computed since: work.logits[0][vocab]. */
+static const float *last_logits(Engine *e)
+{
+    Work *w = &e->work;
+    memcpy(w->xn.f, e->state.h, (size_t)e->model.config.hidden_size * sizeof(float));
+    quantize_row(e, &w->xn, 0);
+    return head_logits(e, 0, 1);
+}
+
+/* ---- 10a. Multi-token prediction (arXiv 2412.19437, section 2.2) ----
+ * One more layer guesses a token further ahead. For position t, with h the row after the model's final norm:
+ *
+ *     x = W_fc [norm(embed[token t+1]), norm(h_t)];   y = norm(layer(x));   logits of token t+2 = lm_head . y
+ *
+ * and, guess after guess, y takes the place of h. The layer attends to its own keys and values of all earlier positions,
+ * and these need nothing of the layer but x. A row h_t waits in work.pair until the token after it is known; then rows
+ * are turned into keys and values, many at once. */
+
+/* h of token t of the batch takes its place among the waiting rows, normed. */
+static void mtp_wait_item(void *arg, int t, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Model *m = &p->e->model;
+    const Acts *xn = &p->e->work.xn, *pair = &p->e->work.pair;
+    int D = m->config.hidden_size;
+    float *row = pair->f + (size_t)(p->pos + t - p->e->state.mtp_len) * pair->ld;
+    rmsnorm(p->e->kernels, row + D, xn->f + (size_t)t * xn->ld, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
+}
+
+/* The other half of a waiting row: token t's embedding, normed. The pass: tokens from the first waiting row on. */
+static void mtp_embed_item(void *arg, int t, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Model *m = &p->e->model;
+    float *row = p->e->work.pair.f + (size_t)t * p->e->work.pair.ld;
+    matrix_row(&m->embed_tokens, m->q4_levels, p->tokens[t], row);
+    rmsnorm(p->e->kernels, row, row, m->mtp.pre_fc_norm_embedding, m->config.hidden_size, m->config.rms_norm_eps);
+    quantize_row(p->e, &p->e->work.pair, (size_t)t);
+}
+
+/* Rows [first, first + count) of a matrix; first begins a tile. */
+static Matrix some_rows(const Matrix *m, int first, int count)
+{
+    Matrix part = *m;
+    part.rows = count;
+    part.data = m->data + (size_t)(first / TILE) * m->tile_bytes;
+    return part;
+}
+
+/* Keys and values for the waiting rows whose next token has been fed: all but the last. */
+static void mtp_fill(Engine *e)
+{
+    State *s = &e->state;
+    Work *w = &e->work;
+    const Config *c = &e->model.config;
+    const Mtp *mtp = &e->model.mtp;
+    int total = max_int(0, s->tokens.len - 1 - s->mtp_len);
+    int first = 2 * c->num_attention_heads * c->head_dim / TILE * TILE; /* the tile in which keys begin */
+    const float *bias = mtp->layer.attn.qgkv_bias;
+    Matrix kv = some_rows(&mtp->layer.attn.qgkv_proj, first, mtp->layer.attn.qgkv_proj.rows - first);
+    for (int done = 0, n; done < total; done += n) {
+        n = min_int(total - done, w->batch);
+        Pass p = {.e = e, .layer = &mtp->layer, .tokens = s->tokens.id + s->mtp_len + 1, .n = n, .pos = s->mtp_len};
+        parallel_for(e->pool, n, mtp_embed_item, &p);
+        matmul(e, &mtp->fc, &w->pair, 0, n, w->x, w->xn.ld, NULL);
+        add_and_norm(&p, mtp->layer.input_layernorm, false);
+        matmul(e, &kv, &w->xn, 0, n, w->proj + first, w->proj_ld, bias ? bias + first : NULL);
+        fill_rope(&e->model, w->rope, p.pos, n);
+        parallel_for(e->pool, n, attn_store, &p);
+        s->mtp_len += n; /* the others move up */
+        memmove(w->pair.f, w->pair.f + (size_t)n * w->pair.ld, (size_t)(s->tokens.len - s->mtp_len) * w->pair.ld * sizeof(float));
+    }
+}
+
+/* Guess `count` <= MAX_DRAFT tokens that follow `token`, which follows the tokens fed: each the likeliest of the first
+ * `vocab` ids, whose logits, if asked for, go to logits [count][vocab]. A guess leaves nothing behind: its keys and values
+ * will be overwritten. */
+static void mtp_draft(Engine *e, int token, int *guess, int count, int vocab, float *logits)
+{
+    const Model *m = &e->model;
+    Work *w = &e->work;
+    int D = m->config.hidden_size;
+    Matrix head = some_rows(&m->lm_head, 0, vocab);
+    mtp_fill(e);
+    for (int i = 0; i < count; i++) {
+        int next[MAX_TRIAL] = {token}; /* row i of the pairs belongs to the i-th of these */
+        memcpy(next + 1, guess, (size_t)i * sizeof *guess);
+        Pass p = {.e = e, .layer = &m->mtp.layer, .tokens = next, .n = 1, .pos = e->state.mtp_len + i};
+        mtp_embed_item(&p, i, 0);
+        matmul(e, &m->mtp.fc, &w->pair, (size_t)i, 1, w->x, w->xn.ld, NULL);
+        fill_rope(m, w->rope, p.pos, 1);
+        decoder_layer(&p, false);
+        add_and_norm(&p, m->mtp.norm, true);
+        matmul(e, &head, &w->xn, 0, 1, w->logits, w->logits_ld, NULL);
+        if (logits) memcpy(logits + (size_t)i * (size_t)vocab, w->logits, (size_t)vocab * sizeof *logits);
+        guess[i] = likeliest(w->logits, min_int(vocab, m->config.tokenizer_size));
+        float *after = w->pair.f + (size_t)(i + 1) * w->pair.ld; /* y takes h's place */
+        rmsnorm(e->kernels, after + D, w->xn.f, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
+    }
+}
+
 /* ---- 11. State: allocation, snapshots ---- */
 
 /* Forget everything: the state of an empty text. */
 static void state_reset(State *s)
 {
-    s->tokens.len = 0;
+    s->tokens.len = s->tape_len = s->mtp_len = 0;
     memset(s->recurrent, 0, s->recurrent_len * sizeof *s->recurrent);
 }
 
-/* Reserve memory for ctx positions; it is committed as it is used. */
-static void state_init(State *s, const Config *c, int ctx, bool kv_f16)
+/* Reserve memory for ctx positions; it is committed as it is used. mtp: keep what drafting needs, too. */
+static void state_init(State *s, const Config *c, int ctx, KvType kv_type, bool mtp)
 {
     size_t dvp = round_up((size_t)c->linear_value_head_dim, TILE), hdp = round_up((size_t)c->head_dim, TILE);
-    size_t linear = (size_t)c->has_linear, full = (size_t)c->has_full;
+    size_t linear = (size_t)c->has_linear, heads = mul((size_t)(c->has_full + mtp), (size_t)c->num_key_value_heads);
     s->ctx = ctx;
-    s->kv_f16 = kv_f16;
-    s->kv_head = mul(round_up((size_t)ctx, KV_RANGE), hdp) * (kv_f16 ? 2 : 4);
-    s->kv_layer = mul(s->kv_head, (size_t)c->num_key_value_heads);
-    s->k = (uint8_t *)reserve(mul(s->kv_layer, full) / 4, "keys");
-    s->v = (uint8_t *)reserve(mul(s->kv_layer, full) / 4, "values");
+    s->mtp = mtp;
+    s->kv_type = kv_type;
+    s->kv_positions = round_up((size_t)ctx, KV_RANGE);
+    s->kv_head = mul(s->kv_positions, hdp) * KV_BYTES[kv_type];
+    s->k = (uint8_t *)reserve(mul(s->kv_head, heads) / 4, "keys");
+    s->v = (uint8_t *)reserve(mul(s->kv_head, heads) / 4, "values");
+    s->k_scale = kv_type == KV_Q8 ? reserve(mul(s->kv_positions, heads), "scales of keys") : NULL;
+    s->v_scale = kv_type == KV_Q8 ? reserve(mul(s->kv_positions, heads), "scales of values") : NULL;
     s->S_layer = mul((size_t)c->linear_num_value_heads * dvp, (size_t)c->linear_key_head_dim);
     s->conv_layer = (size_t)(c->linear_conv_kernel_dim - 1) * (size_t)c->conv_dim;
-    s->recurrent_len = linear * (s->S_layer + s->conv_layer);
+    s->recurrent_len = linear * (s->S_layer + s->conv_layer) + (size_t)c->hidden_size;
     s->recurrent = reserve(s->recurrent_len, "recurrent state");
     s->S = s->recurrent;
-    s->conv = s->recurrent + linear * s->S_layer;
+    s->conv = s->S + linear * s->S_layer;
+    s->h = s->conv + linear * s->conv_layer;
+    s->tape_row = (size_t)c->conv_dim + 2 * (size_t)c->linear_num_value_heads;
+    s->tape = reserve(mtp ? linear * MAX_TRIAL * s->tape_row : 0, "tape");
+}
+
+/* Of the n tokens of the last forward, which was on trial, only the first `kept` >= 1 stay. */
+static void state_keep(Engine *e, int n, int kept)
+{
+    State *s = &e->state;
+    s->tokens.len -= n - kept;
+    s->tape_len = kept;
+    memcpy(s->h, e->work.xn.f + (size_t)(kept - 1) * e->work.xn.ld, (size_t)e->model.config.hidden_size * sizeof(float));
+}
+
+/* Bring S and conv up to the last token. */
+static void state_settle(Engine *e)
+{
+    Pass p = {.e = e};
+    if (!e->state.tape_len) return;
+    for (int i = 0; i < e->model.config.num_hidden_layers; i++) {
+        p.layer = &e->model.layers[i];
+        if (!p.layer->full_attention) gdn_walk(&p);
+    }
+    e->state.tape_len = 0;
+}
+
+/* The last token's row waits for its next token again, though this was known once. */
+static void mtp_wait_again(Engine *e)
+{
+    const Model *m = &e->model;
+    int D = m->config.hidden_size;
+    e->state.mtp_len = max_int(0, e->state.tokens.len - 1);
+    if (e->state.mtp)
+        rmsnorm(e->kernels, e->work.pair.f + D, e->state.h, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
 }
 
 /* Remember the state as it is now. */
-static void snapshot_take(Snapshot *snap, const State *s)
+static void snapshot_take(Snapshot *snap, Engine *e)
 {
-    if (!snap->recurrent) snap->recurrent = reserve(s->recurrent_len, "snapshot");
+    const State *s = &e->state;
+    state_settle(e);
+    if (!snap->recurrent) snap->recurrent = grow(NULL, s->recurrent_len, sizeof *snap->recurrent);
     memcpy(snap->recurrent, s->recurrent, s->recurrent_len * sizeof *s->recurrent);
     snap->n_tokens = s->tokens.len;
 }
 
 /* Back to the length the snapshot was taken at; keys and values beyond it are simply overwritten later. */
-static void snapshot_restore(const Snapshot *snap, State *s)
+static void snapshot_restore(const Snapshot *snap, Engine *e)
 {
+    State *s = &e->state;
     memcpy(s->recurrent, snap->recurrent, s->recurrent_len * sizeof *s->recurrent);
+    s->tape_len = 0;
     s->tokens.len = snap->n_tokens;
+    if (s->mtp_len >= s->tokens.len) mtp_wait_again(e);
 }
 
 /* Floats from row to row of a buffer with so many columns: an odd number of tiles (cache lines). At a power of two
@@ -1852,19 +2142,20 @@ static void work_init(Engine *e, int batch)
     const Config *c = &e->model.config;
     Work *w = &e->work;
     bool q = e->model.quantized;
-    size_t n = (size_t)batch, D = (size_t)c->hidden_size, H = (size_t)c->num_attention_heads, hd = (size_t)c->head_dim;
-    size_t k = c->has_sparse ? (size_t)c->num_experts_per_tok : 0, E = c->has_sparse ? (size_t)c->num_experts : 0;
+    size_t n = (size_t)max_int(batch, MAX_TRIAL), D = (size_t)c->hidden_size, H = (size_t)c->num_attention_heads, hd = (size_t)c->head_dim;
+    bool sparse = c->has_sparse || e->state.mtp;
+    size_t k = sparse ? (size_t)c->num_experts_per_tok : 0, E = sparse ? (size_t)c->num_experts : 0;
     size_t linear_rows = (size_t)(c->conv_dim + c->value_dim), qgkv_rows = 2 * (H + (size_t)c->num_key_value_heads) * hd;
-    size_t inner = c->has_sparse ? (size_t)max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size) : 1;
+    size_t inner = sparse ? (size_t)max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size) : 1;
     if (c->has_dense) inner = inner > (size_t)c->intermediate_size ? inner : (size_t)c->intermediate_size;
     w->batch = batch;
     w->xn = acts_init(n, D, q);
     w->x = reserve(n * w->xn.ld, "residual stream");
     w->out = reserve(n * w->xn.ld, "residual stream");
     w->proj_ld = row_stride(max_size(linear_rows, qgkv_rows) + TILE, TILE); /* + TILE: gdn_head reads v in whole tiles */
-    w->proj = reserve(mul(n, w->proj_ld), "projections");
+    w->proj = reserve(mul(n + MAX_TRIAL, w->proj_ld), "projections"); /* + MAX_TRIAL: rows from the tape, in ba too */
     w->ba_ld = row_stride(2 * (size_t)c->linear_num_value_heads, TILE);
-    w->ba = reserve(n * w->ba_ld, "gates");
+    w->ba = reserve((n + MAX_TRIAL) * w->ba_ld, "gates");
     w->mix = acts_init(n, H * hd > (size_t)c->value_dim ? H * hd : (size_t)c->value_dim, q);
     w->rope = reserve(n * (size_t)c->rotary_dim, "rotary angles");
     w->router_ld = row_stride(E ? E : 1, TILE);
@@ -1876,13 +2167,15 @@ static void work_init(Engine *e, int batch)
     w->slot_token = (int *)reserve(n * (k + 1), "router");
     w->slot_weight = reserve(n * (k + 1), "router");
     w->h = acts_init(n * (k + 1), inner, q);
+    w->pair_rows = (int)n + MAX_TRIAL;
+    if (e->state.mtp) w->pair = acts_init((size_t)w->pair_rows, 2 * D, q);
     w->logits_ld = round_up((size_t)c->vocab_size, TILE);
     w->logits = reserve(HEAD_ROWS * w->logits_ld, "logits");
     size_t group = H / (size_t)c->num_key_value_heads, blocks = (MAX_ROWS * group + 3) / 4; /* a kernel takes 4 rows or more */
     size_t hdp = round_up(hd, TILE), ranges = (size_t)attn_ranges(e->state.ctx);
     w->partial = reserve(mul(mul((size_t)c->num_key_value_heads * blocks, ranges), MAX_ROWS * (hdp + TILE)), "attention");
     size_t dk = (size_t)c->linear_key_head_dim, dvp = round_up((size_t)c->linear_value_head_dim, TILE);
-    size_t need = GDN_CHUNK * (dvp + 2) + 2 * dvp;                                      /* gdn_head */
+    size_t need = GDN_CHUNK * (dvp + 2) + 2 * dvp + dk * TILE;                          /* gdn_head */
     need = max_size(need, (size_t)(c->linear_conv_kernel_dim + 1) * (dk + dvp));        /* gdn_conv */
     need = max_size(need, MAX_ROWS * (KV_RANGE + 2 * hdp) + hdp);                       /* attn_block */
     need = max_size(need, (size_t)FFN_CHUNK * SUPER);                                   /* ffn_up_item */
@@ -2571,11 +2864,8 @@ static int sampler_distribution(Sampler *s, const float *logits)
 static int sample(Sampler *s, const float *logits)
 {
     if (s->set.temperature == 0) {
-        int best = 0;
         penalize(s, logits, s->logits);
-        for (int i = 1; i < s->vocab; i++)
-            if (s->logits[i] > s->logits[best]) best = i;
-        return best;
+        return likeliest(s->logits, s->vocab);
     }
     int n = sampler_distribution(s, logits), i = 0;
     double u = random_unit(s);
@@ -2840,6 +3130,13 @@ INLINE void FN(load_f16)(vf *out, const uint16_t *p)
 #endif
 }
 
+/* LANES floats from int8. */
+INLINE void FN(load_int8)(vf *out, const int8_t *p)
+{
+    typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+    *out = __builtin_convertvector(__builtin_convertvector(*(const bytes *)p, vi), vf);
+}
+
 /* The int8 heart: each lane (row) adds the products of its 4 weights (stored + 128) with 4 activations.
  * DOT_UNSIGNED: the instruction takes the weights as stored, so sums begin at -128 * (sum of activations). */
 #if defined USE_AVX512
@@ -2892,7 +3189,7 @@ INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels, const vi
 
 /* One tile against n rows, n a constant: y[t] = sum over c of column c times x[t][c], in the order of c. */
 INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next,
-                         bool f16)
+                         KvType type)
 {
     vf acc[ROWS][PARTS], column[PARTS];
     UNROLL for (int t = 0; t < n; t++)
@@ -2900,7 +3197,8 @@ INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float
     for (int c = 0; c < cols; c++) {
         if (next) __builtin_prefetch(next + (size_t)c * TILE * 4, 0, 2);
         UNROLL for (int p = 0; p < PARTS; p++) {
-            if (f16) FN(load_f16)(&column[p], (const uint16_t *)w + (size_t)c * TILE + p * LANES);
+            if (type == KV_F16) FN(load_f16)(&column[p], (const uint16_t *)w + (size_t)c * TILE + p * LANES);
+            else if (type == KV_Q8) FN(load_int8)(&column[p], (const int8_t *)w + (size_t)c * TILE + p * LANES);
             else column[p] = *(const vfu *)((const float *)w + (size_t)c * TILE + p * LANES);
         }
         UNROLL for (int t = 0; t < n; t++)
@@ -3006,8 +3304,9 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
         (void)levels;                                                                                                  \
         EACH_ROWS(call)                                                                                                \
     }
-TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, next, false))
-TILE_KERNEL(tile_f16, FN(f32_rows)(w, cols, x, y, N, next, true))
+TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, next, KV_F32))
+TILE_KERNEL(kv_f16, FN(f32_rows)(w, cols, x, y, N, next, KV_F16))
+TILE_KERNEL(kv_q8, FN(f32_rows)(w, cols, x, y, N, next, KV_Q8))
 TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N, next))
 TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, next, 8, NULL))
 TILE_KERNEL(tile_q6, FN(int8_rows)(w, cols, x, y, N, next, 6, NULL))
@@ -3192,7 +3491,8 @@ TARGET static double FN(peak)(float *data, bool floats)
 #define QUOTE(x) QUOTE2(x)
 static const Kernels FN(kernels) = {
     QUOTE(KERNEL_PASS), ROWS,
-    {NULL, FN(tile_f32), FN(tile_bf16), FN(tile_q8), FN(tile_q4), FN(tile_q6)}, FN(tile_f16),
+    {NULL, FN(tile_f32), FN(tile_bf16), FN(tile_q8), FN(tile_q4), FN(tile_q6)},
+    {FN(tile_f32), FN(kv_f16), FN(kv_q8)},
     FN(quantize), FN(dot), FN(sigmoid), FN(exp_sum), FN(add_scaled), FN(peak), FN(delta_rule)};
 
 #undef TARGET
@@ -3282,15 +3582,49 @@ typedef struct {
     bool ids, echo, quiet, verbose, help, version;
 } Args;
 
+/* How many tokens to draft is measured, not assumed: what a step with so many drafts takes, and how often a draft is
+ * right, give the tokens a second of every choice. The best one is used, and now and then one of its neighbours. */
+typedef struct {
+    int fixed;                         /* -d N, or -1 */
+    int steps[AUTO_DRAFT + 1];         /* measured with so many drafts */
+    double seconds[AUTO_DRAFT + 1];    /* of such a step, running mean */
+    int reached[MAX_DRAFT];            /* i-th drafts that could be compared, those before them being right ... */
+    double right[MAX_DRAFT];           /* ... and the share of them that was right, running mean */
+    int until_try, interval;           /* steps to the next try of a neighbour, and between tries */
+    int seen[32];                      /* tokens fed so far by the number of bits of their id */
+    int64_t drafted, accepted;         /* since the last report */
+} Drafter;
+
 /* All that a mode works with. */
 typedef struct {
     Args args;
     Engine engine;
     Tokenizer *tokenizer; /* NULL until some text has to be read or written */
     Sampler sampler;
+    Drafter drafter;
     double prompt_seconds, answer_seconds;
     int prompt_tokens, answer_tokens;
 } Run;
+
+/* Among how many ids to look for a guess. The vocabulary is sorted: merges that are more frequent come first, so that a text
+ * mostly keeps to the first ids, and the output head, by far the largest part of a guess, need not be read whole. Few
+ * guesses are lost when 31 of 32 tokens so far lie below. */
+static int draft_vocab(const Drafter *d, const Config *c)
+{
+    int64_t all = 0, below = 0;
+    int bits = 0;
+    for (int i = 0; i < 32; i++) all += d->seen[i];
+    while (bits < 30 && (below += d->seen[bits]) * 32 < all * 31) bits++;
+    return min_int(c->tokenizer_size, max_int(1 << bits, 16 * TILE));
+}
+
+/* Count a token for it. */
+static void draft_saw(Drafter *d, int id)
+{
+    int bits = 0;
+    for (; id; id >>= 1) bits++;
+    d->seen[bits]++;
+}
 
 /* -v: the ids fed, on stderr. */
 static void report_fed(const Run *r, const int *ids, int n)
@@ -3315,8 +3649,8 @@ static int feed(Run *r, const int *ids, int n)
     int done = 0;
     while (done < n && !interrupted) {
         int batch = min_int(n - done, r->engine.work.batch);
-        forward(&r->engine, ids + done, batch);
-        for (int i = 0; i < batch; i++) sampler_saw(&r->sampler, ids[done + i], false);
+        forward(&r->engine, ids + done, batch, false);
+        for (int i = 0; i < batch; i++) sampler_saw(&r->sampler, ids[done + i], false), draft_saw(&r->drafter, ids[done + i]);
         done += batch;
         show_progress(r, done, n);
     }
@@ -3389,7 +3723,7 @@ static void close_answer(Chat *c, Prompt *p)
         return;
     }
     if (c->prompted) {
-        snapshot_restore(&c->mark, &c->run->engine.state);
+        snapshot_restore(&c->mark, &c->run->engine);
         if (c->run->args.verbose) fprintf(stderr, "rewind: %d\n", c->mark.n_tokens);
     }
     add_turn(p, &t->assistant_prefix, text, n, 0, &t->assistant_suffix);
@@ -3405,50 +3739,123 @@ static bool is_stop(const Model *m, int id)
     return false;
 }
 
-/* Draw, print and feed tokens until a stop token, `limit` tokens (0: no limit), a full context or an interrupt. The
- * first is drawn from row `row` of the last forward. The printer keeps the answer's text, without a stop token.
- * Returns a token that was printed but not fed any more, or -1. */
-static int generate(Run *r, int limit, Printer *printer, int row)
+enum { DRAFT_TRIES = 4, DRAFT_MEMORY = 32, DRAFT_INTERVAL = 32, DRAFT_INTERVAL_MOST = 1024 };
+
+/* The n-th value (from 1) into a mean that remembers about DRAFT_MEMORY of them. */
+static void running_mean(double *mean, int n, double value) { *mean += (value - *mean) / min_int(n, DRAFT_MEMORY); }
+
+/* Tokens a second with n drafts a step, n measured: one token is sure, each draft adds one if all up to it are right. */
+static double draft_rate(const Drafter *d, int n)
+{
+    double tokens = 1, all_right = 1;
+    for (int i = 0; i < n; i++) tokens += all_right *= d->right[i];
+    return tokens / d->seconds[n];
+}
+
+/* Drafts for the next step. */
+static int draft_length(Drafter *d)
+{
+    int best = 0;
+    if (d->fixed >= 0) return d->fixed;
+    for (int n = 0; n <= AUTO_DRAFT; n++) {
+        if (d->steps[n] < DRAFT_TRIES && n <= best + 1) return n; /* not known yet, and the way there was uphill */
+        if (d->steps[n] && draft_rate(d, n) > draft_rate(d, best)) best = n;
+    }
+    if (d->until_try-- > 0) return best;
+    d->interval = d->interval ? min_int(2 * d->interval, DRAFT_INTERVAL_MOST) : DRAFT_INTERVAL;
+    d->until_try = d->interval;
+    return best == 0 || (d->interval / DRAFT_INTERVAL % 2 && best < AUTO_DRAFT) ? best + 1 : best - 1;
+}
+
+/* A step with n drafts of which the first `right` were right took so long. */
+static void draft_learn(Drafter *d, int n, int right, double seconds)
+{
+    for (int i = 0; i < n && i <= right; i++) running_mean(&d->right[i], ++d->reached[i], i < right);
+    if (n > AUTO_DRAFT) return;
+    if (d->steps[n]) seconds = fmin(seconds, 3 * d->seconds[n]); /* the machine had other things to do */
+    running_mean(&d->seconds[n], ++d->steps[n], seconds);
+}
+
+/* A forward in generation: a token, guesses after it, and how many of them have come true. */
+typedef struct { int id[MAX_TRIAL], n_guesses, right; double start; } Step;
+
+/* Feed a token, with guesses after it if that pays, at most `most`; work.logits: a row for each. */
+static void step_begin(Run *r, Step *step, int id, int most)
 {
     Engine *e = &r->engine;
+    int room = e->state.ctx - e->state.tokens.len - 1;
+    *step = (Step){.id = {id}, .start = now()};
+    if (e->state.mtp) step->n_guesses = max_int(0, min_int(draft_length(&r->drafter), min_int(most, room)));
+    if (step->n_guesses) mtp_draft(e, id, step->id + 1, step->n_guesses, draft_vocab(&r->drafter, &e->model.config), NULL);
+    forward(e, step->id, 1 + step->n_guesses, step->n_guesses > 0);
+    head_logits(e, 0, 1 + step->n_guesses);
+}
+
+/* Keep what came true. whole: the guesses were compared up to the first wrong one. */
+static void step_end(Run *r, Step *step, bool whole)
+{
+    if (step->start == 0) return; /* there was none */
+    if (step->n_guesses) state_keep(&r->engine, 1 + step->n_guesses, 1 + step->right);
+    if (whole) draft_learn(&r->drafter, step->n_guesses, step->right, now() - step->start);
+    report_fed(r, step->id, 1 + step->right);
+    for (int i = 0; i <= step->right; i++) draft_saw(&r->drafter, step->id[i]);
+    r->drafter.drafted += step->n_guesses;
+    r->drafter.accepted += step->right;
+    step->start = 0;
+}
+
+/* Draw, print and feed tokens until a stop token, `limit` tokens (0: no limit), a full context or an interrupt. The
+ * printer keeps the answer's text, without a stop token. Drafting changes nothing but speed: every token is drawn from
+ * the logits that it would have been drawn from without, with the same random number, and a guess counts only when it is
+ * the token drawn. Returns a token that was printed but not fed any more, or -1. */
+static int generate(Run *r, int limit, Printer *printer)
+{
+    Engine *e = &r->engine;
+    Step step = {0};
     double start = now();
-    const float *logits = head_logits(e, row, 1);
+    const float *logits = last_logits(e);
     int unfed = -1;
     for (int count = 1; !interrupted; count++) {
         int id = sample(&r->sampler, logits);
         bool stop = is_stop(&e->model, id);
-        sampler_saw(&r->sampler, id, true);
         r->answer_tokens++;
         if (r->args.ids) printf(count > 1 ? " %d" : "%d", id), fflush(stdout);
         else if (!stop || r->args.verbose) print_token(printer, id, !stop);
         if (stop) break;
+        sampler_saw(&r->sampler, id, true);
         unfed = id;
         if (count == limit) break;
-        if (e->state.tokens.len == e->state.ctx) {
-            if (isatty(1)) fputc('\n', stderr); /* not on the answer's line */
-            warn("the context of %d tokens is full (-c sets it)", e->state.ctx);
-            break;
+        if (step.right < step.n_guesses && id == step.id[1 + step.right]) {
+            step.right++;
+        } else {
+            step_end(r, &step, true);
+            if (e->state.tokens.len == e->state.ctx) {
+                if (isatty(1)) fputc('\n', stderr); /* not on the answer's line */
+                warn("the context of %d tokens is full (-c sets it)", e->state.ctx);
+                break;
+            }
+            step_begin(r, &step, id, limit ? limit - count - 1 : MAX_DRAFT);
         }
-        forward(e, &id, 1);
-        report_fed(r, &id, 1);
         unfed = -1;
-        logits = head_logits(e, 0, 1);
+        logits = e->work.logits + (size_t)step.right * e->work.logits_ld;
     }
+    step_end(r, &step, false);
     r->answer_seconds += now() - start;
     return unfed;
 }
 
-/* Where the last of so many fed tokens lies in the last forward. */
-static int last_row(const Run *r, int fed) { return (fed - 1) % r->engine.work.batch; }
-
 /* One line of statistics on stderr, then start counting anew. */
 static void report_speed(Run *r)
 {
+    char drafts[96] = "";
+    if (r->drafter.drafted)
+        snprintf(drafts, sizeof drafts, "; %lld of %lld drafts right", (long long)r->drafter.accepted, (long long)r->drafter.drafted);
     if (!r->args.quiet)
-        fprintf(stderr, "[prompt %d tokens, %.1f tokens/s; answer %d tokens, %.1f tokens/s; context %d of %d]\n",
+        fprintf(stderr, "[prompt %d tokens, %.1f tokens/s; answer %d tokens, %.1f tokens/s%s; context %d of %d]\n",
                 r->prompt_tokens, r->prompt_seconds > 0 ? r->prompt_tokens / r->prompt_seconds : 0, r->answer_tokens,
-                r->answer_seconds > 0 ? r->answer_tokens / r->answer_seconds : 0, r->engine.state.tokens.len,
+                r->answer_seconds > 0 ? r->answer_tokens / r->answer_seconds : 0, drafts, r->engine.state.tokens.len,
                 r->engine.state.ctx);
+    r->drafter.drafted = r->drafter.accepted = 0;
     r->prompt_tokens = r->answer_tokens = 0;
     r->prompt_seconds = r->answer_seconds = 0;
 }
@@ -3538,7 +3945,7 @@ static int mode_generate(Run *r)
         if (r->args.ids) printf("%d ", prompt.id[i]);
         else print_token(&printer, prompt.id[i], true);
     if (feed(r, prompt.id, prompt.len) == prompt.len)
-        generate(r, (int)r->args.n, &printer, last_row(r, prompt.len));
+        generate(r, (int)r->args.n, &printer);
     if (printer.t) printer_flush(&printer, true);
     if (r->args.ids) putchar('\n');
     else if (isatty(1)) putchar('\n');
@@ -3589,13 +3996,13 @@ static void chat_answer(Chat *c, const Tokens *cue)
 {
     Run *r = c->run;
     Printer printer = {.t = r->tokenizer, .show_special = r->args.verbose};
-    snapshot_take(&c->mark, &r->engine.state);
+    snapshot_take(&c->mark, &r->engine);
     sampler_new_answer(&r->sampler);
     str_set(&c->answer, "", 0);
     c->prompted = feed(r, cue->id, cue->len) == cue->len;
     int unfed = -1;
-    if (c->prompted) unfed = generate(r, (int)r->args.n, &printer, last_row(r, cue->len));
-    else snapshot_restore(&c->mark, &r->engine.state);
+    if (c->prompted) unfed = generate(r, (int)r->args.n, &printer);
+    else snapshot_restore(&c->mark, &r->engine);
     if (unfed >= 0 && r->engine.state.tokens.len < r->engine.state.ctx) feed(r, &unfed, 1); /* cut by -n: still said */
     printer_flush(&printer, true);
     putchar('\n');
@@ -3620,9 +4027,9 @@ static bool chat_turn(Chat *c, const Str *text)
         warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", turn.len + cue.len,
              s->ctx - s->tokens.len, s->ctx);
     } else {
-        snapshot_take(&c->start, s);
+        snapshot_take(&c->start, &r->engine);
         if (feed(r, turn.id, turn.len) < turn.len) {
-            snapshot_restore(&c->start, s);
+            snapshot_restore(&c->start, &r->engine);
             warn("stopped before the answer; the message is forgotten");
         } else {
             c->begun = c->answered = true;
@@ -3821,7 +4228,7 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
     Engine *e = &r->engine;
     for (int done = 0; done < prompt->len && !interrupted;) {
         int batch = min_int(prompt->len - done, e->work.batch);
-        forward(e, prompt->id + done, batch);
+        forward(e, prompt->id + done, batch, false);
         for (int row = 0; row < batch; row += HEAD_ROWS) {
             int n = min_int(HEAD_ROWS, batch - row);
             const float *logits = head_logits(e, row, n);
@@ -3860,13 +4267,25 @@ static void check_output(const char *out, const char *const inputs[], int n)
             die("-o %s: that is %s, which is being read", out, inputs[i]);
 }
 
+/* --dump with -d N: the logits of N drafts after the prompt and its likeliest next token, as mtp.logits.npy [N][vocab]. */
+static void dump_drafts(Run *r, int n)
+{
+    Engine *e = &r->engine;
+    int vocab = e->model.config.vocab_size, guess[MAX_DRAFT];
+    if (n <= 0) return;
+    float *logits = grow(NULL, mul((size_t)n, (size_t)vocab), sizeof *logits);
+    mtp_draft(e, likeliest(last_logits(e), e->model.config.tokenizer_size), guess, n, vocab, logits);
+    dump(&(Pass){.e = e}, "mtp.logits", logits, n, vocab, (size_t)vocab);
+    free(logits);
+}
+
 /* -m logits: every position's logits to -o FILE. */
 static int mode_logits(Run *r)
 {
     const char *out = r->args.out;
     Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
-    if (r->args.dump && prompt.len > r->engine.work.batch)
-        die("--dump: takes one batch of at most %d tokens, found %d", r->engine.work.batch, prompt.len);
+    if (prompt.len + max_int(0, (int)r->args.draft) > r->engine.state.ctx)
+        die("-d %d: no room after a prompt of %d tokens in a context of %d", (int)r->args.draft, prompt.len, r->engine.state.ctx);
     struct stat info;
     if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
         die("--dump %s: wanted a folder to write to", r->args.dump);
@@ -3878,6 +4297,7 @@ static int mode_logits(Run *r)
     l.file = fopen(l.path, "wb");
     if (!l.file) die("%s: %s", l.path, strerror(errno));
     each_logits(r, &prompt, write_logits, &l);
+    if (!interrupted && r->args.dump) dump_drafts(r, (int)r->args.draft);
     if (fclose(l.file) || (!interrupted && l.temporary && rename(l.path, out))) logits_failed(&l, out);
     if (interrupted && l.temporary) unlink(l.path);
     return interrupted ? 130 : 0;
@@ -4067,8 +4487,8 @@ static double bench_tokens(Run *r, int n, bool one_by_one)
     }
     double start = now();
     if (one_by_one)
-        for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1), head_logits(&r->engine, 0, 1);
-    else if (feed(r, ids, n)) head_logits(&r->engine, last_row(r, n), 1);
+        for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1, false), head_logits(&r->engine, 0, 1);
+    else if (feed(r, ids, n)) last_logits(&r->engine);
     free(ids);
     return now() - start;
 }
@@ -4090,7 +4510,7 @@ static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
     for (int i = -1; i < BENCH_ROUNDS && !interrupted; i++) { /* the first is not counted: it brings the weights in */
         int8 = fmax(int8, peak(m, false));
         floats = fmax(floats, peak(m, true));
-        snapshot_restore(start, &r->engine.state);
+        snapshot_restore(start, &r->engine);
         if (i == 0) memset(r->engine.seconds, 0, sizeof r->engine.seconds);
         double took = bench_tokens(r, n, false);
         if (i >= 0) sample_add(&speed, n / took), seconds += took;
@@ -4111,7 +4531,7 @@ static void bench_decode(Run *r, Machine *m, int n)
 {
     const State *s = &r->engine.state;
     const Config *c = &r->engine.model.config;
-    double seconds = 0, position = 2.0 * c->has_full * c->num_key_value_heads * c->head_dim * (s->kv_f16 ? 2 : 4);
+    double seconds = 0, position = 2.0 * c->has_full * c->num_key_value_heads * c->head_dim * (double)KV_BYTES[s->kv_type];
     double bytes = bytes_per_token(&r->engine.model) + 2.0 * sizeof(float) * (double)s->recurrent_len +
                    position * (s->tokens.len + n / 2);
     Sample bandwidth = {0}, share = {0};
@@ -4146,9 +4566,9 @@ static int mode_bench(Run *r)
     Machine m = {.r = r, .total = r->engine.model.file.size / READ_PIECE};
     if (m.total > READ_WINDOW) m.total = READ_WINDOW;
     for (size_t i = 0; i < m.total; i += READ_PIECES) read_some(&m); /* not counted: brings the pages in */
-    snapshot_take(&deep, &r->engine.state);
+    snapshot_take(&deep, &r->engine);
     bench_prefill(r, &m, &deep, prompt);
-    snapshot_restore(&deep, &r->engine.state);
+    snapshot_restore(&deep, &r->engine);
     if (!interrupted) bench_decode(r, &m, decode);
     printf("peak_memory %ld MB\n", peak_memory_mb());
     return interrupted ? 130 : 0;
@@ -4185,14 +4605,14 @@ static const Option OPTIONS[] = {
     {"system", "y", TEXT, AT(system), 0, 0, "TEXT", "system prompt"},
     {"tokenizer", "z", TEXT, AT(tokenizer), 0, 0, "FILE", "tokenizer; default: tokenizer.bin beside the model, the program, or here"},
     {"threads", "j", WHOLE, AT(threads), 1, MAX_THREADS, "N", "threads; default: the physical cores"},
-    {"draft", "d", WHOLE, AT(draft), 0, 8, "N", "tokens drafted by MTP a step; 0: off (more: not yet)"},
+    {"draft", "d", WHOLE, AT(draft), 0, MAX_DRAFT, "N", "tokens drafted by MTP a step; 0: off; default: what is measured to be best"},
     {"load", NULL, LATER, AT(load), 0, 0, "FILE", "go on with a saved conversation (not yet)"},
     {"save", NULL, LATER, AT(save), 0, 0, "FILE", "save the conversation (not yet)"},
     {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
     {"memory", NULL, LATER, AT(memory), 0, 0, "N", "bytes of weights to keep in memory (not yet)"},
     {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
     {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
-    {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models) or f32"},
+    {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models), f32 or q8"},
     {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 1024"},
     {"depth", NULL, WHOLE, AT(depth), 0, 1 << 28, "N", "bench: positions to fill first"},
     {"prompt", NULL, WHOLE, AT(prompt), 1, 1 << 28, "N", "bench: tokens of the prompt; default 512 (decode: -n, default 128)"},
@@ -4302,23 +4722,32 @@ static const Mode *choose_mode(Args *a)
     usage_error("-m %s: no such mode", a->mode);
 }
 
+/* The type of keys and values of this name, or N_KV. */
+static KvType kv_named(const char *name)
+{
+    KvType type = KV_F32;
+    while (type < N_KV && strcmp(name, KV_NAMES[type])) type++;
+    return type;
+}
+
 /* Combinations that make no sense are refused, not ignored. */
 static void check_args(const Args *a)
 {
     bool logits = !strcmp(a->mode, "logits");
     if (!a->model) usage_error("wanted a model, found none");
-    if (a->draft > 0) usage_error("-d %lld: this version cannot draft yet", (long long)a->draft);
     if (a->text && a->file) usage_error("-i and -f: one prompt is enough");
     if (logits && !a->out) usage_error("-m logits: wants -o FILE");
     if (!logits && a->out) usage_error("-o: only -m logits writes a file");
     if (!logits && a->dump) usage_error("--dump: goes with -m logits");
+    bool drafts = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate") || !strcmp(a->mode, "bench") || a->dump;
+    if (a->draft > 0 && !drafts) usage_error("-d: goes with -m chat, generate and bench, and with --dump");
     if ((a->depth || a->prompt) && strcmp(a->mode, "bench")) usage_error("--%s: goes with -m bench", a->depth ? "depth" : "prompt");
     if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");
     if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
     if (a->ids && (no_prompt || !strcmp(a->mode, "chat"))) usage_error("--ids: -m %s takes no ids", a->mode);
     if ((a->text || a->file) && no_prompt) usage_error("-%c: -m %s takes no prompt", a->text ? 'i' : 'f', a->mode);
-    if (a->kv && strcmp(a->kv, "f16") && strcmp(a->kv, "f32")) usage_error("--kv: wanted f16 or f32, found \"%s\"", a->kv);
+    if (a->kv && kv_named(a->kv) == N_KV) usage_error("--kv: wanted f16, f32 or q8, found \"%s\"", a->kv);
     static const char *const sets[] = {"plain", "avx2", "avx512", "neon"};
     bool known = !a->cpu;
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) known |= a->cpu && !strcmp(a->cpu, sets[i]);
@@ -4349,8 +4778,11 @@ static void start_engine(Run *r)
     e->kernels = choose_kernels(a->cpu);
     e->pool = pool_create(a->threads > 0 ? (int)a->threads : physical_cores());
     e->dump_dir = a->dump;
-    bool f32 = a->kv ? !strcmp(a->kv, "f32") : !e->model.quantized;
-    state_init(&e->state, c, ctx, !f32);
+    KvType kv_type = a->kv ? kv_named(a->kv) : e->model.quantized ? KV_F16 : KV_F32;
+    bool drafts = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate") || a->draft > 0;
+    if (a->draft > 0 && !e->model.mtp.fc.data) die("%s: tensor mtp.fc: missing: -d %lld wants an MTP head", a->model, (long long)a->draft);
+    state_init(&e->state, c, ctx, kv_type, e->model.mtp.fc.data && drafts && a->draft != 0);
+    r->drafter.fixed = (int)a->draft;
     work_init(e, min_int((int)a->batch, ctx));
     uint64_t seed = a->seed >= 0 ? (uint64_t)a->seed : (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
     sampler_init(&r->sampler, sampling_of(a, e->model.sampling), seed, c->tokenizer_size);

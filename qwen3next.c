@@ -106,6 +106,8 @@ enum {
     MAX_STOPS = 16,
 };
 
+#define SNAPSHOT_BYTES ((size_t)2 << 30) /* of a conversation, to go back to its turns: beyond, the oldest are dropped */
+
 _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can address");
 
 /* ---- 2. Utilities ---- */
@@ -138,6 +140,7 @@ __attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static int min_int(int a, int b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
 
 /* a * b, or the end of the program when the product does not fit. */
@@ -254,36 +257,78 @@ static uint16_t float_to_f16(float f)
     return (uint16_t)(sign | ((bits >> 13) - (112 << 10)));
 }
 
-/* The whole of a file, or of standard input for "-". Fails with a message. */
-static Str read_all(const char *path)
+/* The whole of a file, or of standard input for "-", into an empty string. False after a message. */
+static bool read_file(const char *path, Str *s)
 {
-    Str s = {0};
     FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) die("%s: %s", path, strerror(errno));
+    if (!f) return warn("%s: %s", path, strerror(errno)), false;
     char buffer[1 << 16];
-    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(&s, buffer, n);
-    if (ferror(f)) die("%s: %s", path, strerror(errno));
+    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
+    bool failed = ferror(f);
+    if (failed) warn("%s: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
-    str_add(&s, "", 0);
-    return s;
+    str_add(s, "", 0);
+    return !failed;
 }
 
-/* A file mapped for reading. Fails with a message unless it is a regular file of at least 64 bytes. */
+/* A file mapped for reading, shared with the page cache. */
 typedef struct { const uint8_t *data; size_t size; const char *path; } Mapping;
 
-/* Map a whole file read-only, shared with the page cache. */
-static Mapping map_file(const char *path)
+/* Map a whole file: a regular one of at least 64 bytes. False after a message. */
+static bool map_file(const char *path, Mapping *m)
 {
     struct stat info;
+    void *p = MAP_FAILED;
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* O_NONBLOCK: do not wait on a FIFO */
-    if (fd < 0 || fstat(fd, &info)) die("%s: %s", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) die("%s: wanted a regular file", path);
-    if (info.st_size < 64) die("%s: wanted a header of 64 bytes, found a file of %lld", path, (long long)info.st_size);
-    void *p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
-    if (p == MAP_FAILED) die("%s: cannot map: %s", path, strerror(errno));
-    close(fd);
+    if (fd < 0 || fstat(fd, &info)) warn("%s: %s", path, strerror(errno));
+    else if (!S_ISREG(info.st_mode)) warn("%s: wanted a regular file", path);
+    else if (info.st_size < 64) warn("%s: wanted a header of 64 bytes, found a file of %lld", path, (long long)info.st_size);
+    else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
+        warn("%s: cannot map: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    if (p == MAP_FAILED) return false;
     want_huge_pages(p, (size_t)info.st_size);
-    return (Mapping){p, (size_t)info.st_size, path};
+    *m = (Mapping){p, (size_t)info.st_size, path};
+    return true;
+}
+
+/* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
+typedef struct { FILE *file; const char *name; char path[PATH_MAX]; bool temporary; } OutFile;
+
+/* Begin to write a file. False after a message. */
+static bool out_open(OutFile *o, const char *name)
+{
+    struct stat info;
+    o->name = name;
+    o->temporary = stat(name, &info) || S_ISREG(info.st_mode);
+    if (o->temporary) snprintf(o->path, sizeof o->path, "%s.%ld.tmp", name, (long)getpid());
+    else snprintf(o->path, sizeof o->path, "%s", name);
+    o->file = fopen(o->path, "wb");
+    if (!o->file) warn("%s: %s", o->path, strerror(errno));
+    return o->file != NULL;
+}
+
+/* End it: whole, and then under its name, or, after a failed write (errno tells which) or by intention, leaving nothing.
+ * durable: on the disk before it takes the place of an older file. False after a message when it was to be whole. */
+static bool out_close(OutFile *o, bool whole, bool durable)
+{
+    int error = ferror(o->file) ? (errno ? errno : EIO) : 0;
+    if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
+    if (fclose(o->file) && !error) error = errno;
+    if (!error && whole && o->temporary && rename(o->path, o->name)) error = errno;
+    if (o->temporary && (error || !whole)) unlink(o->path);
+    if (error) warn("%s: %s", o->name, strerror(error));
+    return whole && !error;
+}
+
+/* Which of n input files (NULL: none) an output would replace, or NULL. */
+static const char *same_file(const char *out, const char *const inputs[], int n)
+{
+    struct stat o, in;
+    for (int i = 0; i < n; i++)
+        if (inputs[i] && !stat(out, &o) && !stat(inputs[i], &in) && S_ISREG(o.st_mode) && o.st_dev == in.st_dev && o.st_ino == in.st_ino)
+            return inputs[i];
+    return NULL;
 }
 
 /* ---- 3. Structs ---- */
@@ -383,6 +428,8 @@ typedef struct {
     bool present, thinking; /* thinking: earlier answers keep only what follows think_end */
     Str prefix, default_system, system_prefix, system_suffix, user_prefix, user_suffix;
     Str assistant_prefix, assistant_suffix, generation_prompt, think_end;
+    Str think_start;        /* think_end without its slash */
+    bool opens_thinking;    /* generation_prompt does */
     int think_trim, system_trim, user_trim, assistant_trim; /* bits: 1, 2 white space; 4, 8 newlines; before, after */
 } ChatPieces;
 
@@ -398,6 +445,7 @@ typedef struct {
     bool quantized;               /* some matrix is: activations are needed as int8 */
     double *inv_freq;             /* [rotary_dim / 2], radians a position */
     float rope_scale;             /* YaRN's factor on cos and sin, else 1 */
+    bool rope_scaled;             /* the checkpoint asks for linear scaling or YaRN itself */
     int8_t q4_levels[32];         /* two codebooks */
     int stop_ids[MAX_STOPS], n_stops;
     uint64_t tokenizer_hash;      /* 0: the checkpoint names no tokenizer */
@@ -417,6 +465,7 @@ typedef struct {
     uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together */
     uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE up][hd / 16 up][KV_RANGE][16 dims] */
     size_t kv_head;       /* bytes from head to head, in both; a layer has G heads */
+    size_t kv_heads;      /* of all layers */
     float *k_scale, *v_scale; /* [attention layer][G][kv_positions]; only with KV_Q8 */
     size_t kv_positions;  /* ctx, rounded up to whole ranges */
     float *recurrent;     /* all that cannot be cut back: S, conv, h, in one piece for snapshots */
@@ -433,7 +482,7 @@ typedef struct {
     int mtp_len;          /* positions they are there for; those up to tokens.len wait in work.pair */
 } State;
 
-/* A copy of a state's recurrent part at some length; keys and values need none. */
+/* A copy of a state's recurrent part at some length; keys and values need none. recurrent NULL: not taken, or dropped. */
 typedef struct { int n_tokens; float *recurrent; } Snapshot;
 
 /* Scratch for one forward of up to `batch` tokens. Memory is committed as far as it is used. */
@@ -617,7 +666,8 @@ static void check_tensors(const Reader *r, size_t payload)
 /* Map a checkpoint and check everything its directory claims. */
 static Reader open_reader(const char *path)
 {
-    Reader r = {.file = map_file(path)};
+    Reader r = {0};
+    if (!map_file(path, &r.file)) exit(1);
     r.header = (const Header *)r.file.data;
     const Header *h = r.header;
     if (memcmp(h->magic, "QWEN3NXT", 8)) die("%s: not a checkpoint of this program (make one with export.py)", path);
@@ -802,35 +852,42 @@ static void read_config(const Reader *r, Config *c)
     c->conv_dim = 2 * c->key_dim + c->value_dim;
 }
 
-/* Rotary frequencies: theta^(-2i/rotary_dim), or, with YaRN (arXiv 2309.00071), slow dimensions divided by the
- * factor, fast ones kept, and a ramp between those that turn beta_slow and beta_fast times in the trained context. */
+/* YaRN (arXiv 2309.00071) for a context `factor` times as long as the trained one: slow dimensions are divided by the
+ * factor, fast ones kept, with a ramp between those that turn `slow` and `fast` times in the trained context. */
+static void stretch_rope(Model *m, double factor, double trained, double fast, double slow, bool truncate)
+{
+    double dim = m->config.rotary_dim, theta = m->config.rope_theta;
+    double low = dim * log(trained / (fast * 2 * M_PI)) / (2 * log(theta));
+    double high = dim * log(trained / (slow * 2 * M_PI)) / (2 * log(theta));
+    if (truncate) low = floor(low), high = ceil(high);
+    low = fmax(low, 0), high = fmin(high, dim - 1);
+    if (low == high) high += 0.001;
+    for (int i = 0; i < m->config.rotary_dim / 2; i++) {
+        double keep = 1 - fmin(fmax((i - low) / (high - low), 0), 1);
+        m->inv_freq[i] = m->inv_freq[i] * keep + m->inv_freq[i] / factor * (1 - keep);
+    }
+}
+
+/* Rotary frequencies: theta^(-2i/rotary_dim), as they are, all divided by a factor, or scaled by YaRN. */
 static void read_rope(const Reader *r, Model *m)
 {
     int half = m->config.rotary_dim / 2;
-    double dim = m->config.rotary_dim, theta = m->config.rope_theta;
     Str type = meta_string(r, "rope_type");
     bool yarn = !strcmp(type.data, "yarn"), linear = !strcmp(type.data, "linear");
     if (!yarn && !linear && strcmp(type.data, "default"))
         die("%s: rope_type: wanted default, linear or yarn, found %.40s", r->file.path, type.data);
     free(type.data);
-    double factor = yarn || linear ? meta_float(r, "rope_factor", 1e-3, 1e6, NAN) : 1, low = 0, high = 0;
+    m->rope_scaled = yarn || linear;
     m->rope_scale = 1;
-    if (yarn) {
-        double trained = meta_int(r, "rope_original_max_position_embeddings", 1, 1 << 28, 0);
-        double fast = meta_float(r, "rope_beta_fast", 1e-6, 1e6, 32), slow = meta_float(r, "rope_beta_slow", 1e-6, 1e6, 1);
-        low = dim * log(trained / (fast * 2 * M_PI)) / (2 * log(theta));
-        high = dim * log(trained / (slow * 2 * M_PI)) / (2 * log(theta));
-        if (meta_int(r, "rope_truncate", 0, 1, 1)) low = floor(low), high = ceil(high);
-        low = fmax(low, 0), high = fmin(high, dim - 1);
-        if (low == high) high += 0.001;
-        m->rope_scale = (float)meta_float(r, "rope_attention_factor", 0, 1e3, NAN);
-    }
+    double factor = m->rope_scaled ? meta_float(r, "rope_factor", 1e-3, 1e6, NAN) : 1;
     m->inv_freq = grow(NULL, (size_t)half, sizeof *m->inv_freq);
-    for (int i = 0; i < half; i++) {
-        double freq = pow(theta, -2.0 * i / dim);
-        double keep = yarn ? 1 - fmin(fmax((i - low) / (high - low), 0), 1) : 0;
-        m->inv_freq[i] = freq * keep + freq / factor * (1 - keep);
-    }
+    for (int i = 0; i < half; i++)
+        m->inv_freq[i] = pow(m->config.rope_theta, -2.0 * i / m->config.rotary_dim) / (linear ? factor : 1);
+    if (!yarn) return;
+    double trained = meta_int(r, "rope_original_max_position_embeddings", 1, 1 << 28, 0);
+    double fast = meta_float(r, "rope_beta_fast", 1e-6, 1e6, 32), slow = meta_float(r, "rope_beta_slow", 1e-6, 1e6, 1);
+    m->rope_scale = (float)meta_float(r, "rope_attention_factor", 0, 1e3, NAN);
+    stretch_rope(m, factor, trained, fast, slow, meta_int(r, "rope_truncate", 0, 1, 1));
 }
 
 /* Read the pieces of the chat template; all empty when the checkpoint has none. */
@@ -846,6 +903,9 @@ static void read_chat(const Reader *r, ChatPieces *c)
     c->present = find_meta(r, "chat.user_prefix", META_STRING) != NULL;
     if (c->present && !c->generation_prompt.len) die("%s: key chat.generation_prompt: missing or empty", r->file.path);
     c->thinking = meta_int(r, "chat.thinking", 0, 1, 0) && c->think_end.len;
+    for (size_t i = 0; i < c->think_end.len; i++)
+        if (c->think_end.data[i] != '/') str_add(&c->think_start, c->think_end.data + i, 1);
+    c->opens_thinking = c->think_start.len && memmem(c->generation_prompt.data, c->generation_prompt.len, c->think_start.data, c->think_start.len);
     c->think_trim = meta_int(r, "chat.think_trim", 0, 15, 4);
     c->system_trim = meta_int(r, "chat.system_trim", 0, 15, 0);
     c->user_trim = meta_int(r, "chat.user_trim", 0, 15, 0);
@@ -2051,6 +2111,7 @@ static void state_init(State *s, const Config *c, int ctx, KvType kv_type, bool 
     s->ctx = ctx;
     s->mtp = mtp;
     s->kv_type = kv_type;
+    s->kv_heads = heads;
     s->kv_positions = round_up((size_t)ctx, KV_RANGE);
     s->kv_head = mul(s->kv_positions, hdp) * KV_BYTES[kv_type];
     s->k = (uint8_t *)reserve(mul(s->kv_head, heads) / 4, "keys");
@@ -2117,6 +2178,13 @@ static void snapshot_restore(const Snapshot *snap, Engine *e)
     s->tape_len = 0;
     s->tokens.len = snap->n_tokens;
     if (s->mtp_len >= s->tokens.len) mtp_wait_again(e);
+}
+
+/* Forget a snapshot. */
+static void snapshot_drop(Snapshot *snap)
+{
+    free(snap->recurrent);
+    *snap = (Snapshot){0};
 }
 
 /* Floats from row to row of a buffer with so many columns: an odd number of tiles (cache lines). At a power of two
@@ -2310,7 +2378,7 @@ static Tokenizer *open_tokenizer(const char *path)
 {
     Tokenizer *t = grow(NULL, 1, sizeof *t);
     memset(t, 0, sizeof *t);
-    t->file = map_file(path);
+    if (!map_file(path, &t->file)) exit(1);
     const TokenizerHeader *h = (const TokenizerHeader *)t->file.data;
     if (memcmp(h->magic, "QWEN3TOK", 8)) die("%s: not a tokenizer of this program (make one with export.py --tokenizer)", path);
     if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
@@ -2649,6 +2717,21 @@ static void prompt_add(Prompt *p, const void *bytes, size_t n, bool trusted)
     for (size_t i = 0; i < n; i++) str_add(&p->trust, &mark, 1);
 }
 
+/* Append another prompt. */
+static void prompt_join(Prompt *p, const Prompt *other)
+{
+    str_add(&p->bytes, other->bytes.data, other->bytes.len);
+    str_add(&p->trust, other->trust.data, other->trust.len);
+}
+
+/* Free a prompt and make it empty. */
+static void free_prompt(Prompt *p)
+{
+    free(p->bytes.data);
+    free(p->trust.data);
+    *p = (Prompt){0};
+}
+
 /* The longest added token at s[0..n) whose bytes are all trusted, or -1; *len: its bytes. */
 static int added_token_at(const Tokenizer *t, const uint8_t *s, const char *trust, size_t n, size_t *len)
 {
@@ -2695,8 +2778,15 @@ static const uint8_t *token_bytes(const Tokenizer *t, int id, size_t *n)
     return t->bytes + t->offsets[id];
 }
 
-/* Writes tokens to stdout as text, holding back the bytes of a character that is not yet complete. */
-typedef struct { const Tokenizer *t; bool show_special; Str held, all; } Printer; /* all: the text so far */
+/* Writes tokens to stdout as text, holding back the bytes of a character that is not yet complete and, if asked to, what
+ * stands before the end of the answer's thinking. */
+typedef struct {
+    const Tokenizer *t;
+    bool show_special, thinking; /* thinking: it may be, and is to be hidden */
+    const ChatPieces *chat;    /* says what begins and ends it; NULL: nothing is hidden */
+    bool trim;                 /* nothing printed yet but hidden thinking: white space that follows it is dropped */
+    Str held, all;             /* all: the answer's text so far */
+} Printer;
 
 /* Write what is complete; with `all`, everything. */
 static void printer_flush(Printer *p, bool all)
@@ -2721,6 +2811,24 @@ static void printer_flush(Printer *p, bool all)
     p->held.len -= done;
 }
 
+/* Whether the answer so far is thinking, or might become it; else `held` is what may be seen of it. */
+static bool still_thinking(Printer *p)
+{
+    const ChatPieces *c = p->chat;
+    size_t n = min_size(p->all.len, c->think_start.len);
+    bool inside = c->opens_thinking, begins = !memcmp(p->all.data, c->think_start.data, n);
+    if (!inside && !begins) return false;
+    if (!inside && n < c->think_start.len) return true;
+    size_t tail = min_size(p->all.len, p->held.len + c->think_end.len); /* where the end could be new */
+    const char *from = p->all.data + p->all.len - tail, *end = memmem(from, tail, c->think_end.data, c->think_end.len);
+    p->held.len = 0;
+    if (!end) return true;
+    end += c->think_end.len;
+    str_set(&p->held, end, (size_t)(p->all.data + p->all.len - end));
+    p->trim = true;
+    return false;
+}
+
 /* Write a token's text, special ones only when asked for; keep: it belongs to the answer's text. */
 static void print_token(Printer *p, int id, bool keep)
 {
@@ -2729,6 +2837,13 @@ static void print_token(Printer *p, int id, bool keep)
     if (id < p->t->n_tokens && p->t->special[id] && !p->show_special) return;
     str_add(&p->held, bytes, n);
     if (keep) str_add(&p->all, bytes, n);
+    if (p->thinking) p->thinking = still_thinking(p);
+    if (p->thinking) return;
+    while (p->trim && p->held.len && isspace((unsigned char)p->held.data[0])) {
+        memmove(p->held.data, p->held.data + 1, p->held.len);
+        p->held.len--;
+    }
+    p->trim &= !p->held.len;
     printer_flush(p, false);
 }
 
@@ -2763,16 +2878,25 @@ static void sampler_init(Sampler *s, SamplerSettings set, uint64_t seed, int voc
     s->logits = grow(NULL, (size_t)vocab, sizeof *s->logits);
 }
 
+/* Whether settings from a file make sense. */
+static bool sampling_valid(const SamplerSettings *s)
+{
+    return s->temperature >= 0 && s->temperature <= 100 && s->top_p >= 0 && s->top_p <= 1 && s->min_p >= 0 && s->min_p <= 1 &&
+           s->repetition_penalty >= 1e-3f && s->repetition_penalty <= 100 && s->presence_penalty >= -100 &&
+           s->presence_penalty <= 100 && s->top_k >= 0;
+}
+
 /* The text's tokens count for the repetition penalty, this answer's for the presence penalty too. */
 static void sampler_saw(Sampler *s, int id, bool generated)
 {
     if (id >= 0 && id < s->vocab) s->seen[id] |= generated ? 3 : 1;
 }
 
-/* A new answer: nothing of it has been generated. */
-static void sampler_new_answer(Sampler *s)
+/* The text is now these n tokens, of which those from `answer` on are this answer's. */
+static void sampler_recount(Sampler *s, const int *ids, int n, int answer)
 {
-    for (int i = 0; i < s->vocab; i++) s->seen[i] &= 1;
+    memset(s->seen, 0, (size_t)s->vocab);
+    for (int i = 0; i < n; i++) sampler_saw(s, ids[i], i >= answer);
 }
 
 /* xorshift64*: 53 random bits as a number in [0, 1). One call for each token drawn. */
@@ -3575,8 +3699,8 @@ static void on_interrupt_leave(int sig) { (void)sig; _exit(130); }
 /* What the command line asked for. */
 typedef struct {
     const char *model, *mode, *text, *file, *out, *system, *tokenizer, *load, *save, *dump, *cpu, *kv;
-    double temperature, top_p, min_p, presence, repetition; /* NAN: not given */
-    int64_t top_k, seed, ctx, threads, draft;     /* -1: not given */
+    double temperature, top_p, min_p, presence, repetition, yarn; /* NAN: not given */
+    int64_t top_k, seed, ctx, threads, draft, thinking; /* -1: not given */
     int64_t n, depth, prompt, batch;              /* 0: not given */
     uint64_t memory;
     bool ids, echo, quiet, verbose, help, version;
@@ -3595,6 +3719,13 @@ typedef struct {
     int64_t drafted, accepted;         /* since the last report */
 } Drafter;
 
+/* What has been read, to tell whether anything was read twice. */
+typedef struct {
+    Tokens past;          /* what was last read at each position */
+    int same;             /* the conversation and `past` agree up to here */
+    int64_t read, again;  /* tokens read; of prompts among them those that had been read at their place before */
+} Ledger;
+
 /* All that a mode works with. */
 typedef struct {
     Args args;
@@ -3602,6 +3733,7 @@ typedef struct {
     Tokenizer *tokenizer; /* NULL until some text has to be read or written */
     Sampler sampler;
     Drafter drafter;
+    Ledger ledger;
     double prompt_seconds, answer_seconds;
     int prompt_tokens, answer_tokens;
 } Run;
@@ -3642,15 +3774,30 @@ static void show_progress(const Run *r, int done, int n)
     fprintf(stderr, "\rprompt: %d of %d tokens%s", done, n, done == n ? "\r\033[K" : "");
 }
 
-/* Feed tokens to the model in batches. Stops early at an interrupt. Returns how many it fed. */
-static int feed(Run *r, const int *ids, int n)
+/* Count a token that now stands at position pos, and whether the model has read it there before (that an answer made
+ * again may begin as the old one did is no reading). */
+static void ledger_add(Ledger *l, int pos, int id, bool made)
+{
+    bool again = pos == l->same && pos < l->past.len && l->past.id[pos] == id;
+    if (!again) l->past.len = min_int(l->past.len, pos), tokens_add(&l->past, id);
+    l->same = pos + 1;
+    l->read++;
+    l->again += again && !made;
+}
+
+/* Feed tokens to the model in batches. Stops early at an interrupt if it may. Returns how many it fed. */
+static int feed(Run *r, const int *ids, int n, bool may_stop)
 {
     double start = now();
     int done = 0;
-    while (done < n && !interrupted) {
-        int batch = min_int(n - done, r->engine.work.batch);
+    while (done < n && !(may_stop && interrupted)) {
+        int batch = min_int(n - done, r->engine.work.batch), pos = r->engine.state.tokens.len;
         forward(&r->engine, ids + done, batch, false);
-        for (int i = 0; i < batch; i++) sampler_saw(&r->sampler, ids[done + i], false), draft_saw(&r->drafter, ids[done + i]);
+        for (int i = 0; i < batch; i++) {
+            sampler_saw(&r->sampler, ids[done + i], false);
+            draft_saw(&r->drafter, ids[done + i]);
+            ledger_add(&r->ledger, pos + i, ids[done + i], false);
+        }
         done += batch;
         show_progress(r, done, n);
     }
@@ -3694,39 +3841,6 @@ static void kept_answer(const ChatPieces *c, const Str *answer, const char **tex
     }
     if (c->thinking && *text != answer->data) trim(text, n, c->think_trim);
     trim(text, n, c->assistant_trim);
-}
-
-/* A conversation: what has been fed lies in the state; `answer` is the last reply, not yet closed by the template. */
-typedef struct {
-    Run *run;
-    const char *system;    /* NULL: none given */
-    Str system_text;       /* owns it when /system set it */
-    bool begun, answered;  /* anything fed; the last answer is open */
-    bool prompted;         /* the generation prompt of the last answer was fed */
-    Snapshot start, mark;  /* before the last turn; before its generation prompt */
-    Str answer;
-} Chat;
-
-/* Close the last turn. Usually its tokens simply stay; where the template would render the answer otherwise
- * (thinking dropped, text trimmed), the state goes back to the mark and the kept text is fed instead. */
-static void close_answer(Chat *c, Prompt *p)
-{
-    const ChatPieces *t = &c->run->engine.model.chat;
-    const char *text;
-    size_t n;
-    if (!c->answered) return;
-    kept_answer(t, &c->answer, &text, &n);
-    bool same = n == c->answer.len && t->generation_prompt.len == t->assistant_prefix.len &&
-                !memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
-    if (c->prompted && same) {
-        add_piece(p, &t->assistant_suffix);
-        return;
-    }
-    if (c->prompted) {
-        snapshot_restore(&c->mark, &c->run->engine);
-        if (c->run->args.verbose) fprintf(stderr, "rewind: %d\n", c->mark.n_tokens);
-    }
-    add_turn(p, &t->assistant_prefix, text, n, 0, &t->assistant_suffix);
 }
 
 /* ---- 17. Generate: the one loop that makes tokens ---- */
@@ -3798,7 +3912,10 @@ static void step_end(Run *r, Step *step, bool whole)
     if (step->n_guesses) state_keep(&r->engine, 1 + step->n_guesses, 1 + step->right);
     if (whole) draft_learn(&r->drafter, step->n_guesses, step->right, now() - step->start);
     report_fed(r, step->id, 1 + step->right);
-    for (int i = 0; i <= step->right; i++) draft_saw(&r->drafter, step->id[i]);
+    for (int i = 0; i <= step->right; i++) {
+        draft_saw(&r->drafter, step->id[i]);
+        ledger_add(&r->ledger, r->engine.state.tokens.len - 1 - step->right + i, step->id[i], true);
+    }
     r->drafter.drafted += step->n_guesses;
     r->drafter.accepted += step->right;
     step->start = 0;
@@ -3855,6 +3972,8 @@ static void report_speed(Run *r)
                 r->prompt_tokens, r->prompt_seconds > 0 ? r->prompt_tokens / r->prompt_seconds : 0, r->answer_tokens,
                 r->answer_seconds > 0 ? r->answer_tokens / r->answer_seconds : 0, drafts, r->engine.state.tokens.len,
                 r->engine.state.ctx);
+    if (r->args.verbose)
+        fprintf(stderr, "read: %lld tokens in all, %lld of them again\n", (long long)r->ledger.read, (long long)r->ledger.again);
     r->drafter.drafted = r->drafter.accepted = 0;
     r->prompt_tokens = r->answer_tokens = 0;
     r->prompt_seconds = r->answer_seconds = 0;
@@ -3909,9 +4028,9 @@ static int parse_ids(const Run *r, const Str *text, Tokens *out)
 static Str prompt_text(const Run *r)
 {
     Str s = {0};
-    if (r->args.file) return read_all(r->args.file);
-    if (!r->args.text || !strcmp(r->args.text, "-")) return read_all("-");
-    str_add(&s, r->args.text, strlen(r->args.text));
+    const char *file = r->args.file ? r->args.file : r->args.text && strcmp(r->args.text, "-") ? NULL : "-";
+    if (file && !read_file(file, &s)) exit(1);
+    if (!file) str_add(&s, r->args.text, strlen(r->args.text));
     return s;
 }
 
@@ -3926,8 +4045,7 @@ static Tokens prompt_tokens(Run *r, int room)
         Prompt p = {0};
         prompt_add(&p, text.data, text.len, true);
         encode(need_tokenizer(r), &p, &out);
-        free(p.bytes.data);
-        free(p.trust.data);
+        free_prompt(&p);
     }
     free(text.data);
     if (!out.len) die("prompt: wanted at least one token, found none");
@@ -3935,110 +4053,697 @@ static Tokens prompt_tokens(Run *r, int room)
     return out;
 }
 
-/* -m generate: print what the model adds to the prompt. */
+/* ---- 17a. Conversations: turns, and the states between them ----
+ * A recurrent state cannot be cut back, so it is remembered where somebody may want to go back to: before each message
+ * and before each answer. Going there and on from there costs nothing but what is new. */
+
+/* What the tokens fed so far end with. */
+typedef enum {
+    EMPTY,                 /* nothing is there */
+    PLAIN,                 /* text without a template */
+    ASKED,                 /* the beginning of a message, up to the user's words */
+    OPEN,                  /* an answer as it was made */
+    CUT_BACK,              /* what stands before the last answer, whose text is still to be fed as the template keeps it */
+    CLOSED,                /* what the template puts behind an answer */
+    N_PLACES
+} Place;
+
+typedef struct {
+    Str user, answer;      /* as typed; as made, without a stop token */
+    Place before;          /* where `start` is */
+    Snapshot start;        /* before the user's words */
+    Snapshot cue;          /* before the generation prompt: only where the template may change an answer later */
+    Snapshot begin;        /* before the answer's first token; n_tokens -1: what stood there was replaced */
+} Turn;
+
+enum { SNAPSHOTS_PER_TURN = 3, MAX_TURNS = 1 << 20 };
+
+typedef struct {
+    Run *run;
+    Str system;            /* data NULL: none given */
+    Place place;
+    Turn *turns;
+    int n_turns;
+    Snapshot here;         /* scratch: where a turn began that may fail */
+    int answer_from;       /* the current answer's tokens begin here */
+    int unfed;             /* a token that belongs to the text, but has not been fed; or -1 */
+    bool unfinished;       /* the last answer did not end by itself */
+} Conversation;
+
+static Snapshot *turn_snapshot(Turn *t, int i) { return i == 0 ? &t->start : i == 1 ? &t->cue : &t->begin; }
+
+/* Forget the last turn. */
+static void pop_turn(Conversation *c)
+{
+    Turn *t = &c->turns[--c->n_turns];
+    for (int i = 0; i < SNAPSHOTS_PER_TURN; i++) snapshot_drop(turn_snapshot(t, i));
+    free(t->user.data), free(t->answer.data);
+}
+
+/* A new last turn, nothing in it but the user's words. */
+static Turn *push_turn(Conversation *c, const Str *user)
+{
+    if (c->n_turns == MAX_TURNS) die("a conversation has at most %d turns", MAX_TURNS);
+    c->turns = grow(c->turns, (size_t)c->n_turns + 1, sizeof *c->turns);
+    Turn *t = &c->turns[c->n_turns++];
+    *t = (Turn){.before = c->place};
+    str_add(&t->user, user->data, user->len);
+    str_add(&t->answer, "", 0);
+    return t;
+}
+
+/* Take a snapshot. When all together are beyond SNAPSHOT_BYTES, the oldest are dropped: the newest turn keeps its own. */
+static void remember(Conversation *c, Snapshot *snap)
+{
+    size_t each = c->run->engine.state.recurrent_len * sizeof(float), room = SNAPSHOT_BYTES / each;
+    snapshot_take(snap, &c->run->engine);
+    for (int t = c->n_turns - 1; t >= 0; t--)
+        for (int i = SNAPSHOTS_PER_TURN - 1; i >= 0; i--) {
+            Snapshot *old = turn_snapshot(&c->turns[t], i);
+            if (!old->recurrent) continue;
+            if (room > 0) room--;
+            else if (t < c->n_turns - 1) free(old->recurrent), old->recurrent = NULL;
+        }
+}
+
+/* The state is that of the first n tokens again: tell who keeps count. */
+static void went_back(Conversation *c)
+{
+    Run *r = c->run;
+    const Tokens *t = &r->engine.state.tokens;
+    if (r->args.verbose) fprintf(stderr, "rewind: %d\n", t->len);
+    r->ledger.same = min_int(r->ledger.same, t->len);
+    sampler_recount(&r->sampler, t->id, t->len, t->len);
+    c->unfed = -1;
+    c->unfinished = false;
+}
+
+/* Back to the first n tokens of the text: from the last snapshot at or before them, reading what lies between again. */
+static void go_back(Conversation *c, int n)
+{
+    Engine *e = &c->run->engine;
+    const Snapshot *from = NULL;
+    Tokens between = {0};
+    for (int i = 0; i < SNAPSHOTS_PER_TURN * c->n_turns; i++) {
+        const Snapshot *s = turn_snapshot(&c->turns[i / SNAPSHOTS_PER_TURN], i % SNAPSHOTS_PER_TURN);
+        if (s->recurrent && s->n_tokens <= n && (!from || s->n_tokens > from->n_tokens)) from = s;
+    }
+    for (int i = from ? from->n_tokens : 0; i < n; i++) tokens_add(&between, e->state.tokens.id[i]);
+    if (from) snapshot_restore(from, e);
+    else state_reset(&e->state);
+    went_back(c);
+    feed(c->run, between.id, between.len, false);
+    free(between.id);
+}
+
+/* Forget everything but the system prompt. */
+static void conversation_clear(Conversation *c)
+{
+    while (c->n_turns) pop_turn(c);
+    state_reset(&c->run->engine.state);
+    c->run->engine.state.mtp = c->run->engine.work.pair.f != NULL; /* a conversation loaded may have been without */
+    went_back(c);
+    c->place = EMPTY;
+}
+
+/* Make the answer's next tokens, print them, and keep its text. fresh: it begins here. Interrupted or at its limit, an
+ * answer is unfinished, and can be gone on with. */
+static void answer(Conversation *c, Printer *printer, bool fresh)
+{
+    Run *r = c->run;
+    const Tokens *t = &r->engine.state.tokens;
+    Turn *turn = &c->turns[c->n_turns - 1];
+    if (fresh) {
+        c->answer_from = t->len;
+        str_set(&turn->answer, "", 0);
+    }
+    if (c->unfed >= 0) feed(r, &c->unfed, 1, false);
+    sampler_recount(&r->sampler, t->id, t->len, c->answer_from);
+    str_set(&printer->all, turn->answer.data, turn->answer.len);
+    c->unfed = generate(r, (int)r->args.n, printer);
+    c->unfinished = c->unfed >= 0 || interrupted;
+    printer_flush(printer, true);
+    fflush(stdout);
+    str_set(&turn->answer, printer->all.data, printer->all.len);
+    free(printer->held.data), free(printer->all.data);
+}
+
+/* ---- 17b. Saved conversations ----
+ * A header, then pieces, each padded to 8 bytes: tokens; keys and values, head by head; scales; recurrent state; system
+ * prompt; turns with their snapshots. README describes it. Loading goes through a file twice: once to check everything,
+ * then to take it over, so that a bad file changes nothing. */
+
+typedef struct {
+    char magic[8];
+    uint32_t version, place;
+    uint64_t file_size, hash;       /* hash: of everything behind the header, and of the header with a hash of 0 */
+    uint64_t model_hash, model_size; /* the checkpoint it belongs to */
+    double yarn;
+    int32_t n_tokens, kv_type, mtp, answer_from, unfed, unfinished, n_turns, has_system;
+    SamplerSettings sampling;
+    uint64_t rng, recurrent_len;
+    uint8_t reserved[16];
+} SavedHeader;
+_Static_assert(sizeof(SavedHeader) == 144, "the format has no holes");
+
+/* A saved turn: lengths of its texts, and where its snapshots are (0: there is none). */
+typedef struct { uint64_t user, answer; int32_t before, n_tokens[SNAPSHOTS_PER_TURN], present[SNAPSHOTS_PER_TURN], zero; } SavedTurn;
+
+/* What goes through the pieces of a conversation: writes them, hashes them, or takes them from a mapped file. */
+typedef struct Saver {
+    bool (*piece)(struct Saver *s, void *data, size_t n); /* false: failed, or the file is at its end */
+    FILE *file;
+    const uint8_t *from;   /* reading: the next piece ... */
+    size_t left;           /* ... and the bytes from there on */
+    uint64_t hash, size;   /* of what has passed */
+} Saver;
+
+/* n bytes into a hash, eight at a time, the last padded with zeros. */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n)
+{
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const uint8_t *)data + i, min_size(8, n - i));
+        h = (h ^ word) * 0x9e3779b97f4a7c15u;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+static bool hash_piece(Saver *s, void *data, size_t n)
+{
+    s->hash = hash_bytes(s->hash, data, n);
+    s->size += round_up(n, 8);
+    return true;
+}
+
+static bool write_piece(Saver *s, void *data, size_t n)
+{
+    static const char zeros[8];
+    return fwrite(data, 1, n, s->file) == n && fwrite(zeros, 1, round_up(n, 8) - n, s->file) == round_up(n, 8) - n;
+}
+
+static bool skip_piece(Saver *s, void *data, size_t n)
+{
+    (void)data;
+    if (n > s->left || round_up(n, 8) > s->left) return false;
+    s->from += round_up(n, 8);
+    s->left -= round_up(n, 8);
+    return true;
+}
+
+static bool take_piece(Saver *s, void *data, size_t n)
+{
+    const uint8_t *from = s->from;
+    if (!skip_piece(s, data, n)) return false;
+    memcpy(data, from, n);
+    return true;
+}
+
+/* Everything that the layers remember of n tokens. heads: of all attention layers together; this run may not keep the last
+ * of them, the MTP head's. */
+static bool pass_state(Saver *s, State *st, const Config *c, size_t heads, int n)
+{
+    bool (*piece)(Saver *s, void *data, size_t n) = s->piece;
+    size_t width = KV_BYTES[st->kv_type], tiles = round_up((size_t)c->head_dim, TILE) / TILE;
+    size_t keys = round_up((size_t)n, TILE) * (size_t)c->head_dim * width;
+    for (size_t h = 0; h < heads; h++) {
+        if (h >= st->kv_heads) s->piece = skip_piece;
+        if (!s->piece(s, st->k + h * st->kv_head, keys)) return false;
+        for (int pos = 0; pos < n; pos += KV_RANGE)
+            for (size_t d = 0; d < tiles; d++) {
+                uint8_t *values = st->v + h * st->kv_head + v_offset(c, pos, (int)d) * width;
+                if (!s->piece(s, values, (size_t)min_int(KV_RANGE, n - pos) * TILE * width)) return false;
+            }
+        for (int i = 0; i < 2 && st->kv_type == KV_Q8; i++) {
+            float *scale = (i ? st->v_scale : st->k_scale) + h * st->kv_positions;
+            if (!s->piece(s, scale, (size_t)n * sizeof *scale)) return false;
+        }
+    }
+    s->piece = piece;
+    return s->piece(s, st->recurrent, st->recurrent_len * sizeof *st->recurrent);
+}
+
+/* A conversation's pieces on their way out. */
+static bool pass_out(Saver *s, Conversation *c, const SavedHeader *h)
+{
+    State *st = &c->run->engine.state;
+    const Config *config = &c->run->engine.model.config;
+    size_t heads = (size_t)(config->has_full + h->mtp) * (size_t)config->num_key_value_heads;
+    uint64_t system = c->system.len;
+    bool ok = s->piece(s, st->tokens.id, (size_t)h->n_tokens * sizeof *st->tokens.id) && pass_state(s, st, config, heads, h->n_tokens) &&
+              s->piece(s, &system, sizeof system) && s->piece(s, c->system.data, c->system.len);
+    for (int i = 0; ok && i < c->n_turns; i++) {
+        Turn *t = &c->turns[i];
+        SavedTurn saved = {t->user.len, t->answer.len, t->before, {0}, {0}, 0};
+        for (int k = 0; k < SNAPSHOTS_PER_TURN; k++) {
+            saved.n_tokens[k] = turn_snapshot(t, k)->n_tokens;
+            saved.present[k] = turn_snapshot(t, k)->recurrent != NULL;
+        }
+        ok = s->piece(s, &saved, sizeof saved) && s->piece(s, t->user.data, t->user.len) && s->piece(s, t->answer.data, t->answer.len);
+        for (int k = 0; ok && k < SNAPSHOTS_PER_TURN; k++)
+            if (saved.present[k]) ok = s->piece(s, turn_snapshot(t, k)->recurrent, st->recurrent_len * sizeof(float));
+    }
+    return ok;
+}
+
+/* Write the conversation: whole, or not at all, and then an older file of this name stays. False after a message. */
+static bool conversation_save(Conversation *c, const char *path)
+{
+    Run *r = c->run;
+    Engine *e = &r->engine;
+    OutFile out;
+    const char *input = same_file(path, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+    if (input) return warn("%s: that is %s, which is in use", path, input), false;
+    state_settle(e);
+    if (e->state.mtp) mtp_fill(e);
+    SavedHeader h = {.magic = "QWEN3SES", .version = 1, .place = c->place, .file_size = sizeof h,
+                     .model_hash = ((const Header *)(const void *)e->model.file.data)->hash, .model_size = e->model.file.size,
+                     .yarn = isnan(r->args.yarn) ? 1 : r->args.yarn, .n_tokens = e->state.tokens.len, .kv_type = e->state.kv_type,
+                     .mtp = e->state.mtp, .answer_from = c->answer_from, .unfed = c->unfed, .unfinished = c->unfinished,
+                     .n_turns = c->n_turns, .has_system = c->system.data != NULL, .sampling = r->sampler.set,
+                     .rng = r->sampler.rng, .recurrent_len = e->state.recurrent_len};
+    Saver hash = {.piece = hash_piece};
+    pass_out(&hash, c, &h);
+    h.file_size += hash.size;
+    h.hash = hash_bytes(hash.hash, &h, sizeof h);
+    if (!out_open(&out, path)) return false;
+    Saver writer = {.piece = write_piece, .file = out.file};
+    bool written = write_piece(&writer, &h, sizeof h) && pass_out(&writer, c, &h);
+    return out_close(&out, true, written);
+}
+
+/* Refuse a header that this run cannot go on from. False after a message. */
+static bool check_saved(const Run *r, const Mapping *file, const SavedHeader *h)
+{
+    const Engine *e = &r->engine;
+    const Header *model = (const Header *)(const void *)e->model.file.data;
+    double yarn = isnan(r->args.yarn) ? 1 : r->args.yarn;
+    const char *p = file->path;
+    if (file->size < sizeof *h || memcmp(h->magic, "QWEN3SES", 8)) return warn("%s: not a saved conversation", p), false;
+    if (h->version != 1) return warn("%s: version: wanted 1, found %u", p, h->version), false;
+    if (h->file_size != file->size)
+        return warn("%s: file_size: wanted %llu bytes, found %zu: cut off?", p, (unsigned long long)h->file_size, file->size), false;
+    if (h->model_hash != model->hash || h->model_size != e->model.file.size)
+        return warn("%s: model: saved with checkpoint %016llx of %llu bytes, found %016llx of %zu", p, (unsigned long long)h->model_hash,
+                    (unsigned long long)h->model_size, (unsigned long long)model->hash, e->model.file.size), false;
+    SavedHeader copy = *h;
+    copy.hash = 0;
+    uint64_t hash = hash_bytes(hash_bytes(0, file->data + sizeof *h, file->size - sizeof *h), &copy, sizeof copy);
+    if (hash != h->hash) return warn("%s: hash: wanted %016llx, found %016llx: damaged", p, (unsigned long long)h->hash, (unsigned long long)hash), false;
+    if (h->kv_type != (int)e->state.kv_type)
+        return warn("%s: kv_type: saved as %s, this run keeps %s (--kv)", p, h->kv_type >= 0 && h->kv_type < N_KV ? KV_NAMES[h->kv_type] : "?",
+                    KV_NAMES[e->state.kv_type]), false;
+    if (!(h->yarn == yarn)) return warn("%s: yarn: saved with %g, this run has %g (--yarn)", p, h->yarn, yarn), false;
+    if (h->n_tokens < 0 || h->n_tokens > e->state.ctx)
+        return warn("%s: n_tokens: %d do not fit into the context of %d (-c sets it)", p, h->n_tokens, e->state.ctx), false;
+    bool fine = h->place < N_PLACES && h->answer_from >= 0 && h->answer_from <= h->n_tokens && h->n_turns >= 0 && h->n_turns <= MAX_TURNS &&
+                h->recurrent_len == e->state.recurrent_len && h->unfed >= -1 && h->unfed < e->model.config.vocab_size &&
+                (h->mtp == 0 || (h->mtp == 1 && e->model.mtp.fc.data)) && (h->n_tokens > 0 || h->place == EMPTY) &&
+                (h->n_turns > 0 || h->place == EMPTY || h->place == ASKED || h->place == CLOSED) && sampling_valid(&h->sampling) && h->rng;
+    if (!fine) warn("%s: a value of the header is out of range", p);
+    return fine;
+}
+
+/* The pieces of one turn: checked (t NULL) or taken over. */
+static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens)
+{
+    SavedTurn saved;
+    if (!take_piece(s, &saved, sizeof saved) || saved.before < 0 || saved.before >= N_PLACES) return false;
+    if (t) t->before = (Place)saved.before, t->user.len = t->answer.len = 0;
+    const uint8_t *user = s->from;
+    if (!skip_piece(s, NULL, saved.user)) return false;
+    const uint8_t *text = s->from;
+    if (!skip_piece(s, NULL, saved.answer)) return false;
+    if (t) str_add(&t->user, user, saved.user), str_add(&t->answer, text, saved.answer);
+    for (int k = 0; k < SNAPSHOTS_PER_TURN; k++) {
+        const uint8_t *recurrent = s->from;
+        if (saved.n_tokens[k] < -1 || saved.n_tokens[k] > n_tokens) return false;
+        if (saved.present[k] && !skip_piece(s, NULL, recurrent_len * sizeof(float))) return false;
+        if (!t) continue;
+        Snapshot *snap = turn_snapshot(t, k);
+        snap->n_tokens = saved.n_tokens[k];
+        if (!saved.present[k]) continue;
+        snap->recurrent = grow(NULL, recurrent_len, sizeof *snap->recurrent);
+        memcpy(snap->recurrent, recurrent, recurrent_len * sizeof *snap->recurrent);
+    }
+    return true;
+}
+
+/* All pieces behind the header: looked through, or, with `take`, taken over. False: there is something wrong. */
+static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
+{
+    Engine *e = &c->run->engine;
+    const Config *config = &e->model.config;
+    size_t heads = (size_t)(config->has_full + h->mtp) * (size_t)config->num_key_value_heads;
+    const int32_t *ids = (const int32_t *)(const void *)s->from;
+    if (!skip_piece(s, NULL, (size_t)h->n_tokens * sizeof *ids)) return false;
+    for (int i = 0; i < h->n_tokens; i++) {
+        if (ids[i] < 0 || ids[i] >= config->vocab_size) return false;
+        if (take) tokens_add(&e->state.tokens, ids[i]);
+    }
+    s->piece = take ? take_piece : skip_piece;
+    if (!pass_state(s, &e->state, config, heads, h->n_tokens)) return false;
+    uint64_t system;
+    if (!take_piece(s, &system, sizeof system)) return false;
+    const uint8_t *text = s->from;
+    if (!skip_piece(s, NULL, system)) return false;
+    if (take && h->has_system) str_set(&c->system, text, system);
+    for (int i = 0; i < h->n_turns; i++) {
+        Str none = {0};
+        Turn *t = take ? push_turn(c, &none) : NULL;
+        if (!pass_turn_in(s, t, e->state.recurrent_len, h->n_tokens)) return false;
+    }
+    return s->left == 0;
+}
+
+/* Take over a saved conversation in place of this one, the sampler with it. False after a message: nothing has changed. */
+static bool conversation_load(Conversation *c, const char *path)
+{
+    Run *r = c->run;
+    State *st = &r->engine.state;
+    Mapping file;
+    if (!map_file(path, &file)) return false;
+    const SavedHeader *h = (const SavedHeader *)(const void *)file.data;
+    bool fine = check_saved(r, &file, h);
+    Saver look = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
+    if (fine && !(fine = pass_in(&look, c, h, false))) warn("%s: its pieces do not fit its header", path);
+    if (fine) {
+        Saver taker = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
+        conversation_clear(c);
+        free(c->system.data);
+        c->system = (Str){0};
+        bool mtp = st->mtp && h->mtp;
+        if (st->mtp && !mtp) warn("%s: saved without the MTP head's memory: drafting is off", path);
+        pass_in(&taker, c, h, true);
+        st->mtp = mtp;
+        st->mtp_len = INT_MAX;
+        mtp_wait_again(&r->engine);
+        went_back(c);
+        r->ledger.past.len = 0;
+        for (int i = 0; i < st->tokens.len; i++) tokens_add(&r->ledger.past, st->tokens.id[i]);
+        r->ledger.same = st->tokens.len;
+        c->place = (Place)h->place;
+        c->answer_from = h->answer_from, c->unfed = h->unfed, c->unfinished = h->unfinished;
+        r->sampler.set = h->sampling;
+        r->sampler.rng = h->rng;
+    }
+    munmap((void *)(uintptr_t)file.data, file.size);
+    return fine;
+}
+
+/* The checkpoint's sampling settings, overridden by the command line's. */
+static SamplerSettings sampling_of(const Args *a, SamplerSettings s)
+{
+    if (!isnan(a->temperature)) s.temperature = (float)a->temperature;
+    if (!isnan(a->top_p)) s.top_p = (float)a->top_p;
+    if (!isnan(a->min_p)) s.min_p = (float)a->min_p;
+    if (!isnan(a->presence)) s.presence_penalty = (float)a->presence;
+    if (!isnan(a->repetition)) s.repetition_penalty = (float)a->repetition;
+    if (a->top_k >= 0) s.top_k = (int)a->top_k;
+    return s;
+}
+
+/* --load: the file's sampling settings, but what the command line says goes before them. False after a message. */
+static bool load_first(Conversation *c)
+{
+    Run *r = c->run;
+    if (!conversation_load(c, r->args.load)) return false;
+    r->sampler.set = sampling_of(&r->args, r->sampler.set);
+    if (r->args.seed >= 0) sampler_seed(&r->sampler, (uint64_t)r->args.seed);
+    return true;
+}
+
+/* --save: find out before the work that nothing can be written there. False after a message. */
+static bool can_save(const Conversation *c)
+{
+    OutFile out;
+    if (!out_open(&out, c->run->args.save)) return false;
+    out_close(&out, false, false);
+    return true;
+}
+
+/* -m generate: where a loaded text and a new prompt agree, and how much of the prompt is to be fed. */
+static int prompt_after_load(Conversation *c, const Tokens *prompt)
+{
+    Engine *e = &c->run->engine;
+    Tokens text = {0};
+    for (int i = 0; i < e->state.tokens.len; i++) tokens_add(&text, e->state.tokens.id[i]);
+    if (c->unfed >= 0) tokens_add(&text, c->unfed);
+    int same = 0, begin = c->n_turns ? c->turns[c->n_turns - 1].begin.n_tokens : 0;
+    while (same < text.len && same < prompt->len && text.id[same] == prompt->id[same]) same++;
+    if (same < text.len) { /* perhaps the old prompt goes on otherwise */
+        if (begin <= 0 || begin > same || begin >= text.len)
+            die("%s: its %d tokens are not the beginning of the prompt's %d: token %d is %d, wanted %d", c->run->args.load, text.len,
+                prompt->len, same, text.id[same], same < prompt->len ? prompt->id[same] : -1);
+        go_back(c, begin);
+    }
+    free(text.id);
+    c->unfed = -1;
+    return e->state.tokens.len;
+}
+
+/* -m generate: print what the model adds to the prompt, or to what was loaded. */
 static int mode_generate(Run *r)
 {
+    Conversation c = {.run = r, .unfed = -1};
     Printer printer = {.show_special = r->args.verbose};
-    Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
+    bool given = r->args.text || r->args.file || !r->args.load;
+    Tokens prompt = {0};
+    if (r->args.load && !load_first(&c)) return 1;
+    if (given) prompt = prompt_tokens(r, r->engine.state.ctx);
     if (!r->args.ids) printer.t = need_tokenizer(r);
-    for (int i = 0; r->args.echo && i < prompt.len; i++)
-        if (r->args.ids) printf("%d ", prompt.id[i]);
-        else print_token(&printer, prompt.id[i], true);
-    if (feed(r, prompt.id, prompt.len) == prompt.len)
-        generate(r, (int)r->args.n, &printer);
-    if (printer.t) printer_flush(&printer, true);
-    if (r->args.ids) putchar('\n');
-    else if (isatty(1)) putchar('\n');
+    if (r->args.save && !can_save(&c)) return 1;
+    bool ended = !given && !c.unfinished; /* it had come to its end */
+    int done = given && r->args.load ? prompt_after_load(&c, &prompt) : 0;
+    const Tokens *text = given ? &prompt : &r->engine.state.tokens;
+    for (int i = 0; r->args.echo && i < text->len + (!given && c.unfed >= 0); i++) {
+        int id = i < text->len ? text->id[i] : c.unfed;
+        if (r->args.ids) printf("%d ", id);
+        else print_token(&printer, id, false);
+    }
+    bool whole = !given || feed(r, prompt.id + done, prompt.len - done, true) == prompt.len - done;
+    if (given) {
+        while (c.n_turns) pop_turn(&c);
+        push_turn(&c, &(Str){0});
+        c.place = PLAIN;
+        c.unfinished = true;
+        if (r->args.save) remember(&c, &c.turns->begin);
+        c.answer_from = r->engine.state.tokens.len;
+    }
+    if (ended) warn("%s: the text had come to its end", r->args.load);
+    else if (whole) answer(&c, &printer, given);
+    if (r->args.ids || isatty(1)) putchar('\n');
     report_speed(r);
+    if (r->args.save && !conversation_save(&c, r->args.save)) return 1;
     return interrupted ? 130 : 0;
 }
 
 /* ---- 18. Chat ---- */
 
-/* Free a prompt and make it empty. */
-static void free_prompt(Prompt *p)
+/* Whether the template may later render an answer otherwise than it was made: thinking dropped, text trimmed. */
+static bool answers_change(const ChatPieces *t)
 {
-    free(p->bytes.data);
-    free(p->trust.data);
-    *p = (Prompt){0};
+    return t->thinking || t->assistant_trim || t->generation_prompt.len != t->assistant_prefix.len ||
+           memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
 }
 
-/* Forget the conversation, keep the system prompt. */
-static void chat_clear(Chat *c)
-{
-    if (c->run->args.verbose) fputs("rewind: 0\n", stderr);
-    state_reset(&c->run->engine.state);
-    memset(c->run->sampler.seen, 0, (size_t)c->run->sampler.vocab);
-    c->begun = c->answered = c->prompted = false;
-}
-
-/* The tokens of the next turn: what closes the last answer, the user's text, and the cue for the answer. */
-static void chat_encode(Chat *c, const Str *text, Tokens *turn, Tokens *cue)
+/* What stands before a user's message: the system prompt, or what closes the last answer. Usually an answer's tokens simply
+ * stay; where the template renders it otherwise, the state goes back to before it and the kept text is fed instead. */
+static void add_opening(Conversation *c, Prompt *p)
 {
     const ChatPieces *t = &c->run->engine.model.chat;
-    Prompt p = {0};
-    if (!c->begun) {
-        add_piece(&p, &t->prefix);
-        if (c->system) add_turn(&p, &t->system_prefix, c->system, strlen(c->system), t->system_trim, &t->system_suffix);
-        else add_piece(&p, &t->default_system);
+    if (c->place == EMPTY) {
+        add_piece(p, &t->prefix);
+        if (c->system.data) add_turn(p, &t->system_prefix, c->system.data, c->system.len, t->system_trim, &t->system_suffix);
+        else add_piece(p, &t->default_system);
     }
-    close_answer(c, &p);
-    add_turn(&p, &t->user_prefix, text->data, text->len, t->user_trim, &t->user_suffix);
-    encode(c->run->tokenizer, &p, turn);
-    free_prompt(&p);
-    add_piece(&p, &t->generation_prompt);
-    encode(c->run->tokenizer, &p, cue);
-    free_prompt(&p);
+    if (c->place != OPEN && c->place != CUT_BACK) return;
+    Turn *last = &c->turns[c->n_turns - 1];
+    const char *text;
+    size_t n;
+    kept_answer(t, &last->answer, &text, &n);
+    bool same = n == last->answer.len && t->generation_prompt.len == t->assistant_prefix.len &&
+                !memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
+    if (c->place == OPEN && same) {
+        add_piece(p, &t->assistant_suffix);
+        return;
+    }
+    if (c->place == OPEN) {
+        go_back(c, last->cue.n_tokens);
+        snapshot_drop(&last->begin);
+        last->begin.n_tokens = -1;
+        c->place = CUT_BACK;
+    }
+    add_turn(p, &t->assistant_prefix, text, n, 0, &t->assistant_suffix);
 }
 
-/* Generate the answer; a Ctrl-C ends it where it is. */
-static void chat_answer(Chat *c, const Tokens *cue)
+/* A message's tokens: what opens it, the user's text, and the cue for the answer. */
+typedef struct {
+    Tokens turn, cue;
+    int words;             /* of turn: from here on it depends on what the user wrote */
+    Place place;           /* what the tokens up to there end with */
+} Message;
+
+/* How many tokens p alone gives, if those of the whole begin with them, else 0. */
+static int tokens_before(const Tokenizer *t, const Prompt *p, const Tokens *whole)
 {
-    Run *r = c->run;
-    Printer printer = {.t = r->tokenizer, .show_special = r->args.verbose};
-    snapshot_take(&c->mark, &r->engine);
-    sampler_new_answer(&r->sampler);
-    str_set(&c->answer, "", 0);
-    c->prompted = feed(r, cue->id, cue->len) == cue->len;
-    int unfed = -1;
-    if (c->prompted) unfed = generate(r, (int)r->args.n, &printer);
-    else snapshot_restore(&c->mark, &r->engine);
-    if (unfed >= 0 && r->engine.state.tokens.len < r->engine.state.ctx) feed(r, &unfed, 1); /* cut by -n: still said */
-    printer_flush(&printer, true);
+    Tokens part = {0};
+    encode(t, p, &part);
+    bool same = part.len <= whole->len;
+    for (int i = 0; same && i < part.len; i++) same = part.id[i] == whole->id[i];
+    free(part.id);
+    return same ? part.len : 0;
+}
+
+/* Take the first n tokens off. */
+static void tokens_skip(Tokens *t, int n)
+{
+    t->len -= n;
+    for (int i = 0; i < t->len; i++) t->id[i] = t->id[i + n];
+}
+
+/* The tokens of the next message, as far as they have not been fed. */
+static void chat_encode(Conversation *c, const Str *text, Message *m)
+{
+    const ChatPieces *t = &c->run->engine.model.chat;
+    const Tokenizer *tokenizer = c->run->tokenizer;
+    Prompt opening = {0}, asked = {0}, whole = {0}, cue = {0};
+    Tokens unfed = {0};
+    add_opening(c, &opening);
+    prompt_join(&asked, &opening);
+    add_piece(&asked, &t->user_prefix);
+    prompt_join(&whole, &asked);
+    add_turn(&whole, &(Str){0}, text->data, text->len, t->user_trim, &t->user_suffix);
+    add_piece(&cue, &t->generation_prompt);
+    *m = (Message){.place = c->place};
+    if (c->place == OPEN && c->unfed >= 0) tokens_add(&m->turn, c->unfed);
+    m->words = m->turn.len;
+    Tokens rest = {0};
+    encode(tokenizer, &whole, &rest);
+    encode(tokenizer, &cue, &m->cue);
+    int closed = tokens_before(tokenizer, &opening, &rest), ready = tokens_before(tokenizer, &asked, &rest);
+    if (c->place == ASKED && ready) {
+        tokens_skip(&rest, ready); /* that much has been fed */
+    } else if (c->place == ASKED) { /* the user's first characters make another token of the last ones before them */
+        encode(tokenizer, &asked, &unfed);
+        go_back(c, max_int(0, c->run->engine.state.tokens.len - unfed.len));
+        m->place = CLOSED;
+    } else if (ready || closed) {
+        m->words += ready ? ready : closed;
+        m->place = ready ? ASKED : CLOSED;
+    }
+    for (int i = 0; i < rest.len; i++) tokens_add(&m->turn, rest.id[i]);
+    free(unfed.id), free(rest.id);
+    free_prompt(&opening), free_prompt(&asked), free_prompt(&whole), free_prompt(&cue);
+}
+
+/* A printer for an answer: hides its thinking if asked to, unless the answer so far has come to its end. */
+static Printer chat_printer(const Conversation *c, const Str *so_far)
+{
+    const Run *r = c->run;
+    const ChatPieces *t = &r->engine.model.chat;
+    Printer p = {.t = r->tokenizer, .show_special = r->args.verbose, .chat = t};
+    p.thinking = r->args.thinking == 0 && t->thinking && !memmem(so_far->data, so_far->len, t->think_end.data, t->think_end.len);
+    return p;
+}
+
+/* The last turn's answer, from its beginning or from where it stopped. */
+static void chat_answer(Conversation *c, bool fresh)
+{
+    Turn *turn = &c->turns[c->n_turns - 1];
+    Str none = {0};
+    str_add(&none, "", 0);
+    Printer printer = chat_printer(c, fresh ? &none : &turn->answer);
+    c->place = OPEN;
+    answer(c, &printer, fresh);
+    free(none.data);
     putchar('\n');
     fflush(stdout);
-    str_add(&c->answer, printer.all.data, printer.all.len);
-    free(printer.held.data), free(printer.all.data);
+    report_speed(c->run);
+}
+
+/* Feed a message and the cue for its answer, with snapshots on the way. False when interrupted. */
+static bool chat_ask(Conversation *c, const Str *text, const Message *m)
+{
+    Run *r = c->run;
+    if (feed(r, m->turn.id, m->words, true) < m->words) return false;
+    c->place = m->place;
+    Turn *turn = push_turn(c, text);
+    remember(c, &turn->start);
+    if (feed(r, m->turn.id + m->words, m->turn.len - m->words, true) < m->turn.len - m->words) return false;
+    if (answers_change(&r->engine.model.chat)) remember(c, &turn->cue);
+    if (feed(r, m->cue.id, m->cue.len, true) < m->cue.len) return false;
+    remember(c, &turn->begin);
+    return true;
 }
 
 /* One turn: feed the user's text in the template, then answer. A turn that does not fit, or whose reading is
  * interrupted, leaves the conversation as it was. False: the turn did not fit. */
-static bool chat_turn(Chat *c, const Str *text)
+static bool chat_turn(Conversation *c, const Str *text)
 {
     Run *r = c->run;
-    State *s = &r->engine.state;
-    Tokens turn = {0}, cue = {0};
-    int before = s->tokens.len;
+    const State *s = &r->engine.state;
+    Message m;
     interrupted = 0;
-    chat_encode(c, text, &turn, &cue);
-    if (s->tokens.len != before) c->prompted = false; /* went back: the answer's kept text is part of `turn` */
-    bool fits = turn.len + cue.len < s->ctx - s->tokens.len;
-    if (!fits) {
-        warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", turn.len + cue.len,
-             s->ctx - s->tokens.len, s->ctx);
+    chat_encode(c, text, &m);
+    int take = m.turn.len + m.cue.len, left = s->ctx - s->tokens.len;
+    if (take >= left) {
+        warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", take, left, s->ctx);
     } else {
-        snapshot_take(&c->start, &r->engine);
-        if (feed(r, turn.id, turn.len) < turn.len) {
-            snapshot_restore(&c->start, &r->engine);
-            warn("stopped before the answer; the message is forgotten");
+        Conversation before = *c;
+        snapshot_take(&c->here, &r->engine);
+        if (chat_ask(c, text, &m)) {
+            chat_answer(c, true);
         } else {
-            c->begun = c->answered = true;
-            chat_answer(c, &cue);
+            if (c->n_turns > before.n_turns) pop_turn(c);
+            snapshot_restore(&c->here, &r->engine);
+            went_back(c);
+            c->place = before.place, c->unfed = before.unfed, c->unfinished = before.unfinished;
+            warn("stopped before the answer; the message is forgotten");
+            report_speed(r);
         }
-        report_speed(r);
     }
-    free(turn.id), free(cue.id);
-    return fits;
+    free(m.turn.id), free(m.cue.id);
+    return take < left;
+}
+
+/* /undo: the conversation as it was before the last message. */
+static void chat_undo(Conversation *c)
+{
+    if (!c->n_turns) {
+        fputs("there is nothing to undo\n", stderr);
+        return;
+    }
+    Turn *turn = &c->turns[c->n_turns - 1];
+    go_back(c, turn->start.n_tokens);
+    c->place = turn->before;
+    fprintf(stderr, "forgotten: %.60s%s\n", turn->user.data, turn->user.len > 60 ? " ..." : "");
+    pop_turn(c);
+}
+
+/* /regen: another answer to the last message. */
+static void chat_regen(Conversation *c)
+{
+    if (!c->n_turns) {
+        fputs("there is no answer yet\n", stderr);
+        return;
+    }
+    Turn *turn = &c->turns[c->n_turns - 1];
+    interrupted = 0;
+    if (turn->begin.n_tokens >= 0) {
+        go_back(c, turn->begin.n_tokens);
+    } else { /* the answer was fed anew as the template keeps it: only what stands before its cue is still there */
+        Prompt p = {0};
+        Tokens cue = {0};
+        go_back(c, turn->cue.n_tokens);
+        add_piece(&p, &c->run->engine.model.chat.generation_prompt);
+        encode(c->run->tokenizer, &p, &cue);
+        feed(c->run, cue.id, cue.len, false);
+        remember(c, &turn->begin);
+        free_prompt(&p), free(cue.id);
+    }
+    chat_answer(c, true);
 }
 
 typedef enum { GOT, FENCED, END, BREAK } Input;
@@ -4105,7 +4810,7 @@ static long peak_memory_mb(void)
 }
 
 /* /show */
-static void chat_show(const Chat *c)
+static void chat_show(const Conversation *c)
 {
     const Run *r = c->run;
     const SamplerSettings *s = &r->sampler.set;
@@ -4114,11 +4819,11 @@ static void chat_show(const Chat *c)
             r->engine.state.tokens.len, r->engine.state.ctx, peak_memory_mb());
     fprintf(stderr, "temp %g top_p %g top_k %d min_p %g repetition_penalty %g presence_penalty %g n %lld\nsystem: %s\n",
             (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p, (double)s->repetition_penalty,
-            (double)s->presence_penalty, (long long)r->args.n, c->system ? c->system : "(none)");
+            (double)s->presence_penalty, (long long)r->args.n, c->system.data ? c->system.data : "(none)");
 }
 
 /* /set NAME VALUE */
-static void chat_set(Chat *c, char *rest)
+static void chat_set(Conversation *c, char *rest)
 {
     char *name = strtok(rest, " "), *value = strtok(NULL, " ");
     char *end = value;
@@ -4130,52 +4835,83 @@ static void chat_set(Chat *c, char *rest)
         fputs("/set temp|top_p|top_k|min_p|repetition_penalty|presence_penalty|seed|n NUMBER\n", stderr);
 }
 
+/* /think and /nothink */
+static void chat_show_thinking(Conversation *c, bool show)
+{
+    c->run->args.thinking = show;
+    if (!c->run->engine.model.chat.thinking) fputs("this model does not think: there is nothing to hide\n", stderr);
+}
+
+/* /system TEXT */
+static void chat_system(Conversation *c, const char *text)
+{
+    free(c->system.data);
+    c->system = (Str){0};
+    if (*text) str_add(&c->system, text, strlen(text));
+    conversation_clear(c);
+    fputs("a new conversation begins\n", stderr);
+}
+
+/* /save, /load and /read, which want the name of a file. */
+static void chat_file(Conversation *c, const char *word, const char *name)
+{
+    Str text = {0};
+    if (!*name) {
+        fprintf(stderr, "%s FILE\n", word);
+    } else if (!strcmp(word, "/save")) {
+        if (conversation_save(c, name)) fprintf(stderr, "saved: %d tokens\n", c->run->engine.state.tokens.len);
+    } else if (!strcmp(word, "/load")) {
+        if (conversation_load(c, name))
+            fprintf(stderr, "loaded: %d turns, %d tokens\n", c->n_turns, c->run->engine.state.tokens.len);
+    } else if (read_file(name, &text)) {
+        chat_turn(c, &text);
+    }
+    free(text.data);
+}
+
+static const char CHAT_HELP[] =
+    "/clear            forget the conversation\n"
+    "/undo             forget the last message and its answer\n"
+    "/regen            answer the last message again\n"
+    "/read FILE        a message from a file\n"
+    "/save FILE        save the conversation\n"
+    "/load FILE        go on with a saved one\n"
+    "/system TEXT      set the system prompt (none: remove it) and start anew\n"
+    "/think, /nothink  show or hide what the model thinks before it answers\n"
+    "/set NAME VALUE   temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, seed, n\n"
+    "/show             model, context, memory, settings\n"
+    "/exit             leave (Ctrl-D too); Ctrl-C stops an answer\n"
+    "\"\"\"               begins and ends a message of several lines\n";
+
 /* A line that begins with a slash. Returns false to leave. */
-static bool chat_command(Chat *c, Str *line)
+static bool chat_command(Conversation *c, Str *line)
 {
     char *word = line->data, *rest = strchr(word, ' ');
     if (rest) *rest++ = 0;
     else rest = word + strlen(word);
     if (!strcmp(word, "/exit") || !strcmp(word, "/quit") || !strcmp(word, "/bye")) return false;
-    if (!strcmp(word, "/help") || !strcmp(word, "/?")) {
-        fputs("/clear            forget the conversation\n"
-              "/system TEXT      set the system prompt (none: remove it) and start anew\n"
-              "/set NAME VALUE   temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, seed, n\n"
-              "/show             model, context, memory, settings\n"
-              "/exit             leave (Ctrl-D too); Ctrl-C stops an answer\n"
-              "\"\"\"               begins and ends a message of several lines\n", stderr);
-    } else if (!strcmp(word, "/clear")) {
-        chat_clear(c);
-    } else if (!strcmp(word, "/system")) {
-        str_set(&c->system_text, rest, strlen(rest));
-        c->system = *rest ? c->system_text.data : NULL;
-        chat_clear(c);
-        fputs("a new conversation begins\n", stderr);
-    } else if (!strcmp(word, "/set")) {
-        chat_set(c, rest);
-    } else if (!strcmp(word, "/show")) {
-        chat_show(c);
-    } else {
-        fprintf(stderr, "%s: no such command (/help lists them)\n", word);
-    }
+    if (!strcmp(word, "/help") || !strcmp(word, "/?")) fputs(CHAT_HELP, stderr);
+    else if (!strcmp(word, "/clear")) conversation_clear(c);
+    else if (!strcmp(word, "/undo")) chat_undo(c);
+    else if (!strcmp(word, "/regen")) chat_regen(c);
+    else if (!strcmp(word, "/read") || !strcmp(word, "/save") || !strcmp(word, "/load")) chat_file(c, word, rest);
+    else if (!strcmp(word, "/system")) chat_system(c, rest);
+    else if (!strcmp(word, "/think") || !strcmp(word, "/nothink")) chat_show_thinking(c, !strcmp(word, "/think"));
+    else if (!strcmp(word, "/set")) chat_set(c, rest);
+    else if (!strcmp(word, "/show")) chat_show(c);
+    else fprintf(stderr, "%s: no such command (/help lists them)\n", word);
     return true;
 }
 
-/* -m chat: one turn for a given prompt, else turns from standard input until it ends. */
-static int mode_chat(Run *r)
+/* Turns from standard input until it ends. */
+static void chat_loop(Conversation *c)
 {
-    Chat c = {.run = r, .system = r->args.system};
+    const Run *r = c->run;
     Str message = {0};
-    if (!r->engine.model.chat.present) die("%s: holds no chat template (-m generate completes text)", r->args.model);
-    need_tokenizer(r);
-    if (r->args.text || r->args.file) {
-        message = prompt_text(r);
-        bool fits = chat_turn(&c, &message);
-        return interrupted ? 130 : !fits;
-    }
-    if (!r->args.quiet && isatty(0)) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
+    bool prompt = !r->args.quiet && isatty(0);
+    if (prompt) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
     for (int breaks = 0; breaks < 2;) {
-        Input got = read_message(!r->args.quiet && isatty(0), &message);
+        Input got = read_message(prompt, &message);
         if (got == END) break;
         if (got == BREAK) {
             fputs(breaks++ ? "\n" : "\n(Ctrl-C again, Ctrl-D or /exit leaves)\n", stderr);
@@ -4183,13 +4919,39 @@ static int mode_chat(Run *r)
         }
         breaks = 0;
         if (message.len && message.data[0] == '/' && got == GOT) {
-            if (!chat_command(&c, &message)) break;
+            if (!chat_command(c, &message)) break;
         } else if (message.len) {
-            chat_turn(&c, &message);
-            if (interrupted > 1) break; /* a second Ctrl-C during the answer */
+            chat_turn(c, &message);
         }
+        if (interrupted > 1) break; /* a second Ctrl-C during the answer */
     }
-    return 0;
+    free(message.data);
+}
+
+/* -m chat: one turn for a given prompt, else turns from standard input until it ends. */
+static int mode_chat(Run *r)
+{
+    Conversation c = {.run = r, .unfed = -1};
+    int status = 0;
+    if (!r->engine.model.chat.present) die("%s: holds no chat template (-m generate completes text)", r->args.model);
+    need_tokenizer(r);
+    if (r->args.thinking >= 0 && !r->engine.model.chat.thinking) warn("-r: this model does not think: there is nothing to hide");
+    if (r->args.load && !load_first(&c)) return 1;
+    if (c.place == PLAIN) die("%s: not saved by -m chat", r->args.load);
+    if (r->args.system && r->args.load) die("-y: %s has its own system prompt", r->args.load);
+    if (r->args.system) str_add(&c.system, r->args.system, strlen(r->args.system));
+    if (r->args.save && !can_save(&c)) return 1;
+    bool given = r->args.text || r->args.file;
+    if (given) {
+        Str message = prompt_text(r);
+        status = !chat_turn(&c, &message);
+        if (interrupted) status = 130;
+    } else {
+        if (c.unfinished) chat_answer(&c, false); /* loaded in the middle of an answer */
+        chat_loop(&c);
+    }
+    if (r->args.save && !conversation_save(&c, r->args.save)) return 1;
+    return status;
 }
 
 /* ---- 19. Other modes ---- */
@@ -4239,32 +5001,15 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
     }
 }
 
-/* Where logits go: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
-typedef struct { FILE *file; char path[PATH_MAX]; bool temporary; size_t vocab; } LogitsFile;
-
-/* Give up on the output file, leaving no part of it. */
-__attribute__((noreturn)) static void logits_failed(const LogitsFile *l, const char *name)
-{
-    int error = errno;
-    if (l->temporary) unlink(l->path);
-    die("%s: %s", name, strerror(error));
-}
+/* Where logits go. */
+typedef struct { OutFile file; size_t vocab; } LogitsFile;
 
 /* One position's row of logits to the file. */
 static void write_logits(void *arg, int pos, const float *logits)
 {
     (void)pos;
     LogitsFile *l = arg;
-    if (fwrite(logits, sizeof *logits, l->vocab, l->file) != l->vocab) logits_failed(l, l->path);
-}
-
-/* Refuse an output that is one of the files being read: writing it would destroy that. */
-static void check_output(const char *out, const char *const inputs[], int n)
-{
-    struct stat o, in;
-    for (int i = 0; i < n; i++)
-        if (inputs[i] && !stat(out, &o) && !stat(inputs[i], &in) && S_ISREG(o.st_mode) && o.st_dev == in.st_dev && o.st_ino == in.st_ino)
-            die("-o %s: that is %s, which is being read", out, inputs[i]);
+    if (fwrite(logits, sizeof *logits, l->vocab, l->file.file) != l->vocab) exit(out_close(&l->file, true, false) ? 0 : 1);
 }
 
 /* --dump with -d N: the logits of N drafts after the prompt and its likeliest next token, as mtp.logits.npy [N][vocab]. */
@@ -4289,18 +5034,14 @@ static int mode_logits(Run *r)
     struct stat info;
     if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
         die("--dump %s: wanted a folder to write to", r->args.dump);
-    check_output(out, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+    const char *input = same_file(out, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+    if (input) die("-o %s: that is %s, which is being read", out, input);
     LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
-    l.temporary = stat(out, &info) || S_ISREG(info.st_mode);
-    if (l.temporary) snprintf(l.path, sizeof l.path, "%s.%ld.tmp", out, (long)getpid());
-    else snprintf(l.path, sizeof l.path, "%s", out);
-    l.file = fopen(l.path, "wb");
-    if (!l.file) die("%s: %s", l.path, strerror(errno));
+    if (!out_open(&l.file, out)) return 1;
     each_logits(r, &prompt, write_logits, &l);
     if (!interrupted && r->args.dump) dump_drafts(r, (int)r->args.draft);
-    if (fclose(l.file) || (!interrupted && l.temporary && rename(l.path, out))) logits_failed(&l, out);
-    if (interrupted && l.temporary) unlink(l.path);
-    return interrupted ? 130 : 0;
+    bool written = out_close(&l.file, !interrupted, false);
+    return interrupted ? 130 : !written;
 }
 
 typedef struct { const int *ids; int n, vocab; double nll; } Score;
@@ -4488,7 +5229,7 @@ static double bench_tokens(Run *r, int n, bool one_by_one)
     double start = now();
     if (one_by_one)
         for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1, false), head_logits(&r->engine, 0, 1);
-    else if (feed(r, ids, n)) last_logits(&r->engine);
+    else if (feed(r, ids, n, true)) last_logits(&r->engine);
     free(ids);
     return now() - start;
 }
@@ -4602,12 +5343,14 @@ static const Option OPTIONS[] = {
     {"seed", "s", WHOLE, AT(seed), 0, 9e18, "N", "seed; default: the clock"},
     {"tokens", "n", WHOLE, AT(n), 0, 1e9, "N", "tokens to make; 0, the default: until it stops"},
     {"ctx", "c", WHOLE, AT(ctx), 1, 1 << 28, "N", "context; default: what the model was trained for"},
+    {"yarn", NULL, REAL, AT(yarn), 1, 256, "X", "stretch the context to X times what the model was trained for, by YaRN"},
     {"system", "y", TEXT, AT(system), 0, 0, "TEXT", "system prompt"},
     {"tokenizer", "z", TEXT, AT(tokenizer), 0, 0, "FILE", "tokenizer; default: tokenizer.bin beside the model, the program, or here"},
     {"threads", "j", WHOLE, AT(threads), 1, MAX_THREADS, "N", "threads; default: the physical cores"},
     {"draft", "d", WHOLE, AT(draft), 0, MAX_DRAFT, "N", "tokens drafted by MTP a step; 0: off; default: what is measured to be best"},
-    {"load", NULL, LATER, AT(load), 0, 0, "FILE", "go on with a saved conversation (not yet)"},
-    {"save", NULL, LATER, AT(save), 0, 0, "FILE", "save the conversation (not yet)"},
+    {"load", NULL, TEXT, AT(load), 0, 0, "FILE", "go on with a saved conversation"},
+    {"save", NULL, TEXT, AT(save), 0, 0, "FILE", "save the conversation at the end"},
+    {"reasoning", "r", WHOLE, AT(thinking), 0, 1, "0|1", "chat: hide or show (default) what the model thinks before it answers"},
     {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
     {"memory", NULL, LATER, AT(memory), 0, 0, "N", "bytes of weights to keep in memory (not yet)"},
     {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
@@ -4685,8 +5428,8 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
 /* The command line as Args. Ends with status 2 when it is not valid. */
 static Args parse_args(int argc, char **argv)
 {
-    Args a = {.temperature = NAN, .top_p = NAN, .min_p = NAN, .presence = NAN, .repetition = NAN, .top_k = -1, .seed = -1, .n = 0,
-              .ctx = -1, .threads = -1, .draft = -1, .batch = DEFAULT_BATCH};
+    Args a = {.temperature = NAN, .top_p = NAN, .min_p = NAN, .presence = NAN, .repetition = NAN, .yarn = NAN, .top_k = -1, .seed = -1, .n = 0,
+              .ctx = -1, .threads = -1, .draft = -1, .thinking = -1, .batch = DEFAULT_BATCH};
     for (int i = 1; i < argc; i++) {
         if (argv[i][0] != '-' || !argv[i][1]) {
             if (a.model) usage_error("%s: one model is enough, %s was given before", argv[i], a.model);
@@ -4744,6 +5487,9 @@ static void check_args(const Args *a)
     if ((a->depth || a->prompt) && strcmp(a->mode, "bench")) usage_error("--%s: goes with -m bench", a->depth ? "depth" : "prompt");
     if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");
     if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
+    if (a->thinking >= 0 && strcmp(a->mode, "chat")) usage_error("-r: goes with -m chat");
+    bool talks = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate");
+    if ((a->load || a->save) && !talks) usage_error("--%s: goes with -m chat and generate", a->load ? "load" : "save");
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
     if (a->ids && (no_prompt || !strcmp(a->mode, "chat"))) usage_error("--ids: -m %s takes no ids", a->mode);
     if ((a->text || a->file) && no_prompt) usage_error("-%c: -m %s takes no prompt", a->text ? 'i' : 'f', a->mode);
@@ -4754,27 +5500,22 @@ static void check_args(const Args *a)
     if (!known) usage_error("--cpu: wanted plain, avx2, avx512 or neon, found \"%s\"", a->cpu);
 }
 
-/* The checkpoint's sampling settings, overridden by the command line's. */
-static SamplerSettings sampling_of(const Args *a, SamplerSettings s)
-{
-    if (!isnan(a->temperature)) s.temperature = (float)a->temperature;
-    if (!isnan(a->top_p)) s.top_p = (float)a->top_p;
-    if (!isnan(a->min_p)) s.min_p = (float)a->min_p;
-    if (!isnan(a->presence)) s.presence_penalty = (float)a->presence;
-    if (!isnan(a->repetition)) s.repetition_penalty = (float)a->repetition;
-    if (a->top_k >= 0) s.top_k = (int)a->top_k;
-    return s;
-}
-
 /* Threads, kernels, state and scratch for the modes that run the model. */
 static void start_engine(Run *r)
 {
     Engine *e = &r->engine;
     const Args *a = &r->args;
-    const Config *c = &e->model.config;
+    Config *c = &e->model.config;
+    if (!isnan(a->yarn)) {
+        if (e->model.rope_scaled) die("%s: rope_type: wanted default for --yarn, found a scaling of its own", a->model);
+        stretch_rope(&e->model, a->yarn, c->max_position_embeddings, 32, 1, true);
+        e->model.rope_scale = (float)(0.1 * log(a->yarn) + 1);
+        c->max_position_embeddings = (int)fmin(c->max_position_embeddings * a->yarn, 1 << 28);
+    }
     int ctx = a->ctx > 0 ? (int)a->ctx : c->max_position_embeddings;
     if (ctx > c->max_position_embeddings)
-        die("-c %d: the model was made for at most %d positions", ctx, c->max_position_embeddings);
+        die("-c %d: the model was made for at most %d positions%s", ctx, c->max_position_embeddings,
+            e->model.rope_scaled || !isnan(a->yarn) ? "" : " (--yarn stretches them)");
     e->kernels = choose_kernels(a->cpu);
     e->pool = pool_create(a->threads > 0 ? (int)a->threads : physical_cores());
     e->dump_dir = a->dump;

@@ -4772,11 +4772,13 @@ static Input read_message(bool prompt, Str *message)
     Input got = read_line(message);
     if (got != GOT || message->len < 3 || memcmp(message->data, fence, 3)) return got;
     str_set(message, message->data + 3, message->len - 3);
+    bool first = !message->len; /* nothing behind the fence: the message begins with the next line */
     while (got == GOT && (message->len < 3 || memcmp(message->data + message->len - 3, fence, 3))) {
         if (prompt) fputs(". ", stderr);
         got = read_line(&line);
-        if (got == GOT && message->len) str_add(message, "\n", 1);
+        if (got == GOT && !first) str_add(message, "\n", 1);
         if (got == GOT) str_add(message, line.data, line.len);
+        first = false;
     }
     if (got == GOT) message->len -= 3; /* the closing fence, and the newline before it */
     if (got == GOT && message->len && message->data[message->len - 1] == '\n') message->len--;
@@ -4903,16 +4905,21 @@ static bool chat_command(Conversation *c, Str *line)
     return true;
 }
 
-/* Turns from standard input until it ends. */
+/* Turns from standard input until it ends. An answer that was loaded unfinished is gone on with, unless a message comes
+ * first (from a terminal none can). */
 static void chat_loop(Conversation *c)
 {
+    bool go_on = c->unfinished;
     const Run *r = c->run;
     Str message = {0};
     bool prompt = !r->args.quiet && isatty(0);
     if (prompt) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
     for (int breaks = 0; breaks < 2;) {
-        Input got = read_message(prompt, &message);
-        if (got == END) break;
+        Input got = go_on && isatty(0) ? END : read_message(prompt, &message);
+        if (got == END && go_on) chat_answer(c, false);
+        if (got == END && !(go_on && isatty(0))) break;
+        go_on = false;
+        if (got == END) continue;
         if (got == BREAK) {
             fputs(breaks++ ? "\n" : "\n(Ctrl-C again, Ctrl-D or /exit leaves)\n", stderr);
             continue;
@@ -4947,7 +4954,6 @@ static int mode_chat(Run *r)
         status = !chat_turn(&c, &message);
         if (interrupted) status = 130;
     } else {
-        if (c.unfinished) chat_answer(&c, false); /* loaded in the middle of an answer */
         chat_loop(&c);
     }
     if (r->args.save && !conversation_save(&c, r->args.save)) return 1;
@@ -5143,6 +5149,7 @@ enum {
     READ_PIECES = 512,    /* pieces of one timing */
     READ_WINDOW = 2048,   /* pieces at the file's beginning that are read, in turns */
     BENCH_SLICE = 8,      /* tokens decoded at a time */
+    BENCH_DRAFT_IDS = 1 << 16, /* ids that drafts choose from */
     BENCH_ROUNDS = 5,     /* prompts timed */
     BENCH_SAMPLES = 64,
     PEAK_ITEMS = 256,     /* of one timing of the arithmetic, */
@@ -5217,15 +5224,19 @@ static double peak(Machine *m, bool floats)
     return best;
 }
 
+/* A pseudo-random number below n, each run the same ones. */
+static int bench_random(int n)
+{
+    static uint64_t seed = 1;
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (int)((seed >> 33) % (uint64_t)n);
+}
+
 /* Run n pseudo-random tokens, as one prompt or one by one; returns the seconds it took. */
 static double bench_tokens(Run *r, int n, bool one_by_one)
 {
-    static uint64_t seed = 1;
     int *ids = grow(NULL, (size_t)n, sizeof *ids);
-    for (int i = 0; i < n; i++) {
-        seed = seed * 6364136223846793005u + 1442695040888963407u;
-        ids[i] = (int)((seed >> 33) % (uint64_t)r->engine.model.config.tokenizer_size);
-    }
+    for (int i = 0; i < n; i++) ids[i] = bench_random(r->engine.model.config.tokenizer_size);
     double start = now();
     if (one_by_one)
         for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1, false), head_logits(&r->engine, 0, 1);
@@ -5291,6 +5302,51 @@ static void bench_decode(Run *r, Machine *m, int n)
            bytes / 1e9, median(&share));
 }
 
+/* Steps of `drafts` drafts, each draft right with a probability of `percent`: draft, verify, take back. Returns tokens made;
+ * their seconds are added to *seconds. Drafts choose among the ids that English text and code mostly keep to. */
+static int bench_steps(Run *r, int drafts, int percent, int steps, double *seconds)
+{
+    Engine *e = &r->engine;
+    int vocab = min_int(BENCH_DRAFT_IDS, e->model.config.tokenizer_size), tokens = 0;
+    double start = now();
+    for (int i = 0; i < steps; i++) {
+        int ids[MAX_TRIAL] = {bench_random(e->model.config.tokenizer_size)}, kept = 1;
+        mtp_draft(e, ids[0], ids + 1, drafts, vocab, NULL);
+        for (int k = 1; k <= drafts; k++) ids[k] = bench_random(e->model.config.tokenizer_size); /* so that routing varies */
+        forward(e, ids, 1 + drafts, true);
+        head_logits(e, 0, 1 + drafts);
+        while (kept <= drafts && bench_random(100) < percent) kept++;
+        state_keep(e, 1 + drafts, kept);
+        tokens += kept;
+    }
+    *seconds += now() - start;
+    return tokens;
+}
+
+/* What drafting costs, and what it would bring at a given share of right drafts: steps with drafts and plain ones in turns. */
+static void bench_drafts(Run *r, int drafts, int n)
+{
+    static const int right[] = {0, 50, 80, 100};
+    for (size_t i = 0; i < sizeof right / sizeof *right && !interrupted; i++) {
+        Sample gain = {0}, cost = {0};
+        double all = 0;
+        int tokens = 0;
+        for (int done = 0; done < n && !interrupted; done += BENCH_SLICE) {
+            double seconds = 0, plain = bench_tokens(r, BENCH_SLICE, true) / BENCH_SLICE;
+            int made = bench_steps(r, drafts, right[i], BENCH_SLICE, &seconds);
+            all += seconds;
+            tokens += made;
+            if (gain.n == BENCH_SAMPLES) continue;
+            sample_add(&cost, seconds / BENCH_SLICE / plain);
+            sample_add(&gain, made * plain / seconds);
+        }
+        if (interrupted) return;
+        printf("draft_%d_right_%d %.2f tok/s\ndraft_%d_right_%d_step %.3f plain\ndraft_%d_right_%d_gain %.3f x\n", drafts, right[i],
+               tokens / all, drafts, right[i], median(&cost), drafts, right[i], median(&gain));
+        fflush(stdout);
+    }
+}
+
 /* -m bench: lines of name, value, unit. */
 static int mode_bench(Run *r)
 {
@@ -5299,8 +5355,9 @@ static int mode_bench(Run *r)
     int prompt = a->prompt > 0 ? (int)a->prompt : 512, decode = a->n > 0 ? (int)a->n : 128;
     if (!depth && !a->prompt) prompt = min_int(prompt, ctx);
     if (!depth && a->n <= 0) decode = min_int(decode, ctx);
-    if (depth + max_int(prompt, decode) > ctx)
-        die("-m bench: wanted room for %d tokens after a depth of %d, found a context of %d (-c)", max_int(prompt, decode),
+    int drafted = a->draft > 0 ? 4 * (decode + BENCH_SLICE) * (2 + (int)a->draft) : 0; /* by bench_drafts, at most */
+    if (depth + max_int(prompt, decode + drafted) > ctx)
+        die("-m bench: wanted room for %d tokens after a depth of %d, found a context of %d (-c)", max_int(prompt, decode + drafted),
             depth, ctx);
     if (depth) bench_tokens(r, depth, false);
     Snapshot deep = {0};
@@ -5311,6 +5368,7 @@ static int mode_bench(Run *r)
     bench_prefill(r, &m, &deep, prompt);
     snapshot_restore(&deep, &r->engine);
     if (!interrupted) bench_decode(r, &m, decode);
+    if (!interrupted && a->draft > 0) bench_drafts(r, (int)a->draft, decode);
     printf("peak_memory %ld MB\n", peak_memory_mb());
     return interrupted ? 130 : 0;
 }
@@ -5545,6 +5603,7 @@ int main(int argc, char **argv)
     check_args(&r.args);
     struct sigaction action = {.sa_handler = mode->watches ? on_interrupt : on_interrupt_leave}; /* no SA_RESTART: Ctrl-C ends a read */
     sigaction(SIGINT, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN); /* a file beyond a limit is a failed write with a message, like a full disk */
     r.engine.model = open_model(r.args.model);
     if (mode->engine) start_engine(&r);
     int status = mode->run(&r);

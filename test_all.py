@@ -17,9 +17,14 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
     9 export     layouts, refusals, reproducibility
    10 README     its commands run
    11 mutation   the comparison of section 1 fails when the engine is broken on purpose
+   12 drafting   the MTP head equals a PyTorch module; drafts change no text
+   13 context    keys and values as q8, YaRN by option
+   14 chat       /undo, /regen, edits: nothing is read twice
+   15 saved      conversations go on in another process; bad files are refused
 """
 
 import atexit
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -29,6 +34,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -52,6 +58,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.generation import logits_process as lp
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 ROOT = Path(__file__).resolve().parent
 ENGINE = ROOT / "qwen3next"
@@ -2035,9 +2042,18 @@ extra -i x                                  2 extra
 -m tag -i x                                 12 tag
 -m answer -i x                              12 answer
 -m trace -i x                               12 trace
--i x -d 2                                   12 -d
--i x --load x                               12 --load
--i x --save x                               12 --save
+-i x -d 9                                   2 -d
+-i x --load /nowhere/at/all                 1 /nowhere/at/all
+-i x --load /                               1 /
+-i x --save /nowhere/at/all                 1 /nowhere/at/all
+-m perplexity -i x --load x                 2 --load
+-m logits -o WORK/x -i x --save x           2 --save
+-m perplexity -i x -d 1                     2 -d
+-i x -r 1                                   2 -r
+-m chat -i x -r 2                           2 -r
+-i x --yarn 0                               2 --yarn
+-i x --yarn x                               2 --yarn
+-i x --kv q4                                2 --kv
 -i x --memory 1G                            12 --memory
 """.strip().splitlines()
 
@@ -2311,26 +2327,6 @@ def test_layouts_export_to_the_same_bytes(kind, weights):
         output = export(source, WORK / f"{kind}-{weights}-{layout.__name__}.bin", "--type", weights, "--check")
         outputs.append(output.read_bytes())
     assert all(output == outputs[0] for output in outputs)
-
-
-def mtp_tensors(model, seed=0):
-    """Random mtp.* tensors for a model, named as in the released checkpoints."""
-    generator, c = torch.Generator().manual_seed(seed), model.config
-    D, hd, I, Is = c.hidden_size, c.head_dim, c.moe_intermediate_size, c.shared_expert_intermediate_size
-    shapes = {"fc": [D, 2 * D], "pre_fc_norm_embedding": [D], "pre_fc_norm_hidden": [D], "norm": [D],
-              "layers.0.input_layernorm": [D], "layers.0.post_attention_layernorm": [D],
-              "layers.0.self_attn.q_proj": [2 * c.num_attention_heads * hd, D],
-              "layers.0.self_attn.k_proj": [c.num_key_value_heads * hd, D],
-              "layers.0.self_attn.v_proj": [c.num_key_value_heads * hd, D],
-              "layers.0.self_attn.o_proj": [D, c.num_attention_heads * hd],
-              "layers.0.self_attn.q_norm": [hd], "layers.0.self_attn.k_norm": [hd],
-              "layers.0.mlp.gate": [c.num_experts, D], "layers.0.mlp.shared_expert_gate": [1, D],
-              "layers.0.mlp.shared_expert.gate_proj": [Is, D], "layers.0.mlp.shared_expert.up_proj": [Is, D],
-              "layers.0.mlp.shared_expert.down_proj": [D, Is]}
-    for e in range(c.num_experts):
-        shapes.update({f"layers.0.mlp.experts.{e}.gate_proj": [I, D], f"layers.0.mlp.experts.{e}.up_proj": [I, D],
-                       f"layers.0.mlp.experts.{e}.down_proj": [D, I]})
-    return {f"mtp.{name}.weight": 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def test_mtp_head_comes_along_and_changes_nothing():
@@ -2625,6 +2621,539 @@ def test_comparison_notices(name, report):
     else:
         report(f"{name}: wrong on {len(wrong)} of {len(kinds)} kinds")
         assert wrong and max(errors.values()) > 5 * TOLERANCE, errors
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 12 Drafting: the MTP head, and that it changes no text
+# ----------------------------------------------------------------------------------------------------------------
+
+DRAFTS = 3
+DRAFT_PROMPTS = (1, 2, 40, 200)      # tokens
+DRAFT_KINDS = ("plain", "head dims differ", "n_v = 3 n_k", "130 experts", "tied", "mlp_only_layers", "sparse step 2",
+               "norm_topk_prob false", "attention_bias", "layer order", "rope", "yarn", "odd sizes",
+               "real head sizes", "all linear", "all attention", "one expert")
+
+
+class MtpModule(torch.nn.Module):
+    """The MTP head as vLLM's qwen3_next_mtp.py computes it, of transformers' parts; its parameters are named as in
+    the released checkpoints, but for the prefix mtp. and for the experts, which transformers packs."""
+
+    def __init__(self, config):
+        super().__init__()
+        config = copy.deepcopy(config)
+        config.layer_types, config.mlp_only_layers, config.decoder_sparse_step = [FULL], [], 1
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = qwen3_next.Qwen3NextRMSNorm(D, eps)
+        self.pre_fc_norm_hidden = qwen3_next.Qwen3NextRMSNorm(D, eps)
+        self.fc = torch.nn.Linear(2 * D, D, bias=False)
+        self.layers = torch.nn.ModuleList([qwen3_next.Qwen3NextDecoderLayer(config, 0)])
+        self.norm = qwen3_next.Qwen3NextRMSNorm(D, eps)
+        self.rotary_emb = qwen3_next.Qwen3NextRotaryEmbedding(config)
+
+    def forward(self, h, embedding):
+        """Pair t is the state h [1, n, D] at t, after the final norm, with the embedding [1, n, D] of token t + 1;
+        result t [1, n, D], which lm_head scores for token t + 2, has seen the pairs up to t."""
+        x = self.fc(torch.cat([self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(h)], -1))
+        n = x.shape[1]
+        unseen = torch.full((1, 1, n, n), -math.inf).triu(1)
+        return self.norm(self.layers[0](x, self.rotary_emb(x, torch.arange(n)[None]), unseen))
+
+
+class DraftingModel(torch.nn.Module):
+    """A Qwen3NextForCausalLM and its MTP head, given as tensors under their names in the released checkpoints."""
+
+    def __init__(self, model, tensors):
+        super().__init__()
+        self.model, self.head = model, MtpModule(model.config).eval()
+        tensors = {name.removeprefix("mtp."): tensor.float() for name, tensor in tensors.items()}
+
+        def experts(matrix):
+            return [tensors.pop(f"layers.0.mlp.experts.{e}.{matrix}_proj.weight")
+                    for e in range(model.config.num_experts)]
+
+        gate_up = [torch.cat(pair) for pair in zip(experts("gate"), experts("up"))]
+        tensors["layers.0.mlp.experts.gate_up_proj"] = torch.stack(gate_up)                   # [E, 2I, D]
+        tensors["layers.0.mlp.experts.down_proj"] = torch.stack(experts("down"))              # [E, D, I]
+        self.head.load_state_dict(tensors)
+
+    def forward(self, ids, drafts=DRAFTS, use_cache=False):
+        """ids [1, n] and their likeliest next token -> logits float32 [1 + drafts, vocab]: row 0 chose that token,
+        row j draft j. Drafts after the first stand on the head's own result in place of the model's state."""
+        h = self.model.model(ids, use_cache=use_cache).last_hidden_state
+        tokens, logits = ids[:, 1:], [self.model.lm_head(h[:, -1])]
+        for _ in range(drafts):
+            tokens = torch.cat([tokens, logits[-1].argmax(-1, keepdim=True)], 1)
+            y = self.head(h, self.model.model.embed_tokens(tokens))[:, -1:]
+            h = torch.cat([h, y], 1)
+            logits.append(self.model.lm_head(y[:, 0]))
+        return torch.cat(logits)
+
+
+def mtp_reference(model, tensors, ids, drafts=DRAFTS):
+    """The logits that choose each draft after ids and their likeliest next token: float32 [drafts, vocab]."""
+    return DraftingModel(model, tensors)(torch.tensor([ids]), drafts)[1:].numpy()
+
+
+def mtp_tensors(model, seed=0):
+    """Random mtp.* tensors for a model, float32, named as in the released checkpoints, of random_model's scales."""
+    head, generator = MtpModule(model.config), torch.Generator().manual_seed(seed)
+    for name, weight in head.named_parameters():
+        if "norm" in name:
+            std = 0.3
+        elif name.endswith("bias"):
+            std = 0.5
+        else:
+            std = (2.0 if name.endswith("mlp.gate.weight") else 1.2) / math.sqrt(weight.shape[-1])
+        weight.copy_(std * torch.randn(weight.shape, generator=generator))
+    head.config = model.config
+    return {f"mtp.{name}": tensor for name, tensor in per_expert(head).items()}
+
+
+def draft_margin(logits):
+    """The smallest distance, over rows, between the best logit and the second, in standard deviations."""
+    return float(-logits.topk(2).values.diff(dim=-1).max() / logits.std())
+
+
+@functools.cache
+def mtp_case(kind, bf16):
+    """(model, mtp tensors, 200 ids) of one kind, the first seed without a near-tie in a router or between drafts,
+    whatever the prompt's length; with bf16 every weight is exact in bfloat16."""
+    model = kind_model(kind, bf16)
+    for seed in itertools.count(1):
+        tensors = mtp_tensors(model, seed)
+        if bf16:
+            tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        ids = random_ids(max(DRAFT_PROMPTS), model.config.vocab_size)     # kind_model has none of its own for these
+        drafting = DraftingModel(model, tensors)
+        if all(router_margin(drafting, ids[:n]) > 1e-4 and
+               draft_margin(drafting(torch.tensor([ids[:n]]))) > 1e-3 for n in DRAFT_PROMPTS):
+            return model, tensors, ids
+
+
+@functools.cache
+def mtp_checkpoint(kind, weights="f32"):
+    """The exported checkpoint of one kind with its MTP head; its sources are as random_checkpoint's."""
+    bf16 = weights == "bf16"
+    model, tensors, _ = mtp_case(kind, bf16)
+    source, head = WORK / "hf" / f"{kind}-{weights}-mtp", WORK / f"{kind}-{weights}-mtp.safetensors"
+    if not source.exists():
+        save_packed(model, source, torch.bfloat16 if bf16 else torch.float32)
+        save_file(tensors, head, {"format": "pt"})
+    return export(source, WORK / f"{kind}-{weights}-mtp.bin", "--type", weights, "--mtp", head)
+
+
+def engine_draft_logits(model, ids, *options):
+    """The logits that chose each draft after ids and their likeliest next token: float32 [drafts, vocab]."""
+    with tempfile.TemporaryDirectory(dir=WORK) as folder:
+        engine_logits(model, ids, "-d", DRAFTS, "--dump", folder, *options)
+        logits = np.load(Path(folder) / "mtp.logits.npy")
+    assert logits.dtype == np.float32
+    return logits
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+@pytest.mark.parametrize("kind", DRAFT_KINDS)
+def test_mtp_logits_equal_the_module(kind, weights, report):
+    """Every logit that chooses a draft: prompts shorter and longer than the drafts, in one batch and in many."""
+    model, tensors, ids = mtp_case(kind, weights == "bf16")
+    checkpoint, errors = mtp_checkpoint(kind, weights), {}
+    for n, options in [(n, ()) for n in DRAFT_PROMPTS] + [(max(DRAFT_PROMPTS), ("--batch", 7))]:
+        reference = mtp_reference(model, tensors, ids[:n])
+        ours = engine_draft_logits(checkpoint, ids[:n], *options)
+        errors[(n, *options)] = logits_error(ours, reference)
+    report(f"{kind}, {weights}: largest error {max(errors.values()):.1e} of the standard deviation")
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def drafts_right(stderr):
+    """(right, all) of the statistics line's "N of M drafts right", summed over turns."""
+    pairs = re.findall(rb"(\d+) of (\d+) drafts right", stderr)
+    return sum(int(a) for a, _ in pairs), sum(int(b) for _, b in pairs)
+
+
+SAMPLED = ["-t", 0.9, "-p", 0.95, "-k", 40, "--presence-penalty", 0.7, "--repetition-penalty", 1.15]
+
+
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("kind", ["plain", "layer order", "all linear", "all attention"])
+def test_drafts_change_no_token(kind, weights):
+    """Greedy and 20 seeds with penalties, 0 to 3 and 8 drafts and as many as the program likes, 1 to 3 threads."""
+    model, drafted = mtp_checkpoint(kind, weights), 0
+    for sampling in (["-t", 0], *(SAMPLED + ["-s", seed] for seed in range(20))):
+        base = [ENGINE, model, "--ids", "-i", "5 6 7 8 9", "-n", 40, *sampling]
+        wanted = run(*base, "-d", 0, "-j", 1)
+        assert wanted.returncode == 0 and len(wanted.stdout.split()) == 40 and not drafts_right(wanted.stderr)[1]
+        for i, drafts in enumerate((1, 2, 3, 8, None)):
+            result = run(*base, *(["-d", drafts] if drafts else []), "-j", 1 + i % 3)
+            assert result.stdout == wanted.stdout, (sampling, drafts)
+            drafted += drafts_right(result.stderr)[1]
+    assert drafted > 1000
+
+
+def test_drafts_change_no_text_of_the_demo():
+    """Whole stories, among them such that end by themselves, and a chat."""
+    for sampling in (["-t", 0], *(["-s", seed, "--presence-penalty", 0.5, "--repetition-penalty", 1.1] for seed in range(20))):
+        base = [ENGINE, DEMO, "-i", "Once upon a time", "-n", 200, *sampling]
+        wanted = run(*base, "-d", 0).stdout
+        for drafts in (1, 2, 3):
+            assert run(*base, "-d", drafts, "-j", drafts).stdout == wanted, (sampling, drafts)
+    lines = b"Tell me a story about a fox.\nWhat is the name of the fox?\n/regen\n/undo\nTell me another one.\n"
+    texts = {run(ENGINE, DEMO, "-m", "chat", "-s", 4, "-d", drafts, stdin=lines).stdout for drafts in range(5)}
+    assert len(texts) == 1 and len(texts.pop()) > 500
+
+
+def test_drafts_of_the_demo_are_mostly_right(report):
+    """A wrong hidden state, order of halves or cache changes no text, only this."""
+    for drafts, least in ((1, 0.75), (2, 0.55), (3, 0.4)):
+        right = made = 0
+        for seed in range(4):
+            result = run(ENGINE, DEMO, "-i", "Once upon a time, there was", "-n", 250, "-s", seed, "-d", drafts)
+            pair = drafts_right(result.stderr)
+            right, made = right + pair[0], made + pair[1]
+        report(f"{drafts} drafts: {right} of {made} right")
+        assert right > least * made
+
+
+def test_drafts_up_to_the_end_of_the_context():
+    """No draft stands beyond -c; the last tokens come all the same."""
+    model = mtp_checkpoint("plain")
+    texts = {run(ENGINE, model, "--ids", "-i", "5 6 7", "-t", 0, "-c", 32, "-d", drafts).stdout for drafts in (0, 1, 3, 8)}
+    assert len(texts) == 1 and len(texts.pop().split()) == 30
+
+
+def test_drafts_want_a_head():
+    problem = complaint([DEBUG_ENGINE, victim(), "--ids", "-i", 1, "-d", 2], FAILED, ["mtp.fc"])
+    assert problem is None, problem
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 13 Keys and values as q8; YaRN by option
+# ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_q8_keys_and_values(cpu, report):
+    """Near f32's, and the same bits for any batch and number of threads."""
+    needs_cpu(cpu)
+    for kind in ("plain", "real head sizes", "odd sizes"):
+        model, ids = random_checkpoint(kind, "f32"), random_ids(150, 300)
+        exact = engine_logits(model, ids, "--cpu", cpu)
+        ours = engine_logits(model, ids, "--kv", "q8", "--cpu", cpu)
+        kl = mean_kl(exact, ours)
+        report(f"{kind}, {cpu}: mean KL of q8 keys and values {kl:.1e}")
+        assert 0 < kl < 3e-3
+        for options in (["-j", 3], ["--batch", 1], ["--batch", 7]):
+            assert np.array_equal(engine_logits(model, ids, "--kv", "q8", "--cpu", cpu, *options), ours)
+
+
+@pytest.mark.parametrize("factor", [1, 2.5, 4])
+def test_yarn_by_option_equals_transformers(factor):
+    """--yarn X on a checkpoint without scaling is rope_type yarn of that factor, beyond the trained context too."""
+    scaled = random_model(3, **{**rope(partial=0.5, rope_type="yarn", factor=float(factor), original_max_position_embeddings=64),
+                                "max_position_embeddings": 512})
+    plain = random_model(3, **rope(partial=0.5), max_position_embeddings=64)
+    model = export(save(plain, WORK / "hf" / f"yarn {factor}"), WORK / f"yarn-{factor}.bin", "--type", "f32")
+    ids = random_ids(int(64 * factor), plain.config.vocab_size)
+    reference = scaled(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    assert logits_error(engine_logits(model, ids, "--yarn", factor), reference) < TOLERANCE
+    too_long = [ENGINE, model, "-m", "perplexity", "--ids", "-i", spaced([*ids, 1]), "--yarn", factor]
+    assert complaint(too_long, FAILED, [str(len(ids) + 1), str(len(ids))]) is None
+
+
+def test_yarn_is_refused_where_the_checkpoint_has_its_own():
+    problem = complaint([DEBUG_ENGINE, random_checkpoint("yarn"), "--ids", "-i", 1, "--yarn", 2], FAILED, ["rope_type"])
+    assert problem is None, problem
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 14 Conversations: nothing is read twice
+# ----------------------------------------------------------------------------------------------------------------
+
+def replay(stderr):
+    """From the lines of -v: (tokens the model has at the end, tokens it read in all, those it says it read again)."""
+    history, read = [], 0
+    text = stderr.decode("utf-8", "replace")
+    for verb, numbers in re.findall(r"^(?:.*?)(fed|rewind): ([\d ]*)$", text, re.M):
+        if verb == "fed":
+            history += map(int, numbers.split())
+            read += len(numbers.split())
+        else:
+            del history[int(numbers):]
+    counts = re.findall(r"read: (\d+) tokens in all, (\d+) of them again", text)
+    assert counts and int(counts[-1][0]) == read
+    return history, read, int(counts[-1][1])
+
+
+TWENTY = []                                      # a chat of 20 turns with edits (undo and ask otherwise), undo and regen
+for turn in range(20):
+    TWENTY += [f"Question number {turn} of many, what do you say?"]
+    TWENTY += ["/regen"] if turn % 7 == 3 else ["/undo", f"No: rather tell me about {turn} owls."] if turn % 5 == 4 else []
+    TWENTY += ["/undo", "/undo", f"Back to {turn}: are you sure?"] if turn == 11 else []
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("flavour", ["instruct", "coder"])
+def test_a_long_chat_reads_nothing_twice(flavour, drafts, report):
+    """20 turns with edits, /undo and /regen: tokens read are those of messages and answers, each once."""
+    model = chat_model(flavour) if not drafts else DEMO
+    result = run(ENGINE, model, "-m", "chat", "-v", "-z", TOKENIZER, "-t", 0, "-n", 12, *(["-d", drafts] if drafts else []),
+                 stdin="".join(line + "\n" for line in TWENTY).encode())
+    assert result.returncode == 0, result.stderr
+    history, read, again = replay(result.stderr)
+    messages = [line for line in TWENTY if not line.startswith("/")]
+    prompts = sum(int(n) for n in re.findall(rb"\[prompt (\d+) tokens", result.stderr))
+    around = 8                                   # <|im_end|> \n <|im_start|> user \n ... <|im_end|> \n <|im_start|> assistant \n
+    words = sum(len(real_tokenizer().encode(message).ids) for message in messages)
+    report(f"{len(messages)} messages: {read} tokens read, {again} again; whole prompts each time would be "
+           f"{len(messages) * len(history) // 2} or so")
+    assert again == 0 and prompts <= words + (around + 3) * len(messages)
+    assert prompts < read < prompts + 13 * (len(messages) + 3)
+
+
+@pytest.mark.parametrize("flavour", TEMPLATES)
+def test_undo_and_regen_lead_back_to_the_template(flavour):
+    """However one came there, the model has read what apply_chat_template gives for the messages that stand."""
+    lines = ["Hello?", "/undo", QUESTIONS[0], "/regen", "What?", "/undo", "/undo", QUESTIONS[0], QUESTIONS[1], "/regen", "/regen",
+             "Really?", "/undo", "/regen", QUESTIONS[2], "/regen"]
+    _, history = chat(chat_model(flavour), lines, "-t", 0, "-y", "Be brief.")
+    check_history(history, flavour, conversation(flavour, QUESTIONS[:3], "Be brief."), SCRIPTS.get(flavour, SCRIPT))
+
+
+def test_undo_in_front_of_a_message_that_joins_the_template():
+    """A message that begins with a newline makes one token with the newline before it: the state goes further back."""
+    lines = ["Hello?", "Yes", "/undo", '"""', "", "two", '"""']
+    _, history = chat(chat_model("instruct"), lines, "-t", 0)
+    check_history(history, "instruct", conversation("instruct", ["Hello?", "\ntwo"]), SCRIPT)
+
+
+def test_undo_of_everything_and_of_nothing():
+    result = run(ENGINE, chat_model("instruct"), "-m", "chat", "-z", TOKENIZER, "-t", 0, stdin=b"/undo\n/regen\nHi\n/undo\n/undo\nHi\n")
+    assert result.returncode == 0 and result.stdout.decode() == 2 * (SCRIPT + "\n")
+    assert b"nothing to undo" in result.stderr and b"no answer yet" in result.stderr
+
+
+def test_regen_draws_anew_and_greedy_says_the_same():
+    lines = ["Tell me a story about a mouse.", "/regen", "/regen"]
+    for temperature, different in ((0, 1), (1, 3)):
+        output, _ = chat(DEMO, lines, "-t", temperature, "-n", 30, "-s", 3)
+        assert len({part.strip() for part in output.decode().split("\n") if part.strip()}) >= different
+    once = run(ENGINE, DEMO, "-m", "chat", "-t", 0, "-n", 30, "-q", stdin=lines[0].encode() + b"\n").stdout
+    assert run(ENGINE, DEMO, "-m", "chat", "-t", 0, "-n", 30, "-q", stdin="\n".join(lines).encode()).stdout == 3 * once
+
+
+def test_old_snapshots_are_dropped_and_made_again():
+    """A program with room for three snapshots: it reads again what it must, says so, and ends in the same place."""
+    program = compile_copy("few snapshots", [("((size_t)2 << 30)", "((size_t)24 << 10)")])
+    lines = ["One", "Two", "Three", "Four", "/undo", "/undo", "/undo", "Five"]
+    runs = [run(engine_, chat_model("instruct"), "-m", "chat", "-v", "-z", TOKENIZER, "-t", 0,
+                stdin="\n".join(lines).encode()) for engine_ in (ENGINE, program)]
+    (whole, _, none), (again, _, some) = (replay(result.stderr) for result in runs)
+    assert whole == again and none == 0 and some > 0
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_message_from_a_file():
+    file = WORK / "message to read.txt"
+    file.write_text("First line\n\n    second")
+    _, history = chat(chat_model("instruct"), [f"/read {file}", "/read /nowhere", "/read", "and?"], "-t", 0)
+    check_history(history, "instruct", conversation("instruct", [file.read_text(), "and?"]), SCRIPT)
+
+
+def test_thinking_is_hidden_or_shown():
+    """-r 0, /nothink and /think: what the model has read is the same."""
+    shown, hidden = SCRIPTS["thinking"], SCRIPTS["thinking"].split("</think>")[1].strip()
+    options = ["-m", "chat", "-z", TOKENIZER, "-t", 0, "-q"]
+    for command, wanted in ((["-r", 1], shown), ([], shown), (["-r", 0], hidden), (["--reasoning", 0], hidden)):
+        assert engine(chat_model("thinking"), *options, *command, "-i", "Hi").decode() == wanted + "\n", command
+    lines = b"Hi\n/nothink\nHi\n/think\nHi\n"
+    assert engine(chat_model("thinking"), *options, stdin=lines).decode().split("\n")[-4:-1] == shown.split("\n")
+    assert engine(chat_model("thinking"), *options, stdin=lines).decode() == f"{shown}\n{hidden}\n{shown}\n"
+    _, history = chat(chat_model("thinking"), ["Hello", "/nothink", "Thanks"], "-t", 0, "-r", 0)
+    check_history(history, "thinking", conversation("thinking", ["Hello", "Thanks"]), SCRIPTS["thinking"])
+    result = run(ENGINE, chat_model("instruct"), *options, "-r", 0, "-i", "Hi")
+    assert result.stdout.decode() == SCRIPT + "\n" and b"does not think" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 15 Saved conversations
+# ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("kind, weights, kv", [("plain", "f32", "f32"), ("layer order", "q4", "f16"), ("odd sizes", "q8", "q8"),
+                                               ("all linear", "bf16", "f16"), ("all attention", "f32", "f16")])
+def test_saved_anywhere_it_goes_on_as_if_it_had_never_stopped(kind, weights, kv, drafts):
+    """Stopped after any token of an answer, loaded by another process: the same ids, with penalties and chance."""
+    model, file = mtp_checkpoint(kind, weights), WORK / f"saved {kind} {drafts}"
+    options = ["--ids", *SAMPLED, "-q", "--kv", kv, "-d", drafts]
+    whole = engine(model, *options, "-s", 9, "-i", "5 6 7", "-n", 60).split()
+    for n in (1, 2, 13, 14, 15, 16, 59):
+        first = engine(model, *options, "-s", 9, "-i", "5 6 7", "-n", n, "--save", file, "-j", 1).split()
+        rest = engine(model, *(["--ids", "-q", "--kv", kv, "-d", drafts] if n % 2 else options), "--load", file, "-n", 60 - n).split()
+        assert first + rest == whole, n
+    a, b = WORK / f"step a {kind} {drafts}", WORK / f"step b {kind} {drafts}"
+    text = engine(model, *options, "-s", 9, "-i", "5 6 7", "-n", 1, "--save", a).split()
+    for _ in range(20):                          # token by token, file to file
+        text += engine(model, *options, "--load", a, "-n", 1, "--save", b).split()
+        a, b = b, a
+    assert text == whole[:21]
+
+
+def test_saved_text_of_the_demo_goes_on():
+    """Bytes, not tokens: a character or a word may be cut in two."""
+    file = WORK / "saved story"
+    options = ["-q", "-d", 2]
+    whole = engine(DEMO, *options, "-i", "Once upon a time", "-s", 3, "-n", 200)
+    for n in (1, 40, 133):
+        first = engine(DEMO, *options, "-i", "Once upon a time", "-s", 3, "-n", n, "--save", file)
+        assert first + engine(DEMO, *options, "--load", file, "-n", 200 - n) == whole
+    ended = engine(DEMO, *options, "-i", "Once upon a time", "-s", 3, "--save", file)
+    result = run(ENGINE, DEMO, *options, "--load", file)
+    assert ended.startswith(whole[:200]) and result.stdout == b"" and b"end" in result.stderr and result.returncode == 0
+
+
+def test_a_loaded_text_is_extended_by_a_prompt_that_begins_with_it():
+    """Only what is new is read: of the whole text, or of the old prompt alone; anything else is refused."""
+    model, file = mtp_checkpoint("plain"), WORK / "saved prompt"
+    made = engine(model, "--ids", "-i", "5 6 7 8", "-n", 6, "-t", 0, "-q", "--save", file).decode().split()
+    text = "5 6 7 8 " + " ".join(made)
+    for prompt, new in ((text + " 9 10", "9 10"), ("5 6 7 8 11 12", "11 12"), (text, None), ("5 6 7 8 " + " ".join(made[:3]) + " 9", None)):
+        result = run(ENGINE, model, "--ids", "-i", prompt, "-n", 8, "-t", 0, "-v", "--load", file)
+        assert result.stdout == engine(model, "--ids", "-i", prompt, "-n", 8, "-t", 0, "-q"), prompt
+        fed = re.findall(rb"^fed: (.*)$", result.stderr, re.M)
+        assert new is None or new.encode() in (fed[0], b" ".join(fed[0].split()[1:])), fed
+    for prompt in ("5 6 7", "5 6 9 8", "1"):
+        problem = complaint([ENGINE, model, "--ids", "-i", prompt, "-n", 2, "--load", file], FAILED, ["saved prompt"])
+        assert problem is None, problem
+
+
+def test_saved_chat_goes_on_with_all_its_turns():
+    """Chat in two processes, the second with /undo and /regen over turns of the first: as in one."""
+    file = WORK / "saved chat"
+    for model in (chat_model("instruct"), chat_model("thinking"), chat_model("trimmed"), DEMO):
+        for flag in ([], ["-d", 2]) if model == DEMO else ([],):
+            options = ["-m", "chat", "-v", "-z", TOKENIZER, "-s", 8, "-n", 25, *flag]
+            before, after = ["Hello there.", "Who are you?", "Tell me more."], ["/regen", "/undo", "/undo", "/regen", "And now?", "Good."]
+            one = run(ENGINE, model, *options, "-y", "Be kind.", stdin="\n".join(before + after).encode())
+            a = run(ENGINE, model, *options, "-y", "Be kind.", "--save", file, stdin="\n".join(before).encode())
+            b = run(ENGINE, model, *[o for o in options if o not in ("-s", 8)], "--load", file, stdin="\n".join(["/show"] + after).encode())
+            assert (a.returncode, b.returncode) == (0, 0), b.stderr
+            assert a.stdout + b.stdout == one.stdout
+            assert b"Be kind." in b.stderr
+
+
+def test_chat_saved_in_the_middle_of_an_answer():
+    file = WORK / "cut answer"
+    for model, question in ((chat_model("thinking"), "Hi"), (DEMO, "Tell me a story about an ant.")):
+        options = ["-m", "chat", "-z", TOKENIZER, "-q"]
+        whole = engine(model, *options, "-s", 2, "-i", question)
+        for n in (1, 5, 9):
+            first = engine(model, *options, "-s", 2, "-i", question, "-n", n, "--save", file)
+            assert first[:-1] + engine(model, *options, "--load", file) == whole, n
+    commands = f"/load {file}\nAnd then?\n".encode()
+    assert run(ENGINE, DEMO, "-m", "chat", "-q", "-n", 5, stdin=commands).returncode == 0
+
+
+def test_save_and_load_within_a_chat():
+    file = WORK / "from inside"
+    model = chat_model("instruct")
+    lines = ["Hello", f"/save {file}", "Something else", f"/load {file}", "/load /nowhere", f"/load {TOKENIZER}", "/save /nowhere/at/all",
+             f"/save {model}", "Thanks!"]
+    output, history = chat(model, lines, "-t", 0)
+    check_history(history, "instruct", conversation("instruct", ["Hello", "Thanks!"]), SCRIPT)
+    assert output.decode().count("Hello there!") == 3 and read_checkpoint(model)
+
+
+def saved_bytes(options=("-n", 9)):
+    file = WORK / "whole session"
+    engine(mtp_checkpoint("plain"), "--ids", "-i", "5 6 7", "-t", 0, "-q", "--save", file, *options)
+    return file, file.read_bytes()
+
+
+def session_hash(data):
+    """README, "Saved conversations": eight bytes at a time, those behind the header first, then the header."""
+    header, h = bytearray(data[:144]), 0
+    header[24:32] = bytes(8)
+    for word in struct.unpack(f"<{len(data) // 8}Q", bytes(data[144:]) + bytes(header)):
+        h = (h ^ word) * 0x9E3779B97F4A7C15 % (1 << 64)
+        h ^= h >> 29
+    return h
+
+
+def test_damaged_saved_conversations(report):
+    """Cut off, a bit turned, and, with a hash made right again, any number in the header or a turn replaced: one line,
+    or, where the change is harmless, a text; never a crash."""
+    file, data = saved_bytes()
+    assert struct.unpack_from("<Q", data, 24)[0] == session_hash(data)
+    rng, cases = np.random.default_rng(5), []
+    for length in {0, 1, 63, 64, 143, 144, len(data) - 1, len(data) // 2, *rng.integers(0, len(data), 40).tolist()}:
+        cases.append((data[:length], True))
+    for at in rng.integers(0, len(data), 120).tolist():
+        changed = bytearray(data)
+        changed[at] ^= 1 << int(rng.integers(8))
+        cases.append((bytes(changed), True))
+    cases.append((data + bytes(8), True))
+    for at in [*range(0, 144, 4), *(len(data) - 4 * i for i in range(1, 40)), *range(144, 144 + 48, 4)]:
+        for value in (0xFFFFFFFF, 0x7FFFFFFF, 1, 0x10000, 0x80000000):
+            changed = bytearray(data)
+            struct.pack_into("<I", changed, at, value)
+            struct.pack_into("<Q", changed, 24, session_hash(changed))
+            cases.append((bytes(changed), False))
+
+    def outcome(job):
+        number, (content, must_fail) = job
+        path = WORK / f"damaged session {number % 4}-{number}"
+        path.write_bytes(content)
+        result = run(DEBUG_ENGINE, mtp_checkpoint("plain"), "--ids", "-n", 3, "-t", 0, "-q", "--load", path, timeout=20)
+        path.unlink()
+        lines = result.stderr.count(b"\n")
+        if result.returncode == 1:
+            return lines == 1 and b"damaged session" in result.stderr and result.stdout == b"" or (number, result)
+        return result.returncode == 0 and not must_fail and lines <= 1 or (number, result)
+
+    outcomes = parallel(outcome, list(enumerate(cases)))
+    report(f"{len(cases)} damaged saved conversations")
+    assert all(result is True for result in outcomes), [result for result in outcomes if result is not True][:3]
+
+
+def test_foreign_saved_conversations():
+    """Of another checkpoint, another type of cache, a longer context, another stretch: said which."""
+    file, _ = saved_bytes()
+    other = mtp_checkpoint("plain", "q8")
+    for command, words in (([other], ["model"]), ([mtp_checkpoint("plain"), "--kv", "q8"], ["kv_type"]),
+                           ([mtp_checkpoint("plain"), "-c", 5], ["context"]), ([mtp_checkpoint("plain"), "--yarn", 2], ["yarn"])):
+        problem = complaint([DEBUG_ENGINE, *command, "--ids", "-n", 2, "--load", file], FAILED, ["whole session", *words])
+        assert problem is None, problem
+    lines = f"/load {file}\n/load {DEMO}\nHello\n".encode()
+    result = run(DEBUG_ENGINE, chat_model("instruct"), "-m", "chat", "-z", TOKENIZER, "-t", 0, "-q", stdin=lines)
+    assert result.returncode == 0 and result.stdout.decode() == SCRIPT + "\n" and result.stderr.count(b"\n") == 2
+
+
+def test_full_disk_leaves_the_old_file_whole(tmp_path):
+    """Files may not grow beyond 4 KB here: --save and /save fail with a line, the file of before is still there."""
+    file, data = saved_bytes()
+    target = tmp_path / "kept"
+    target.write_bytes(data)
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+    result = run(ENGINE, mtp_checkpoint("plain"), "--ids", "-i", "5 6", "-n", 4, "-q", "--save", target, **limit)
+    assert result.returncode == 1 and b"kept" in result.stderr and result.stderr.count(b"\n") == 1
+    result = run(ENGINE, chat_model("instruct"), "-m", "chat", "-z", TOKENIZER, "-t", 0, "-q",
+                 stdin=f"Hi\n/save {target}\nHi\n".encode(), **limit)
+    assert result.returncode == 0 and result.stdout.decode() == 2 * (SCRIPT + "\n") and b"kept" in result.stderr
+    assert target.read_bytes() == data and [path.name for path in tmp_path.iterdir()] == ["kept"]
+    result = run(ENGINE, mtp_checkpoint("plain"), "--ids", "-i", "5 6", "-n", 4, "-q", "--save", "/dev/full")
+    assert result.returncode == 1 and b"/dev/full" in result.stderr and Path("/dev/full").is_char_device()
+
+
+def test_interrupted_generation_can_be_saved():
+    """Ctrl-C ends it with 130, what there is is saved, and goes on as if nothing had been."""
+    file = WORK / "interrupted"
+    command = [ENGINE, token_model(), "--ids", "-i", "1 2 3", "-c", "500000", "-s", "1", "-t", "1", "-q"]
+    process = subprocess.Popen([*command, "-n", "100000000", "--save", file], stdout=subprocess.PIPE, bufsize=0)
+    start = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    ids = (start + process.communicate(timeout=60)[0]).split()
+    assert process.returncode == 130
+    rest = engine(token_model(), "--ids", "-c", 500000, "-q", "--load", file, "-n", 20).split()
+    assert ids + rest == engine(*command[1:], "-n", len(ids) + 20).split()
 
 
 # ----------------------------------------------------------------------------------------------------------------

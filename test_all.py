@@ -2719,11 +2719,16 @@ def mtp_case(kind, bf16):
     """(model, mtp tensors, 200 ids) of one kind, the first seed without a near-tie in a router or between drafts,
     whatever the prompt's length; with bf16 every weight is exact in bfloat16."""
     model = kind_model(kind, bf16)
+    last = [n - 1 for n in DRAFT_PROMPTS]
+    for ids_seed in itertools.count(1):
+        ids = random_ids(max(DRAFT_PROMPTS), model.config.vocab_size, ids_seed)
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        if draft_margin(logits[last]) > 1e-3 and router_margin(model, ids) > 1e-4:
+            break
     for seed in itertools.count(1):
         tensors = mtp_tensors(model, seed)
         if bf16:
             tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-        ids = random_ids(max(DRAFT_PROMPTS), model.config.vocab_size)     # kind_model has none of its own for these
         drafting = DraftingModel(model, tensors)
         if all(router_margin(drafting, ids[:n]) > 1e-4 and
                draft_margin(drafting(torch.tensor([ids[:n]]))) > 1e-3 for n in DRAFT_PROMPTS):

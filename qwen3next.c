@@ -3758,11 +3758,11 @@ static void draft_saw(Drafter *d, int id)
     d->seen[bits]++;
 }
 
-/* -v: the ids fed, on stderr. */
-static void report_fed(const Run *r, const int *ids, int n)
+/* -v: the ids that were fed, or loaded, on stderr. */
+static void report_ids(const Run *r, const char *verb, const int *ids, int n)
 {
     if (!r->args.verbose || !n) return;
-    fputs("fed:", stderr);
+    fprintf(stderr, "%s:", verb);
     for (int i = 0; i < n; i++) fprintf(stderr, " %d", ids[i]);
     fputc('\n', stderr);
 }
@@ -3801,7 +3801,7 @@ static int feed(Run *r, const int *ids, int n, bool may_stop)
         done += batch;
         show_progress(r, done, n);
     }
-    report_fed(r, ids, done);
+    report_ids(r, "fed", ids, done);
     r->prompt_seconds += now() - start;
     r->prompt_tokens += done;
     return done;
@@ -3911,7 +3911,7 @@ static void step_end(Run *r, Step *step, bool whole)
     if (step->start == 0) return; /* there was none */
     if (step->n_guesses) state_keep(&r->engine, 1 + step->n_guesses, 1 + step->right);
     if (whole) draft_learn(&r->drafter, step->n_guesses, step->right, now() - step->start);
-    report_fed(r, step->id, 1 + step->right);
+    report_ids(r, "fed", step->id, 1 + step->right);
     for (int i = 0; i <= step->right; i++) {
         draft_saw(&r->drafter, step->id[i]);
         ledger_add(&r->ledger, r->engine.state.tokens.len - 1 - step->right + i, step->id[i], true);
@@ -4174,6 +4174,7 @@ static void answer(Conversation *c, Printer *printer, bool fresh)
     const Tokens *t = &r->engine.state.tokens;
     Turn *turn = &c->turns[c->n_turns - 1];
     if (fresh) {
+        c->unfed = -1; /* if there was one, it has been fed with what closed the last answer */
         c->answer_from = t->len;
         str_set(&turn->answer, "", 0);
     }
@@ -4439,7 +4440,7 @@ static bool conversation_load(Conversation *c, const char *path)
         st->mtp = mtp;
         st->mtp_len = INT_MAX;
         mtp_wait_again(&r->engine);
-        went_back(c);
+        report_ids(r, "loaded", st->tokens.id, st->tokens.len);
         r->ledger.past.len = 0;
         for (int i = 0; i < st->tokens.len; i++) tokens_add(&r->ledger.past, st->tokens.id[i]);
         r->ledger.same = st->tokens.len;

@@ -1365,8 +1365,8 @@ def chat(model, lines, *options, **kwargs):
                  stdin="".join(line + "\n" for line in lines).encode(), **kwargs)
     assert result.returncode == 0, result.stderr
     history = []
-    for verb, numbers in re.findall(r"^(fed|rewind): ([\d ]*)$", result.stderr.decode("utf-8", "replace"), re.M):
-        if verb == "fed":
+    for verb, numbers in re.findall(r"^(fed|loaded|rewind): ([\d ]*)$", result.stderr.decode("utf-8", "replace"), re.M):
+        if verb != "rewind":
             history += map(int, numbers.split())
         else:
             assert int(numbers) <= len(history)

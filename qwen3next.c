@@ -1096,13 +1096,26 @@ static void l2norm(const Kernels *kn, float *x, int n, float scale)
     for (int i = 0; i < n; i++) x[i] *= scale;
 }
 
-/* Index of the largest of x[0..n), the first of equals. */
+/* The largest of x[0..n), -inf when none is a number; TILE side by side, as vectors do it. */
+static float largest(const float *x, int n)
+{
+    float top[TILE], max = -INFINITY;
+    int i = 0;
+    for (int j = 0; j < TILE; j++) top[j] = -INFINITY;
+    for (; i + TILE <= n; i += TILE)
+        for (int j = 0; j < TILE; j++) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int j = 0; j < TILE; j++) max = top[j] > max ? top[j] : max;
+    return max;
+}
+
+/* Index of the largest of x[0..n), the first of equals; 0 when none is a number. */
 static int likeliest(const float *x, int n)
 {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
+    float max = largest(x, n);
+    for (int i = 0; i < n; i++)
+        if (x[i] == max) return i;
+    return 0;
 }
 
 /* x = x sigmoid(x); s is scratch [n] */
@@ -2857,7 +2870,7 @@ typedef struct {
     int vocab;            /* ids below this one can be drawn */
     uint8_t *seen;        /* [vocab] bit 0: in the text so far, bit 1: generated in this answer */
     Choice *choice;       /* [vocab] */
-    float *logits;        /* [vocab] scratch */
+    float *logits, *sorted; /* [vocab] scratch: logits with penalties; those to find the k-th of */
 } Sampler;
 
 /* Equal seeds draw alike; any seed, 0 too, starts somewhere else. The generator's state must not be 0. */
@@ -2876,6 +2889,7 @@ static void sampler_init(Sampler *s, SamplerSettings set, uint64_t seed, int voc
     memset(s->seen, 0, (size_t)vocab);
     s->choice = grow(NULL, (size_t)vocab, sizeof *s->choice);
     s->logits = grow(NULL, (size_t)vocab, sizeof *s->logits);
+    s->sorted = grow(NULL, (size_t)vocab, sizeof *s->sorted);
 }
 
 /* Whether settings from a file make sense. */
@@ -2943,32 +2957,49 @@ static float kth_largest(float *x, int n, int k)
  * token in the text; presence subtracts from those of this answer. A logit that is no number counts as -inf. */
 static void penalize(const Sampler *s, const float *logits, float *out)
 {
+    for (int i = 0; i < s->vocab; i++) out[i] = logits[i] == logits[i] ? logits[i] : -INFINITY;
+    if (s->set.repetition_penalty == 1 && s->set.presence_penalty == 0) return;
     for (int i = 0; i < s->vocab; i++) {
-        float x = logits[i];
-        if (s->seen[i] & 1 && s->set.repetition_penalty != 1)
-            x = x > 0 ? x / s->set.repetition_penalty : x * s->set.repetition_penalty;
-        if (s->seen[i] & 2) x -= s->set.presence_penalty;
-        out[i] = x == x ? x : -INFINITY;
+        if (!s->seen[i]) continue;
+        if (s->set.repetition_penalty != 1)
+            out[i] = out[i] > 0 ? out[i] / s->set.repetition_penalty : out[i] * s->set.repetition_penalty;
+        if (s->seen[i] & 2) out[i] -= s->set.presence_penalty;
     }
+}
+
+enum { SIEVE = 64 };
+
+/* A logit that at least k of all reach, and not many more: the k-th largest of the largest of every SIEVE of them. */
+static float sieve(const Sampler *s, int k)
+{
+    int n = 0;
+    for (int i = 0; i < s->vocab; i += SIEVE) s->sorted[n++] = largest(s->logits + i, min_int(SIEVE, s->vocab - i));
+    return k > 0 && k <= n ? kth_largest(s->sorted, n, k) : -INFINITY;
 }
 
 /* The distribution that `sample` draws from, most likely first: penalties, temperature, top-k, top-p, min-p as
  * transformers applies them. Returns how many choices are left; their p sum to 1. Needs temperature > 0. */
 static int sampler_distribution(Sampler *s, const float *logits)
 {
-    int n = 0, keep = 0;
-    float kth = -INFINITY;
+    int n = 0, keep = 0, k = s->set.top_k < s->vocab ? s->set.top_k : 0;
     penalize(s, logits, s->logits);
-    float max = s->logits[0]; /* taken off first: a tiny temperature then overflows to -inf, not to inf */
-    for (int i = 1; i < s->vocab; i++) max = s->logits[i] > max ? s->logits[i] : max;
-    for (int i = 0; i < s->vocab; i++) s->logits[i] = (s->logits[i] - max) / s->set.temperature;
-    if (s->set.top_k > 0 && s->set.top_k < s->vocab) {
-        float *copy = (float *)(void *)s->choice; /* free until the choices are filled in below */
-        memcpy(copy, s->logits, (size_t)s->vocab * sizeof *copy);
-        kth = kth_largest(copy, s->vocab, s->set.top_k);
+    float max = largest(s->logits, s->vocab), t = s->set.temperature, least = (sieve(s, k) - max) / t;
+    for (int i = 0; i < s->vocab; i += SIEVE) { /* max is taken off first: a tiny temperature then gives -inf, not inf */
+        int end = min_int(i + SIEVE, s->vocab);
+        if (!((largest(s->logits + i, end - i) - max) / t >= least)) continue;
+        for (int id = i; id < end; id++) {
+            float x = (s->logits[id] - max) / t;
+            if (x >= least && x > -INFINITY) s->choice[n++] = (Choice){x, id, 0};
+        }
     }
-    for (int i = 0; i < s->vocab; i++)
-        if (s->logits[i] >= kth && s->logits[i] > -INFINITY) s->choice[n++] = (Choice){s->logits[i], i, 0};
+    if (k && n > k) { /* equals of the k-th stay with it */
+        for (int i = 0; i < n; i++) s->sorted[i] = s->choice[i].logit;
+        float kth = kth_largest(s->sorted, n, k);
+        int all = n;
+        n = 0;
+        for (int i = 0; i < all; i++)
+            if (s->choice[i].logit >= kth) s->choice[n++] = s->choice[i];
+    }
     if (!n) s->choice[n++] = (Choice){0, 0, 1};
     qsort(s->choice, (size_t)n, sizeof *s->choice, by_probability);
     double sum = 0, before = 0, kept = 0;

@@ -101,6 +101,7 @@ enum {
     DEFAULT_BATCH = 1024,
     MAX_DRAFT = 8,      /* tokens drafted for one forward at most */
     AUTO_DRAFT = 4,     /* ... when the program chooses how many */
+    SHORTLIST_IDS = 1 << 13, /* first ids of the vocabulary that drafts are looked for among */
     MAX_TRIAL = MAX_DRAFT + 1, /* tokens of a forward that may be taken back */
     MAX_THREADS = 256,
     MAX_STOPS = 16,
@@ -515,6 +516,12 @@ typedef struct {
     float *scratch;       /* [threads][scratch_len] */
     size_t scratch_len;
 } Work;
+
+/* Tiles of the output head among whose rows a draft is looked for (section 10a). */
+typedef struct {
+    int *tile, n;         /* [n], in the order they came in */
+    bool *has;            /* [vocab / TILE up] */
+} Shortlist;
 
 /* One feed-forward network and the rows of this batch that visit it. */
 typedef struct Ffn {
@@ -1211,6 +1218,7 @@ typedef struct {
     float *y;             /* [n][ld], ld a multiple of TILE */
     size_t ld;
     const float *bias;    /* [rows] or NULL */
+    const int *tiles;     /* [rows / TILE] which tiles of the matrix y is to have, or NULL: as they come */
 } Matmul;
 
 enum {
@@ -1255,8 +1263,8 @@ static void matmul_item(void *arg, int item, int thread)
         for (int t = 0; t < n; t++) x[t] = act_row(m->x, m->w->type, m->first + (size_t)(t0 + t));
         for (int i = tile0; i < tile1; i++) {
             float y[MAX_ROWS][TILE];
-            kn->tile[m->w->type](m->w->data + (size_t)i * m->w->tile_bytes, m->w->cols, x, n, y,
-                                 m->e->model.q4_levels, NULL);
+            const uint8_t *tile = m->w->data + (size_t)(m->tiles ? m->tiles[i] : i) * m->w->tile_bytes;
+            kn->tile[m->w->type](tile, m->w->cols, x, n, y, m->e->model.q4_levels, NULL);
             int valid = min_int(TILE, m->w->rows - i * TILE);
             for (int t = 0; t < n; t++) {
                 float *out = m->y + (size_t)(t0 + t) * m->ld + (size_t)i * TILE;
@@ -1271,7 +1279,7 @@ static void matmul_item(void *arg, int item, int thread)
 static void matmul(Engine *e, const Matrix *w, const Acts *x, size_t first, int n, float *y, size_t ld,
                    const float *bias)
 {
-    Matmul m = {e, w, x, n, first, y, ld, bias};
+    Matmul m = {e, w, x, n, first, y, ld, bias, NULL};
     parallel_for(e->pool, matrix_items(e, w), matmul_item, &m);
 }
 
@@ -2080,15 +2088,47 @@ static void mtp_fill(Engine *e)
     }
 }
 
-/* Guess `count` <= MAX_DRAFT tokens that follow `token`, which follows the tokens fed: each the likeliest of the first
- * `vocab` ids, whose logits, if asked for, go to logits [count][vocab]. A guess leaves nothing behind: its keys and values
- * will be overwritten. */
-static void mtp_draft(Engine *e, int token, int *guess, int count, int vocab, float *logits)
+/* A token's row of the output head is to be among those that drafts are looked for in. */
+static void shortlist_add(Shortlist *s, int id)
+{
+    if (s->has[id / TILE]) return;
+    s->has[id / TILE] = true;
+    s->tile[s->n++] = id / TILE;
+}
+
+/* Begin with the first tokens of the vocabulary. It is sorted: merges that are more frequent come first. */
+static void shortlist_init(Shortlist *s, int vocab)
+{
+    int tiles = (vocab + TILE - 1) / TILE;
+    s->tile = grow(NULL, (size_t)tiles, sizeof *s->tile);
+    s->has = grow(NULL, (size_t)tiles, sizeof *s->has);
+    memset(s->has, 0, (size_t)tiles * sizeof *s->has);
+    for (int id = 0; id < min_int(vocab, SHORTLIST_IDS); id += TILE) shortlist_add(s, id);
+}
+
+/* The likeliest next token by row 0 of work.xn, of those in the list. */
+static int shortlist_guess(Engine *e, const Shortlist *list)
+{
+    Work *w = &e->work;
+    Matrix part = e->model.lm_head;
+    part.rows = list->n * TILE;
+    Matmul m = {e, &part, &w->xn, 1, 0, w->logits, w->logits_ld, NULL, list->tile};
+    parallel_for(e->pool, matrix_items(e, &part), matmul_item, &m);
+    for (int i = 0; i < list->n; i++) /* rows that pad the vocabulary are never drawn */
+        for (int id = max_int(list->tile[i] * TILE, e->model.config.tokenizer_size); id < (list->tile[i] + 1) * TILE; id++)
+            w->logits[i * TILE + id % TILE] = -INFINITY;
+    int best = likeliest(w->logits, part.rows);
+    return list->tile[best / TILE] * TILE + best % TILE;
+}
+
+/* Guess `count` <= MAX_DRAFT tokens that follow `token`, which follows the tokens fed: each the likeliest of those in the
+ * list, or, without a list, of all, whose logits go to logits [count][vocab]. A guess leaves nothing behind: its keys and
+ * values will be overwritten. */
+static void mtp_draft(Engine *e, int token, int *guess, int count, const Shortlist *list, float *logits)
 {
     const Model *m = &e->model;
     Work *w = &e->work;
     int D = m->config.hidden_size;
-    Matrix head = some_rows(&m->lm_head, 0, vocab);
     mtp_fill(e);
     for (int i = 0; i < count; i++) {
         int next[MAX_TRIAL] = {token}; /* row i of the pairs belongs to the i-th of these */
@@ -2099,9 +2139,13 @@ static void mtp_draft(Engine *e, int token, int *guess, int count, int vocab, fl
         fill_rope(m, w->rope, p.pos, 1);
         decoder_layer(&p, false);
         add_and_norm(&p, m->mtp.norm, true);
-        matmul(e, &head, &w->xn, 0, 1, w->logits, w->logits_ld, NULL);
-        if (logits) memcpy(logits + (size_t)i * (size_t)vocab, w->logits, (size_t)vocab * sizeof *logits);
-        guess[i] = likeliest(w->logits, min_int(vocab, m->config.tokenizer_size));
+        if (list) {
+            guess[i] = shortlist_guess(e, list);
+        } else {
+            size_t vocab = (size_t)m->config.vocab_size;
+            memcpy(logits + (size_t)i * vocab, head_logits(e, 0, 1), vocab * sizeof *logits);
+            guess[i] = likeliest(w->logits, m->config.tokenizer_size);
+        }
         float *after = w->pair.f + (size_t)(i + 1) * w->pair.ld; /* y takes h's place */
         rmsnorm(e->kernels, after + D, w->xn.f, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
     }
@@ -3746,7 +3790,7 @@ typedef struct {
     int reached[MAX_DRAFT];            /* i-th drafts that could be compared, those before them being right ... */
     double right[MAX_DRAFT];           /* ... and the share of them that was right, running mean */
     int until_try, interval;           /* steps to the next try of a neighbour, and between tries */
-    int seen[32];                      /* tokens fed so far by the number of bits of their id */
+    Shortlist list;                    /* the vocabulary's first tokens, and the text's: they come again */
     int64_t drafted, accepted;         /* since the last report */
 } Drafter;
 
@@ -3768,26 +3812,6 @@ typedef struct {
     double prompt_seconds, answer_seconds;
     int prompt_tokens, answer_tokens;
 } Run;
-
-/* Among how many ids to look for a guess. The vocabulary is sorted: merges that are more frequent come first, so that a text
- * mostly keeps to the first ids, and the output head, by far the largest part of a guess, need not be read whole. Few
- * guesses are lost when 31 of 32 tokens so far lie below. */
-static int draft_vocab(const Drafter *d, const Config *c)
-{
-    int64_t all = 0, below = 0;
-    int bits = 0;
-    for (int i = 0; i < 32; i++) all += d->seen[i];
-    while (bits < 30 && (below += d->seen[bits]) * 32 < all * 31) bits++;
-    return min_int(c->tokenizer_size, max_int(1 << bits, 16 * TILE));
-}
-
-/* Count a token for it. */
-static void draft_saw(Drafter *d, int id)
-{
-    int bits = 0;
-    for (; id; id >>= 1) bits++;
-    d->seen[bits]++;
-}
 
 /* -v: the ids that were fed, or loaded, on stderr. */
 static void report_ids(const Run *r, const char *verb, const int *ids, int n)
@@ -3826,7 +3850,7 @@ static int feed(Run *r, const int *ids, int n, bool may_stop)
         forward(&r->engine, ids + done, batch, false);
         for (int i = 0; i < batch; i++) {
             sampler_saw(&r->sampler, ids[done + i], false);
-            draft_saw(&r->drafter, ids[done + i]);
+            if (r->engine.state.mtp) shortlist_add(&r->drafter.list, ids[done + i]);
             ledger_add(&r->ledger, pos + i, ids[done + i], false);
         }
         done += batch;
@@ -3931,7 +3955,7 @@ static void step_begin(Run *r, Step *step, int id, int most)
     int room = e->state.ctx - e->state.tokens.len - 1;
     *step = (Step){.id = {id}, .start = now()};
     if (e->state.mtp) step->n_guesses = max_int(0, min_int(draft_length(&r->drafter), min_int(most, room)));
-    if (step->n_guesses) mtp_draft(e, id, step->id + 1, step->n_guesses, draft_vocab(&r->drafter, &e->model.config), NULL);
+    if (step->n_guesses) mtp_draft(e, id, step->id + 1, step->n_guesses, &r->drafter.list, NULL);
     forward(e, step->id, 1 + step->n_guesses, step->n_guesses > 0);
     head_logits(e, 0, 1 + step->n_guesses);
 }
@@ -3944,7 +3968,7 @@ static void step_end(Run *r, Step *step, bool whole)
     if (whole) draft_learn(&r->drafter, step->n_guesses, step->right, now() - step->start);
     report_ids(r, "fed", step->id, 1 + step->right);
     for (int i = 0; i <= step->right; i++) {
-        draft_saw(&r->drafter, step->id[i]);
+        if (r->engine.state.mtp) shortlist_add(&r->drafter.list, step->id[i]);
         ledger_add(&r->ledger, r->engine.state.tokens.len - 1 - step->right + i, step->id[i], true);
     }
     r->drafter.drafted += step->n_guesses;
@@ -5057,7 +5081,7 @@ static void dump_drafts(Run *r, int n)
     int vocab = e->model.config.vocab_size, guess[MAX_DRAFT];
     if (n <= 0) return;
     float *logits = grow(NULL, mul((size_t)n, (size_t)vocab), sizeof *logits);
-    mtp_draft(e, likeliest(last_logits(e), e->model.config.tokenizer_size), guess, n, vocab, logits);
+    mtp_draft(e, likeliest(last_logits(e), e->model.config.tokenizer_size), guess, n, NULL, logits);
     dump(&(Pass){.e = e}, "mtp.logits", logits, n, vocab, (size_t)vocab);
     free(logits);
 }
@@ -5181,7 +5205,6 @@ enum {
     READ_PIECES = 512,    /* pieces of one timing */
     READ_WINDOW = 2048,   /* pieces at the file's beginning that are read, in turns */
     BENCH_SLICE = 8,      /* tokens decoded at a time */
-    BENCH_DRAFT_IDS = 1 << 16, /* ids that drafts choose from */
     BENCH_ROUNDS = 5,     /* prompts timed */
     BENCH_SAMPLES = 64,
     PEAK_ITEMS = 256,     /* of one timing of the arithmetic, */
@@ -5335,15 +5358,15 @@ static void bench_decode(Run *r, Machine *m, int n)
 }
 
 /* Steps of `drafts` drafts, each draft right with a probability of `percent`: draft, verify, take back. Returns tokens made;
- * their seconds are added to *seconds. Drafts choose among the ids that English text and code mostly keep to. */
+ * their seconds are added to *seconds. */
 static int bench_steps(Run *r, int drafts, int percent, int steps, double *seconds)
 {
     Engine *e = &r->engine;
-    int vocab = min_int(BENCH_DRAFT_IDS, e->model.config.tokenizer_size), tokens = 0;
+    int tokens = 0;
     double start = now();
     for (int i = 0; i < steps; i++) {
         int ids[MAX_TRIAL] = {bench_random(e->model.config.tokenizer_size)}, kept = 1;
-        mtp_draft(e, ids[0], ids + 1, drafts, vocab, NULL);
+        mtp_draft(e, ids[0], ids + 1, drafts, &r->drafter.list, NULL);
         for (int k = 1; k <= drafts; k++) ids[k] = bench_random(e->model.config.tokenizer_size); /* so that routing varies */
         forward(e, ids, 1 + drafts, true);
         head_logits(e, 0, 1 + drafts);
@@ -5614,6 +5637,7 @@ static void start_engine(Run *r)
     if (a->draft > 0 && !e->model.mtp.fc.data) die("%s: tensor mtp.fc: missing: -d %lld wants an MTP head", a->model, (long long)a->draft);
     state_init(&e->state, c, ctx, kv_type, e->model.mtp.fc.data && drafts && a->draft != 0);
     r->drafter.fixed = (int)a->draft;
+    if (e->state.mtp) shortlist_init(&r->drafter.list, c->vocab_size);
     work_init(e, min_int((int)a->batch, ctx));
     uint64_t seed = a->seed >= 0 ? (uint64_t)a->seed : (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
     sampler_init(&r->sampler, sampling_of(a, e->model.sampling), seed, c->tokenizer_size);

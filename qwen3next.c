@@ -101,6 +101,7 @@ enum {
     DEFAULT_BATCH = 1024,
     MAX_DRAFT = 8,      /* tokens drafted for one forward at most */
     AUTO_DRAFT = 4,     /* ... when the program chooses how many */
+    CONFIDENCES = 8,    /* classes of a draft's probability */
     SHORTLIST_IDS = 1 << 13, /* first ids of the vocabulary that drafts are looked for among */
     MAX_TRIAL = MAX_DRAFT + 1, /* tokens of a forward that may be taken back */
     MAX_THREADS = 256,
@@ -2106,8 +2107,8 @@ static void shortlist_init(Shortlist *s, int vocab)
     for (int id = 0; id < min_int(vocab, SHORTLIST_IDS); id += TILE) shortlist_add(s, id);
 }
 
-/* The likeliest next token by row 0 of work.xn, of those in the list. */
-static int shortlist_guess(Engine *e, const Shortlist *list)
+/* The likeliest next token by row 0 of work.xn, of those in the list, and its probability among them. */
+static int shortlist_guess(Engine *e, const Shortlist *list, double *p)
 {
     Work *w = &e->work;
     Matrix part = e->model.lm_head;
@@ -2118,37 +2119,34 @@ static int shortlist_guess(Engine *e, const Shortlist *list)
         for (int id = max_int(list->tile[i] * TILE, e->model.config.tokenizer_size); id < (list->tile[i] + 1) * TILE; id++)
             w->logits[i * TILE + id % TILE] = -INFINITY;
     int best = likeliest(w->logits, part.rows);
+    *p = 1 / (double)e->kernels->exp_sum(w->logits, w->logits[best], part.rows);
     return list->tile[best / TILE] * TILE + best % TILE;
 }
 
-/* Guess `count` <= MAX_DRAFT tokens that follow `token`, which follows the tokens fed: each the likeliest of those in the
- * list, or, without a list, of all, whose logits go to logits [count][vocab]. A guess leaves nothing behind: its keys and
- * values will be overwritten. */
-static void mtp_draft(Engine *e, int token, int *guess, int count, const Shortlist *list, float *logits)
+/* Run the head for the i-th token after those fed, i < MAX_TRIAL: `token`, after i guesses. Afterwards row 0 of work.xn
+ * holds y, to guess the next token by. This leaves nothing behind: keys and values will be overwritten. */
+static void mtp_step(Engine *e, int token, int i)
 {
     const Model *m = &e->model;
     Work *w = &e->work;
-    int D = m->config.hidden_size;
-    mtp_fill(e);
-    for (int i = 0; i < count; i++) {
-        int next[MAX_TRIAL] = {token}; /* row i of the pairs belongs to the i-th of these */
-        memcpy(next + 1, guess, (size_t)i * sizeof *guess);
-        Pass p = {.e = e, .layer = &m->mtp.layer, .tokens = next, .n = 1, .pos = e->state.mtp_len + i};
-        mtp_embed_item(&p, i, 0);
-        matmul(e, &m->mtp.fc, &w->pair, (size_t)i, 1, w->x, w->xn.ld, NULL);
-        fill_rope(m, w->rope, p.pos, 1);
-        decoder_layer(&p, false);
-        add_and_norm(&p, m->mtp.norm, true);
-        if (list) {
-            guess[i] = shortlist_guess(e, list);
-        } else {
-            size_t vocab = (size_t)m->config.vocab_size;
-            memcpy(logits + (size_t)i * vocab, head_logits(e, 0, 1), vocab * sizeof *logits);
-            guess[i] = likeliest(w->logits, m->config.tokenizer_size);
-        }
-        float *after = w->pair.f + (size_t)(i + 1) * w->pair.ld; /* y takes h's place */
-        rmsnorm(e->kernels, after + D, w->xn.f, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
-    }
+    int D = m->config.hidden_size, next[MAX_TRIAL] = {0};
+    if (i == 0) mtp_fill(e);
+    next[i] = token; /* row i of work.pair is the one it belongs to */
+    Pass p = {.e = e, .layer = &m->mtp.layer, .tokens = next, .n = 1, .pos = e->state.mtp_len + i};
+    mtp_embed_item(&p, i, 0);
+    matmul(e, &m->mtp.fc, &w->pair, (size_t)i, 1, w->x, w->xn.ld, NULL);
+    fill_rope(m, w->rope, p.pos, 1);
+    decoder_layer(&p, false);
+    add_and_norm(&p, m->mtp.norm, true);
+    float *after = w->pair.f + (size_t)(i + 1) * w->pair.ld; /* y takes h's place */
+    rmsnorm(e->kernels, after + D, w->xn.f, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
+}
+
+/* The likeliest token after the i-th: a guess, with its probability in the head's eyes. */
+static int mtp_guess(Engine *e, int token, int i, const Shortlist *list, double *p)
+{
+    mtp_step(e, token, i);
+    return shortlist_guess(e, list, p);
 }
 
 /* ---- 11. State: allocation, snapshots ---- */
@@ -3781,17 +3779,20 @@ typedef struct {
     bool ids, echo, quiet, verbose, help, version;
 } Args;
 
-/* How many tokens to draft is measured, not assumed: what a step with so many drafts takes, and how often a draft is
- * right, give the tokens a second of every choice. The best one is used, and now and then one of its neighbours. */
+/* How far to draft is measured, not assumed. A draft costs the time to make it and the time by which it makes the forward
+ * longer; it is worth the chance that it and all before it are right, times the time a token takes otherwise. */
 typedef struct {
-    int fixed;                         /* -d N, or -1 */
-    int steps[AUTO_DRAFT + 1];         /* measured with so many drafts */
-    double seconds[AUTO_DRAFT + 1];    /* of such a step, running mean */
-    int reached[MAX_DRAFT];            /* i-th drafts that could be compared, those before them being right ... */
-    double right[MAX_DRAFT];           /* ... and the share of them that was right, running mean */
-    int until_try, interval;           /* steps to the next try of a neighbour, and between tries */
-    Shortlist list;                    /* the vocabulary's first tokens, and the text's: they come again */
+    int fixed;                         /* -d N, or -1: judge */
+    int steps[MAX_DRAFT + 1];          /* forwards with so many drafts, ... */
+    double forward[MAX_DRAFT + 1];     /* ... seconds of one, with drawing its tokens: running mean */
+    int guesses;                       /* drafts made, ... */
+    double guess;                      /* ... seconds of one */
+    int compared[CONFIDENCES];         /* drafts of a probability from i / CONFIDENCES on that could be compared, ... */
+    double right[CONFIDENCES];         /* ... and the share of them that was right */
+    double tokens, seconds;            /* of a step: running means */
+    int all;                           /* steps in all */
     int64_t drafted, accepted;         /* since the last report */
+    Shortlist list;                    /* the vocabulary's first tokens, and the text's: they come again */
 } Drafter;
 
 /* What has been read, to tell whether anything was read twice. */
@@ -3908,45 +3909,77 @@ static bool is_stop(const Model *m, int id)
     return false;
 }
 
-enum { DRAFT_TRIES = 4, DRAFT_MEMORY = 32, DRAFT_INTERVAL = 32, DRAFT_INTERVAL_MOST = 1024 };
+enum { DRAFT_TRIES = 4, DRAFT_MEMORY = 64, DRAFT_INTERVAL = 64, DRAFT_PRIOR = 4 };
 
 /* The n-th value (from 1) into a mean that remembers about DRAFT_MEMORY of them. */
-static void running_mean(double *mean, int n, double value) { *mean += (value - *mean) / min_int(n, DRAFT_MEMORY); }
+static void running_mean(double *mean, int n, double value) { *mean += (value - *mean) / max_int(1, min_int(n, DRAFT_MEMORY)); }
 
-/* Tokens a second with n drafts a step, n measured: one token is sure, each draft adds one if all up to it are right. */
-static double draft_rate(const Drafter *d, int n)
+/* Seconds by which a draft makes a forward longer: the slope over all numbers of drafts measured. */
+static double draft_cost(const Drafter *d)
 {
-    double tokens = 1, all_right = 1;
-    for (int i = 0; i < n; i++) tokens += all_right *= d->right[i];
-    return tokens / d->seconds[n];
-}
-
-/* Drafts for the next step. */
-static int draft_length(Drafter *d)
-{
-    int best = 0;
-    if (d->fixed >= 0) return d->fixed;
-    for (int n = 0; n <= AUTO_DRAFT; n++) {
-        if (d->steps[n] < DRAFT_TRIES && n <= best + 1) return n; /* not known yet, and the way there was uphill */
-        if (d->steps[n] && draft_rate(d, n) > draft_rate(d, best)) best = n;
+    double more = 0, drafts = 0;
+    for (int n = 1; n <= MAX_DRAFT; n++) {
+        double weight = min_int(max_int(d->steps[n] - 1, 0), DRAFT_MEMORY);
+        more += weight * (d->forward[n] - d->forward[0]);
+        drafts += weight * n;
     }
-    if (d->until_try-- > 0) return best;
-    d->interval = d->interval ? min_int(2 * d->interval, DRAFT_INTERVAL_MOST) : DRAFT_INTERVAL;
-    d->until_try = d->interval;
-    return best == 0 || (d->interval / DRAFT_INTERVAL % 2 && best < AUTO_DRAFT) ? best + 1 : best - 1;
+    return drafts > 0 ? fmax(more / drafts, 0.02 * d->forward[0]) : 0; /* at least a little: clocks are not exact */
 }
 
-/* A step with n drafts of which the first `right` were right took so long. */
-static void draft_learn(Drafter *d, int n, int right, double seconds)
+/* Whether to make an n-th draft when all before it are right with a chance of `chain`. */
+static bool draft_worth_making(const Drafter *d, int n, double chain)
 {
-    for (int i = 0; i < n && i <= right; i++) running_mean(&d->right[i], ++d->reached[i], i < right);
-    if (n > AUTO_DRAFT) return;
-    if (d->steps[n]) seconds = fmin(seconds, 3 * d->seconds[n]); /* the machine had other things to do */
-    running_mean(&d->seconds[n], ++d->steps[n], seconds);
+    double right = 0;
+    int all = 0;
+    if (d->fixed >= 0) return n <= d->fixed;
+    if (n > AUTO_DRAFT || d->steps[0] < DRAFT_TRIES) return false;
+    if (n == 1 && (d->steps[1] < DRAFT_TRIES || d->all % DRAFT_INTERVAL == 0)) return true; /* now and then, to see */
+    for (int i = 0; i < CONFIDENCES; i++) right += d->right[i] * d->compared[i], all += d->compared[i];
+    if (all) chain *= right / all;
+    return chain * d->seconds > (draft_cost(d) + d->guess) * d->tokens;
 }
 
-/* A forward in generation: a token, guesses after it, and how many of them have come true. */
-typedef struct { int id[MAX_TRIAL], n_guesses, right; double start; } Step;
+/* Whether a draft, made, is worth a place in the forward: it and all before it are right with a chance of `chain`. */
+static bool draft_worth_trying(const Drafter *d, double chain)
+{
+    if (d->fixed >= 0 || d->steps[1] < DRAFT_TRIES || d->all % DRAFT_INTERVAL == 0) return true;
+    return chain * d->seconds > draft_cost(d) * d->tokens;
+}
+
+/* The class of a draft's probability. */
+static int confidence(double p) { return max_int(0, min_int(CONFIDENCES - 1, (int)(p * CONFIDENCES))); }
+
+/* The chance that a draft of this class is right. */
+static double chance_right(const Drafter *d, int class)
+{
+    double prior = (class + 0.5) / CONFIDENCES;
+    return (d->right[class] * d->compared[class] + prior * DRAFT_PRIOR) / (d->compared[class] + DRAFT_PRIOR);
+}
+
+/* A step of generation: a token, guesses after it, and how many of them have come true. */
+typedef struct {
+    int id[MAX_TRIAL], n_guesses, right;
+    int class[MAX_DRAFT];  /* of the guesses' probability */
+    double start, drafted; /* when it began; when its guesses were made */
+} Step;
+
+/* Make guesses as long as that pays, at most `most`. */
+static void step_draft(Run *r, Step *step, int most)
+{
+    Drafter *d = &r->drafter;
+    double chain = 1, p = 0;
+    for (int n = 0; n < most && draft_worth_making(d, n + 1, chain); n++) {
+        double start = now();
+        int guess = mtp_guess(&r->engine, step->id[n], n, &d->list, &p);
+        d->guesses++; /* the first is not counted: it brings the head's weights in */
+        running_mean(&d->guess, d->guesses - 1, d->guesses > 2 ? fmin(now() - start, 3 * d->guess) : now() - start);
+        step->class[n] = confidence(p);
+        chain *= chance_right(d, step->class[n]);
+        if (!draft_worth_trying(d, chain)) break;
+        step->id[1 + n] = guess;
+        step->n_guesses++;
+    }
+}
 
 /* Feed a token, with guesses after it if that pays, at most `most`; work.logits: a row for each. */
 static void step_begin(Run *r, Step *step, int id, int most)
@@ -3954,10 +3987,27 @@ static void step_begin(Run *r, Step *step, int id, int most)
     Engine *e = &r->engine;
     int room = e->state.ctx - e->state.tokens.len - 1;
     *step = (Step){.id = {id}, .start = now()};
-    if (e->state.mtp) step->n_guesses = max_int(0, min_int(draft_length(&r->drafter), min_int(most, room)));
-    if (step->n_guesses) mtp_draft(e, id, step->id + 1, step->n_guesses, &r->drafter.list, NULL);
+    if (e->state.mtp) step_draft(r, step, min_int(MAX_DRAFT, min_int(most, room)));
+    step->drafted = now();
     forward(e, step->id, 1 + step->n_guesses, step->n_guesses > 0);
     head_logits(e, 0, 1 + step->n_guesses);
+}
+
+/* What a step teaches whose guesses were compared up to the first wrong one. */
+static void step_learn(Drafter *d, const Step *step)
+{
+    double end = now(), seconds = end - step->drafted, *mean = &d->forward[step->n_guesses];
+    int n = ++d->steps[step->n_guesses];
+    if (n > 2) seconds = fmin(seconds, 3 * *mean); /* the machine had other things to do */
+    running_mean(mean, n - 1, seconds);
+    d->all++;
+    running_mean(&d->tokens, d->all, 1 + step->right);
+    running_mean(&d->seconds, d->all, seconds + step->drafted - step->start);
+    for (int i = 0; i < step->n_guesses && i <= step->right; i++) {
+        int class = step->class[i];
+        d->compared[class] = min_int(d->compared[class] + 1, DRAFT_MEMORY);
+        running_mean(&d->right[class], d->compared[class], i < step->right);
+    }
 }
 
 /* Keep what came true. whole: the guesses were compared up to the first wrong one. */
@@ -3965,7 +4015,7 @@ static void step_end(Run *r, Step *step, bool whole)
 {
     if (step->start == 0) return; /* there was none */
     if (step->n_guesses) state_keep(&r->engine, 1 + step->n_guesses, 1 + step->right);
-    if (whole) draft_learn(&r->drafter, step->n_guesses, step->right, now() - step->start);
+    if (whole) step_learn(&r->drafter, step);
     report_ids(r, "fed", step->id, 1 + step->right);
     for (int i = 0; i <= step->right; i++) {
         if (r->engine.state.mtp) shortlist_add(&r->drafter.list, step->id[i]);
@@ -5078,10 +5128,16 @@ static void write_logits(void *arg, int pos, const float *logits)
 static void dump_drafts(Run *r, int n)
 {
     Engine *e = &r->engine;
-    int vocab = e->model.config.vocab_size, guess[MAX_DRAFT];
+    int vocab = e->model.config.vocab_size;
     if (n <= 0) return;
     float *logits = grow(NULL, mul((size_t)n, (size_t)vocab), sizeof *logits);
-    mtp_draft(e, likeliest(last_logits(e), e->model.config.tokenizer_size), guess, n, NULL, logits);
+    int token = likeliest(last_logits(e), e->model.config.tokenizer_size);
+    for (int i = 0; i < n; i++) {
+        mtp_step(e, token, i);
+        float *row = logits + (size_t)i * (size_t)vocab;
+        memcpy(row, head_logits(e, 0, 1), (size_t)vocab * sizeof *row);
+        token = likeliest(row, e->model.config.tokenizer_size);
+    }
     dump(&(Pass){.e = e}, "mtp.logits", logits, n, vocab, (size_t)vocab);
     free(logits);
 }
@@ -5366,7 +5422,8 @@ static int bench_steps(Run *r, int drafts, int percent, int steps, double *secon
     double start = now();
     for (int i = 0; i < steps; i++) {
         int ids[MAX_TRIAL] = {bench_random(e->model.config.tokenizer_size)}, kept = 1;
-        mtp_draft(e, ids[0], ids + 1, drafts, &r->drafter.list, NULL);
+        double p;
+        for (int k = 0; k < drafts; k++) ids[1 + k] = mtp_guess(e, ids[k], k, &r->drafter.list, &p);
         for (int k = 1; k <= drafts; k++) ids[k] = bench_random(e->model.config.tokenizer_size); /* so that routing varies */
         forward(e, ids, 1 + drafts, true);
         head_logits(e, 0, 1 + drafts);

@@ -1118,13 +1118,14 @@ class RandomWeights:
         return tiles.reshape(-1), 0.0, 1.0
 
     def quantized(self, chunk, count, C, std):
-        """count tiles of random codes under scales that differ by up to an eighth."""
+        """count tiles of random codes under scales that differ by up to an eighth, of either sign: q4's levels have a mean
+        that is not 0, and all matrices would share it, so that all tokens would look alike to the router."""
         S, size = C // 64, chunk.tensor.type.tile_bytes(C) // (C // 64)
         tiles = self.raw(chunk, count * S * size).reshape(count * S, size)
         levels = {Q4: Q4_LEVELS, Q6: np.arange(-128, 128, 4), Q8: np.arange(-127, 128)}[chunk.tensor.type]
         scale = int(to_bf16([std / levels.std()])[0])
         scales = tiles[:, :64].view(np.uint16)
-        np.add(scales & 15, np.uint16(scale - 8), out=scales)  # 7 bits of fraction: steps of at most 1/128
+        np.add(scales & 0x800F, np.uint16(scale - 8), out=scales)  # 7 bits of fraction: steps of at most 1/128
         if chunk.tensor.type is Q8:
             np.maximum(tiles[:, 64:], 1, out=tiles[:, 64:])  # 0 would be -128
         return tiles

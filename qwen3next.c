@@ -5414,8 +5414,8 @@ static void bench_decode(Run *r, Machine *m, int n)
 }
 
 /* Steps of `drafts` drafts, each draft right with a probability of `percent`: draft, verify, take back. Returns tokens made;
- * their seconds are added to *seconds. */
-static int bench_steps(Run *r, int drafts, int percent, int steps, double *seconds)
+ * their seconds are added to *seconds, the experts that a forward met in the last layer to *experts. */
+static int bench_steps(Run *r, int drafts, int percent, int steps, double *seconds, double *experts)
 {
     Engine *e = &r->engine;
     int tokens = 0;
@@ -5426,6 +5426,7 @@ static int bench_steps(Run *r, int drafts, int percent, int steps, double *secon
         for (int k = 0; k < drafts; k++) ids[1 + k] = mtp_guess(e, ids[k], k, &r->drafter.list, &p);
         for (int k = 1; k <= drafts; k++) ids[k] = bench_random(e->model.config.tokenizer_size); /* so that routing varies */
         forward(e, ids, 1 + drafts, true);
+        *experts += e->work.n_ffn - 1;
         head_logits(e, 0, 1 + drafts);
         while (kept <= drafts && bench_random(100) < percent) kept++;
         state_keep(e, 1 + drafts, kept);
@@ -5441,11 +5442,12 @@ static void bench_drafts(Run *r, int drafts, int n)
     static const int right[] = {0, 50, 80, 100};
     for (size_t i = 0; i < sizeof right / sizeof *right && !interrupted; i++) {
         Sample gain = {0}, cost = {0};
-        double all = 0;
-        int tokens = 0;
+        double all = 0, experts = 0;
+        int tokens = 0, steps = 0;
         for (int done = 0; done < n && !interrupted; done += BENCH_SLICE) {
             double seconds = 0, plain = bench_tokens(r, BENCH_SLICE, true) / BENCH_SLICE;
-            int made = bench_steps(r, drafts, right[i], BENCH_SLICE, &seconds);
+            int made = bench_steps(r, drafts, right[i], BENCH_SLICE, &seconds, &experts);
+            steps += BENCH_SLICE;
             all += seconds;
             tokens += made;
             if (gain.n == BENCH_SAMPLES) continue;
@@ -5453,8 +5455,9 @@ static void bench_drafts(Run *r, int drafts, int n)
             sample_add(&gain, made * plain / seconds);
         }
         if (interrupted) return;
-        printf("draft_%d_right_%d %.2f tok/s\ndraft_%d_right_%d_step %.3f plain\ndraft_%d_right_%d_gain %.3f x\n", drafts, right[i],
-               tokens / all, drafts, right[i], median(&cost), drafts, right[i], median(&gain));
+        printf("draft_%d_right_%d %.2f tok/s\ndraft_%d_right_%d_step %.3f plain\ndraft_%d_right_%d_gain %.3f x\ndraft_%d_right_%d_experts %.1f each\n",
+               drafts, right[i], tokens / all, drafts, right[i], median(&cost), drafts, right[i], median(&gain), drafts, right[i],
+               experts / steps);
         fflush(stdout);
     }
 }

@@ -3236,7 +3236,7 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
 
 /* ---- 15. Kernels ----
  * From here to the table, this file includes itself once for each instruction set: the same C, other widths of
- * vector, and three operations that differ: `dot4` (int8), `look_up` (q4) and `load_f16`. The pass called plain is
+ * vector, and a few operations that differ: `dot4` (int8), `look_up` (q4) and the loads of keys and values. The pass called plain is
  * their definition.
  * FN(name) names a pass's copy of a function; VB is the vector's bytes. A tile's 16 rows are PARTS vectors. */
 #define KERNEL_PASS plain
@@ -3327,11 +3327,18 @@ INLINE void FN(load_f16)(vf *out, const uint16_t *p)
 #endif
 }
 
-/* LANES floats from int8. */
+/* LANES floats from int8 (gcc 12 does a vector conversion of this kind number by number). */
 INLINE void FN(load_int8)(vf *out, const int8_t *p)
 {
-    typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-    *out = __builtin_convertvector(__builtin_convertvector(*(const bytes *)p, vi), vf);
+#if defined USE_AVX512
+    *out = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined USE_AVX2
+    *out = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    vf v = {0};
+    for (int i = 0; i < LANES; i++) v[i] = p[i];
+    *out = v;
+#endif
 }
 
 /* The int8 heart: each lane (row) adds the products of its 4 weights (stored + 128) with 4 activations.

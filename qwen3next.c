@@ -127,8 +127,8 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *form
     exit(1);
 }
 
-/* Print "qwen3next: message" and go on. */
-__attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
+/* Print "qwen3next: message" and go on. Returns false, for those who fail by it. */
+__attribute__((format(printf, 1, 2))) static bool warn(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -136,6 +136,7 @@ __attribute__((format(printf, 1, 2))) static void warn(const char *format, ...)
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    return false;
 }
 
 /* The smallest multiple of `to` that is not below n. */
@@ -263,7 +264,7 @@ static uint16_t float_to_f16(float f)
 static bool read_file(const char *path, Str *s)
 {
     FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) return warn("%s: %s", path, strerror(errno)), false;
+    if (!f) return warn("%s: %s", path, strerror(errno));
     char buffer[1 << 16];
     for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
     bool failed = ferror(f);
@@ -3236,7 +3237,7 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
 
 /* ---- 15. Kernels ----
  * From here to the table, this file includes itself once for each instruction set: the same C, other widths of
- * vector, and a few operations that differ: `dot4` (int8), `look_up` (q4) and the loads of keys and values. The pass called plain is
+ * vector, and a few operations that differ: `dot4` (int8), `look_up` (q4), the loads of f16 and int8. The pass called plain is
  * their definition.
  * FN(name) names a pass's copy of a function; VB is the vector's bytes. A tile's 16 rows are PARTS vectors. */
 #define KERNEL_PASS plain
@@ -4091,6 +4092,12 @@ static void report_speed(Run *r)
     r->prompt_seconds = r->answer_seconds = 0;
 }
 
+/* The file being read that writing `out` would destroy, or NULL. */
+static const char *input_file(const Run *r, const char *out)
+{
+    return same_file(out, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+}
+
 /* Find and open the tokenizer: -z, else tokenizer.bin beside the model, the program, or in the working directory. */
 static Tokenizer *need_tokenizer(Run *r)
 {
@@ -4420,19 +4427,22 @@ static bool pass_out(Saver *s, Conversation *c, const SavedHeader *h)
     return ok;
 }
 
+/* The stretch of positions that this run works with. */
+static double yarn_factor(const Run *r) { return isnan(r->args.yarn) ? 1 : r->args.yarn; }
+
 /* Write the conversation: whole, or not at all, and then an older file of this name stays. False after a message. */
 static bool conversation_save(Conversation *c, const char *path)
 {
     Run *r = c->run;
     Engine *e = &r->engine;
     OutFile out;
-    const char *input = same_file(path, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
-    if (input) return warn("%s: that is %s, which is in use", path, input), false;
+    const char *input = input_file(r, path);
+    if (input) return warn("%s: that is %s, which is in use", path, input);
     state_settle(e);
     if (e->state.mtp) mtp_fill(e);
     SavedHeader h = {.magic = "QWEN3SES", .version = 1, .place = c->place, .file_size = sizeof h,
                      .model_hash = ((const Header *)(const void *)e->model.file.data)->hash, .model_size = e->model.file.size,
-                     .yarn = isnan(r->args.yarn) ? 1 : r->args.yarn, .n_tokens = e->state.tokens.len, .kv_type = e->state.kv_type,
+                     .yarn = yarn_factor(r), .n_tokens = e->state.tokens.len, .kv_type = e->state.kv_type,
                      .mtp = e->state.mtp, .answer_from = c->answer_from, .unfed = c->unfed, .unfinished = c->unfinished,
                      .n_turns = c->n_turns, .has_system = c->system.data != NULL, .sampling = r->sampler.set,
                      .rng = r->sampler.rng, .recurrent_len = e->state.recurrent_len};
@@ -4446,43 +4456,52 @@ static bool conversation_save(Conversation *c, const char *path)
     return out_close(&out, true, written);
 }
 
-/* Refuse a header that this run cannot go on from. False after a message. */
+/* Refuse a header whose numbers contradict each other or the model. False after a message. */
+static bool check_saved_numbers(const Engine *e, const char *path, const SavedHeader *h)
+{
+    bool no_answer = h->place == EMPTY || h->place == ASKED || h->place == CLOSED;
+    bool fine = h->place < N_PLACES && (h->n_tokens > 0 || h->place == EMPTY) && (h->n_turns > 0 || no_answer);
+    fine &= h->answer_from >= 0 && h->answer_from <= h->n_tokens && h->n_turns >= 0 && h->n_turns <= MAX_TURNS;
+    fine &= h->unfed >= -1 && h->unfed < e->model.config.vocab_size && h->recurrent_len == e->state.recurrent_len;
+    fine &= h->mtp == 0 || (h->mtp == 1 && e->model.mtp.fc.data);
+    fine &= sampling_valid(&h->sampling) && h->rng != 0;
+    return fine || warn("%s: a value of the header is out of range", path);
+}
+
+/* Refuse a file that is damaged or that this run cannot go on from. False after a message. */
 static bool check_saved(const Run *r, const Mapping *file, const SavedHeader *h)
 {
+    typedef unsigned long long u64;
     const Engine *e = &r->engine;
     const Header *model = (const Header *)(const void *)e->model.file.data;
-    double yarn = isnan(r->args.yarn) ? 1 : r->args.yarn;
-    const char *p = file->path;
-    if (file->size < sizeof *h || memcmp(h->magic, "QWEN3SES", 8)) return warn("%s: not a saved conversation", p), false;
-    if (h->version != 1) return warn("%s: version: wanted 1, found %u", p, h->version), false;
+    const char *path = file->path;
+    if (file->size < sizeof *h || memcmp(h->magic, "QWEN3SES", 8)) return warn("%s: not a saved conversation", path);
+    if (h->version != 1) return warn("%s: version: wanted 1, found %u", path, h->version);
     if (h->file_size != file->size)
-        return warn("%s: file_size: wanted %llu bytes, found %zu: cut off?", p, (unsigned long long)h->file_size, file->size), false;
+        return warn("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (u64)h->file_size, file->size);
     if (h->model_hash != model->hash || h->model_size != e->model.file.size)
-        return warn("%s: model: saved with checkpoint %016llx of %llu bytes, found %016llx of %zu", p, (unsigned long long)h->model_hash,
-                    (unsigned long long)h->model_size, (unsigned long long)model->hash, e->model.file.size), false;
+        return warn("%s: model: this one is %016llx of %zu bytes, found %016llx of %llu", path, (u64)model->hash,
+                    e->model.file.size, (u64)h->model_hash, (u64)h->model_size);
     SavedHeader copy = *h;
     copy.hash = 0;
     uint64_t hash = hash_bytes(hash_bytes(0, file->data + sizeof *h, file->size - sizeof *h), &copy, sizeof copy);
-    if (hash != h->hash) return warn("%s: hash: wanted %016llx, found %016llx: damaged", p, (unsigned long long)h->hash, (unsigned long long)hash), false;
+    if (hash != h->hash)
+        return warn("%s: hash: wanted %016llx, found %016llx: damaged", path, (u64)h->hash, (u64)hash);
+    const char *type = h->kv_type >= 0 && h->kv_type < N_KV ? KV_NAMES[h->kv_type] : "an unknown type";
     if (h->kv_type != (int)e->state.kv_type)
-        return warn("%s: kv_type: saved as %s, this run keeps %s (--kv)", p, h->kv_type >= 0 && h->kv_type < N_KV ? KV_NAMES[h->kv_type] : "?",
-                    KV_NAMES[e->state.kv_type]), false;
-    if (!(h->yarn == yarn)) return warn("%s: yarn: saved with %g, this run has %g (--yarn)", p, h->yarn, yarn), false;
+        return warn("%s: kv_type: wanted %s (--kv), found %s", path, KV_NAMES[e->state.kv_type], type);
+    if (!(h->yarn == yarn_factor(r))) return warn("%s: yarn: wanted %g (--yarn), found %g", path, yarn_factor(r), h->yarn);
     if (h->n_tokens < 0 || h->n_tokens > e->state.ctx)
-        return warn("%s: n_tokens: %d do not fit into the context of %d (-c sets it)", p, h->n_tokens, e->state.ctx), false;
-    bool fine = h->place < N_PLACES && h->answer_from >= 0 && h->answer_from <= h->n_tokens && h->n_turns >= 0 && h->n_turns <= MAX_TURNS &&
-                h->recurrent_len == e->state.recurrent_len && h->unfed >= -1 && h->unfed < e->model.config.vocab_size &&
-                (h->mtp == 0 || (h->mtp == 1 && e->model.mtp.fc.data)) && (h->n_tokens > 0 || h->place == EMPTY) &&
-                (h->n_turns > 0 || h->place == EMPTY || h->place == ASKED || h->place == CLOSED) && sampling_valid(&h->sampling) && h->rng;
-    if (!fine) warn("%s: a value of the header is out of range", p);
-    return fine;
+        return warn("%s: n_tokens: %d do not fit into the context of %d (-c sets it)", path, h->n_tokens, e->state.ctx);
+    return check_saved_numbers(e, path, h);
 }
 
 /* The pieces of one turn: checked (t NULL) or taken over. */
-static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens)
+static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens, bool first)
 {
     SavedTurn saved;
     if (!take_piece(s, &saved, sizeof saved) || saved.before < 0 || saved.before >= N_PLACES) return false;
+    if (first && (saved.before == OPEN || saved.before == CUT_BACK)) return false; /* there is no answer before */
     if (t) t->before = (Place)saved.before, t->user.len = t->answer.len = 0;
     const uint8_t *user = s->from;
     if (!skip_piece(s, NULL, saved.user)) return false;
@@ -4525,7 +4544,7 @@ static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
     for (int i = 0; i < h->n_turns; i++) {
         Str none = {0};
         Turn *t = take ? push_turn(c, &none) : NULL;
-        if (!pass_turn_in(s, t, e->state.recurrent_len, h->n_tokens)) return false;
+        if (!pass_turn_in(s, t, e->state.recurrent_len, h->n_tokens, i == 0)) return false;
     }
     return s->left == 0;
 }
@@ -4591,6 +4610,8 @@ static bool load_first(Conversation *c)
 static bool can_save(const Conversation *c)
 {
     OutFile out;
+    struct stat info;
+    if (!stat(c->run->args.save, &info) && !S_ISREG(info.st_mode) && !S_ISDIR(info.st_mode)) return true; /* a device or pipe */
     if (!out_open(&out, c->run->args.save)) return false;
     out_close(&out, false, false);
     return true;
@@ -5159,7 +5180,7 @@ static int mode_logits(Run *r)
     struct stat info;
     if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
         die("--dump %s: wanted a folder to write to", r->args.dump);
-    const char *input = same_file(out, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+    const char *input = input_file(r, out);
     if (input) die("-o %s: that is %s, which is being read", out, input);
     LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
     if (!out_open(&l.file, out)) return 1;

@@ -37,7 +37,8 @@
  *          10 forward, 10a multi-token prediction   11 state
  *     III  12 tokenizer   13 sampler
  *     IV   14 threads   15 kernels (this part is compiled once for each instruction set)
- *     V    16 chat template   17 generate   18 chat   19 other modes   20 benchmark   21 command line
+ *     V    16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat   19 other modes
+ *          20 benchmark   21 command line
  *
  * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
  * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens and text.
@@ -1543,8 +1544,11 @@ static void kv_put(KvType type, uint8_t *cache, size_t at, float x, float scale)
 static float kv_scale(const float *x, int n)
 {
     float max = 0;
-    for (int i = 0; i < n; i++) max = fmaxf(max, fabsf(x[i]));
-    return max < INFINITY ? max / 127 : 0;
+    for (int i = 0; i < n; i++) {
+        if (!(fabsf(x[i]) < INFINITY)) return 0;
+        max = fmaxf(max, fabsf(x[i]));
+    }
+    return max / 127;
 }
 
 /* Norm and rotate one token's keys, and store its keys and values. */
@@ -2221,6 +2225,7 @@ static void snapshot_take(Snapshot *snap, Engine *e)
 {
     const State *s = &e->state;
     state_settle(e);
+    if (s->mtp) mtp_fill(e); /* so that restoring needs but one row: h's */
     if (!snap->recurrent) snap->recurrent = grow(NULL, s->recurrent_len, sizeof *snap->recurrent);
     memcpy(snap->recurrent, s->recurrent, s->recurrent_len * sizeof *s->recurrent);
     snap->n_tokens = s->tokens.len;
@@ -2233,7 +2238,7 @@ static void snapshot_restore(const Snapshot *snap, Engine *e)
     memcpy(s->recurrent, snap->recurrent, s->recurrent_len * sizeof *s->recurrent);
     s->tape_len = 0;
     s->tokens.len = snap->n_tokens;
-    if (s->mtp_len >= s->tokens.len) mtp_wait_again(e);
+    mtp_wait_again(e);
 }
 
 /* Forget a snapshot. */
@@ -2890,9 +2895,10 @@ static void print_token(Printer *p, int id, bool keep)
 {
     size_t n;
     const uint8_t *bytes = token_bytes(p->t, id, &n);
-    if (id < p->t->n_tokens && p->t->special[id] && !p->show_special) return;
+    bool special = id < p->t->n_tokens && p->t->special[id];
+    if (special && !p->show_special) return;
     str_add(&p->held, bytes, n);
-    if (keep) str_add(&p->all, bytes, n);
+    if (keep && !special) str_add(&p->all, bytes, n);
     if (p->thinking) p->thinking = still_thinking(p);
     if (p->thinking) return;
     while (p->trim && p->held.len && isspace((unsigned char)p->held.data[0])) {
@@ -3955,7 +3961,7 @@ static bool draft_worth_trying(const Drafter *d, double chain)
 }
 
 /* The class of a draft's probability. */
-static int confidence(double p) { return max_int(0, min_int(CONFIDENCES - 1, (int)(p * CONFIDENCES))); }
+static int confidence(double p) { return p > 0 ? min_int(CONFIDENCES - 1, (int)(p * CONFIDENCES)) : 0; }
 
 /* The chance that a draft of this class is right. */
 static double chance_right(const Drafter *d, int class)
@@ -4034,24 +4040,29 @@ static void step_end(Run *r, Step *step, bool whole)
     step->start = 0;
 }
 
+enum { ENDED = -1, BROKEN_OFF = -2 };
+
 /* Draw, print and feed tokens until a stop token, `limit` tokens (0: no limit), a full context or an interrupt. The
  * printer keeps the answer's text, without a stop token. Drafting changes nothing but speed: every token is drawn from
  * the logits that it would have been drawn from without, with the same random number, and a guess counts only when it is
- * the token drawn. Returns a token that was printed but not fed any more, or -1. */
+ * the token drawn. Returns a token that was printed but not fed any more, ENDED after a stop token, or BROKEN_OFF. */
 static int generate(Run *r, int limit, Printer *printer)
 {
     Engine *e = &r->engine;
     Step step = {0};
     double start = now();
     const float *logits = last_logits(e);
-    int unfed = -1;
+    int unfed = BROKEN_OFF;
     for (int count = 1; !interrupted; count++) {
         int id = sample(&r->sampler, logits);
         bool stop = is_stop(&e->model, id);
         r->answer_tokens++;
         if (r->args.ids) printf(count > 1 ? " %d" : "%d", id), fflush(stdout);
         else if (!stop || r->args.verbose) print_token(printer, id, !stop);
-        if (stop) break;
+        if (stop) {
+            unfed = ENDED;
+            break;
+        }
         sampler_saw(&r->sampler, id, true);
         unfed = id;
         if (count == limit) break;
@@ -4059,14 +4070,14 @@ static int generate(Run *r, int limit, Printer *printer)
             step.right++;
         } else {
             step_end(r, &step, true);
-            if (e->state.tokens.len == e->state.ctx) {
+            if (e->state.tokens.len >= e->state.ctx) {
                 if (isatty(1)) fputc('\n', stderr); /* not on the answer's line */
                 warn("the context of %d tokens is full (-c sets it)", e->state.ctx);
                 break;
             }
             step_begin(r, &step, id, limit ? limit - count - 1 : MAX_DRAFT);
         }
-        unfed = -1;
+        unfed = BROKEN_OFF;
         logits = e->work.logits + (size_t)step.right * e->work.logits_ld;
     }
     step_end(r, &step, false);
@@ -4148,7 +4159,7 @@ static Str prompt_text(const Run *r)
 {
     Str s = {0};
     const char *file = r->args.file ? r->args.file : r->args.text && strcmp(r->args.text, "-") ? NULL : "-";
-    if (file && !read_file(file, &s)) exit(1);
+    if (file && !read_file(file, &s)) exit(interrupted ? 130 : 1);
     if (!file) str_add(&s, r->args.text, strlen(r->args.text));
     return s;
 }
@@ -4245,7 +4256,7 @@ static void remember(Conversation *c, Snapshot *snap)
         }
 }
 
-/* The state is that of the first n tokens again: tell who keeps count. */
+/* The state has gone back: tell all who keep count. What was left over of an answer is gone. */
 static void went_back(Conversation *c)
 {
     Run *r = c->run;
@@ -4253,6 +4264,7 @@ static void went_back(Conversation *c)
     if (r->args.verbose) fprintf(stderr, "rewind: %d\n", t->len);
     r->ledger.same = min_int(r->ledger.same, t->len);
     sampler_recount(&r->sampler, t->id, t->len, t->len);
+    c->answer_from = min_int(c->answer_from, t->len);
     c->unfed = -1;
     c->unfinished = false;
 }
@@ -4297,11 +4309,16 @@ static void answer(Conversation *c, Printer *printer, bool fresh)
         c->answer_from = t->len;
         str_set(&turn->answer, "", 0);
     }
+    if (c->unfed >= 0 && t->len >= r->engine.state.ctx) {
+        warn("the context of %d tokens is full (-c sets it)", r->engine.state.ctx);
+        return;
+    }
     if (c->unfed >= 0) feed(r, &c->unfed, 1, false);
     sampler_recount(&r->sampler, t->id, t->len, c->answer_from);
     str_set(&printer->all, turn->answer.data, turn->answer.len);
-    c->unfed = generate(r, (int)r->args.n, printer);
-    c->unfinished = c->unfed >= 0 || interrupted;
+    int unfed = generate(r, (int)r->args.n, printer);
+    c->unfed = max_int(unfed, -1);
+    c->unfinished = unfed != ENDED;
     printer_flush(printer, true);
     fflush(stdout);
     str_set(&turn->answer, printer->all.data, printer->all.len);
@@ -4326,7 +4343,7 @@ typedef struct {
 } SavedHeader;
 _Static_assert(sizeof(SavedHeader) == 144, "the format has no holes");
 
-/* A saved turn: lengths of its texts, and where its snapshots are (0: there is none). */
+/* A saved turn: bytes of its texts; its snapshots' lengths in tokens, and which of them follow. */
 typedef struct { uint64_t user, answer; int32_t before, n_tokens[SNAPSHOTS_PER_TURN], present[SNAPSHOTS_PER_TURN], zero; } SavedTurn;
 
 /* What goes through the pieces of a conversation: writes them, hashes them, or takes them from a mapped file. */
@@ -4360,7 +4377,7 @@ static bool hash_piece(Saver *s, void *data, size_t n)
 static bool write_piece(Saver *s, void *data, size_t n)
 {
     static const char zeros[8];
-    return fwrite(data, 1, n, s->file) == n && fwrite(zeros, 1, round_up(n, 8) - n, s->file) == round_up(n, 8) - n;
+    return (!n || fwrite(data, 1, n, s->file) == n) && fwrite(zeros, 1, round_up(n, 8) - n, s->file) == round_up(n, 8) - n;
 }
 
 static bool skip_piece(Saver *s, void *data, size_t n)
@@ -4376,7 +4393,7 @@ static bool take_piece(Saver *s, void *data, size_t n)
 {
     const uint8_t *from = s->from;
     if (!skip_piece(s, data, n)) return false;
-    memcpy(data, from, n);
+    if (n) memcpy(data, from, n);
     return true;
 }
 
@@ -4427,6 +4444,18 @@ static bool pass_out(Saver *s, Conversation *c, const SavedHeader *h)
     return ok;
 }
 
+/* Zeros for keys and values of a head from position `from` on, as far as a file of n positions holds them: nothing of a text
+ * that was taken back is to go to strangers. */
+static void clear_rest(State *s, const Config *c, size_t head, int from, int n)
+{
+    size_t width = KV_BYTES[s->kv_type], hd = (size_t)c->head_dim, tiles = round_up(hd, TILE) / TILE;
+    for (size_t pos = (size_t)max_int(from, 0); pos < round_up((size_t)n, TILE); pos++) {
+        uint8_t *keys = s->k + head * s->kv_head + (pos / TILE * hd * TILE + pos % TILE) * width;
+        for (size_t i = 0; i < hd; i++) memset(keys + i * TILE * width, 0, width);
+        for (size_t d = 0; d < tiles; d++) memset(s->v + head * s->kv_head + v_offset(c, (int)pos, (int)d) * width, 0, TILE * width);
+    }
+}
+
 /* The stretch of positions that this run works with. */
 static double yarn_factor(const Run *r) { return isnan(r->args.yarn) ? 1 : r->args.yarn; }
 
@@ -4440,6 +4469,10 @@ static bool conversation_save(Conversation *c, const char *path)
     if (input) return warn("%s: that is %s, which is in use", path, input);
     state_settle(e);
     if (e->state.mtp) mtp_fill(e);
+    for (size_t i = 0; i < e->state.kv_heads; i++) { /* the MTP head's last position waits for its next token */
+        bool mtp = i >= (size_t)e->model.config.has_full * (size_t)e->model.config.num_key_value_heads;
+        clear_rest(&e->state, &e->model.config, i, e->state.tokens.len - mtp, e->state.tokens.len);
+    }
     SavedHeader h = {.magic = "QWEN3SES", .version = 1, .place = c->place, .file_size = sizeof h,
                      .model_hash = ((const Header *)(const void *)e->model.file.data)->hash, .model_size = e->model.file.size,
                      .yarn = yarn_factor(r), .n_tokens = e->state.tokens.len, .kv_type = e->state.kv_type,
@@ -4453,7 +4486,7 @@ static bool conversation_save(Conversation *c, const char *path)
     if (!out_open(&out, path)) return false;
     Saver writer = {.piece = write_piece, .file = out.file};
     bool written = write_piece(&writer, &h, sizeof h) && pass_out(&writer, c, &h);
-    return out_close(&out, true, written);
+    return out_close(&out, written, true);
 }
 
 /* Refuse a header whose numbers contradict each other or the model. False after a message. */
@@ -4463,6 +4496,7 @@ static bool check_saved_numbers(const Engine *e, const char *path, const SavedHe
     bool fine = h->place < N_PLACES && (h->n_tokens > 0 || h->place == EMPTY) && (h->n_turns > 0 || no_answer);
     fine &= h->answer_from >= 0 && h->answer_from <= h->n_tokens && h->n_turns >= 0 && h->n_turns <= MAX_TURNS;
     fine &= h->unfed >= -1 && h->unfed < e->model.config.vocab_size && h->recurrent_len == e->state.recurrent_len;
+    fine &= (!h->unfinished && h->unfed < 0) || (h->n_turns > 0 && !no_answer && h->place != CUT_BACK);
     fine &= h->mtp == 0 || (h->mtp == 1 && e->model.mtp.fc.data);
     fine &= sampling_valid(&h->sampling) && h->rng != 0;
     return fine || warn("%s: a value of the header is out of range", path);
@@ -4496,12 +4530,26 @@ static bool check_saved(const Run *r, const Mapping *file, const SavedHeader *h)
     return check_saved_numbers(e, path, h);
 }
 
-/* The pieces of one turn: checked (t NULL) or taken over. */
-static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens, bool first)
+/* Whether a turn's snapshots lie one behind the other, and behind *last, which then is the last of them. */
+static bool turn_in_order(const SavedTurn *t, int *last, int n_tokens)
+{
+    for (int k = 0; k < SNAPSHOTS_PER_TURN; k++) {
+        bool none = !t->present[k] && (t->n_tokens[k] == 0 || (k == SNAPSHOTS_PER_TURN - 1 && t->n_tokens[k] == -1));
+        if (none) continue;
+        if (t->n_tokens[k] < *last || t->n_tokens[k] > n_tokens) return false;
+        *last = t->n_tokens[k];
+    }
+    return true;
+}
+
+/* The pieces of one turn: checked (t NULL) or taken over. last: where the turn before ends; -1: there is none. */
+static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens, int *last)
 {
     SavedTurn saved;
     if (!take_piece(s, &saved, sizeof saved) || saved.before < 0 || saved.before >= N_PLACES) return false;
-    if (first && (saved.before == OPEN || saved.before == CUT_BACK)) return false; /* there is no answer before */
+    if (*last < 0 && (saved.before == OPEN || saved.before == CUT_BACK)) return false; /* there is no answer before */
+    *last = max_int(*last, 0);
+    if (!turn_in_order(&saved, last, n_tokens)) return false;
     if (t) t->before = (Place)saved.before, t->user.len = t->answer.len = 0;
     const uint8_t *user = s->from;
     if (!skip_piece(s, NULL, saved.user)) return false;
@@ -4510,7 +4558,6 @@ static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens, 
     if (t) str_add(&t->user, user, saved.user), str_add(&t->answer, text, saved.answer);
     for (int k = 0; k < SNAPSHOTS_PER_TURN; k++) {
         const uint8_t *recurrent = s->from;
-        if (saved.n_tokens[k] < -1 || saved.n_tokens[k] > n_tokens) return false;
         if (saved.present[k] && !skip_piece(s, NULL, recurrent_len * sizeof(float))) return false;
         if (!t) continue;
         Snapshot *snap = turn_snapshot(t, k);
@@ -4541,23 +4588,27 @@ static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
     const uint8_t *text = s->from;
     if (!skip_piece(s, NULL, system)) return false;
     if (take && h->has_system) str_set(&c->system, text, system);
+    int last = -1;
     for (int i = 0; i < h->n_turns; i++) {
         Str none = {0};
         Turn *t = take ? push_turn(c, &none) : NULL;
-        if (!pass_turn_in(s, t, e->state.recurrent_len, h->n_tokens, i == 0)) return false;
+        if (!pass_turn_in(s, t, e->state.recurrent_len, h->n_tokens, &last)) return false;
     }
     return s->left == 0;
 }
 
-/* Take over a saved conversation in place of this one, the sampler with it. False after a message: nothing has changed. */
-static bool conversation_load(Conversation *c, const char *path)
+/* Take over a saved conversation in place of this one, the sampler with it. chat: it must have turns. False after a message:
+ * nothing has changed. Nobody may write to the file meanwhile. */
+static bool conversation_load(Conversation *c, const char *path, bool chat)
 {
     Run *r = c->run;
     State *st = &r->engine.state;
     Mapping file;
     if (!map_file(path, &file)) return false;
-    const SavedHeader *h = (const SavedHeader *)(const void *)file.data;
+    SavedHeader header = {0}, *h = &header;
+    memcpy(h, file.data, min_size(sizeof header, file.size));
     bool fine = check_saved(r, &file, h);
+    if (fine && chat && h->place == PLAIN) fine = warn("%s: saved by -m generate, not by chat", path);
     Saver look = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
     if (fine && !(fine = pass_in(&look, c, h, false))) warn("%s: its pieces do not fit its header", path);
     if (fine) {
@@ -4567,13 +4618,16 @@ static bool conversation_load(Conversation *c, const char *path)
         c->system = (Str){0};
         bool mtp = st->mtp && h->mtp;
         if (st->mtp && !mtp) warn("%s: saved without the MTP head's memory: drafting is off", path);
-        pass_in(&taker, c, h, true);
+        if (!pass_in(&taker, c, h, true)) die("%s: changed while it was read", path);
         st->mtp = mtp;
         st->mtp_len = INT_MAX;
         mtp_wait_again(&r->engine);
         report_ids(r, "loaded", st->tokens.id, st->tokens.len);
         r->ledger.past.len = 0;
-        for (int i = 0; i < st->tokens.len; i++) tokens_add(&r->ledger.past, st->tokens.id[i]);
+        for (int i = 0; i < st->tokens.len; i++) {
+            tokens_add(&r->ledger.past, st->tokens.id[i]);
+            if (st->mtp) shortlist_add(&r->drafter.list, st->tokens.id[i]);
+        }
         r->ledger.same = st->tokens.len;
         c->place = (Place)h->place;
         c->answer_from = h->answer_from, c->unfed = h->unfed, c->unfinished = h->unfinished;
@@ -4597,10 +4651,10 @@ static SamplerSettings sampling_of(const Args *a, SamplerSettings s)
 }
 
 /* --load: the file's sampling settings, but what the command line says goes before them. False after a message. */
-static bool load_first(Conversation *c)
+static bool load_first(Conversation *c, bool chat)
 {
     Run *r = c->run;
-    if (!conversation_load(c, r->args.load)) return false;
+    if (!conversation_load(c, r->args.load, chat)) return false;
     r->sampler.set = sampling_of(&r->args, r->sampler.set);
     if (r->args.seed >= 0) sampler_seed(&r->sampler, (uint64_t)r->args.seed);
     return true;
@@ -4611,6 +4665,8 @@ static bool can_save(const Conversation *c)
 {
     OutFile out;
     struct stat info;
+    const char *input = input_file(c->run, c->run->args.save);
+    if (input) return warn("--save %s: that is %s, which is in use", c->run->args.save, input);
     if (!stat(c->run->args.save, &info) && !S_ISREG(info.st_mode) && !S_ISDIR(info.st_mode)) return true; /* a device or pipe */
     if (!out_open(&out, c->run->args.save)) return false;
     out_close(&out, false, false);
@@ -4644,7 +4700,8 @@ static int mode_generate(Run *r)
     Printer printer = {.show_special = r->args.verbose};
     bool given = r->args.text || r->args.file || !r->args.load;
     Tokens prompt = {0};
-    if (r->args.load && !load_first(&c)) return 1;
+    if (r->args.load && !load_first(&c, false)) return 1;
+    if (r->args.ids && c.place > PLAIN) die("--ids: %s was saved by chat, which keeps text", r->args.load);
     if (given) prompt = prompt_tokens(r, r->engine.state.ctx);
     if (!r->args.ids) printer.t = need_tokenizer(r);
     if (r->args.save && !can_save(&c)) return 1;
@@ -4669,7 +4726,8 @@ static int mode_generate(Run *r)
     else if (whole) answer(&c, &printer, given);
     if (r->args.ids || isatty(1)) putchar('\n');
     report_speed(r);
-    if (r->args.save && !conversation_save(&c, r->args.save)) return 1;
+    if (r->args.save && !whole) warn("%s: not written: the prompt was not read to its end", r->args.save);
+    if (r->args.save && whole && !conversation_save(&c, r->args.save)) return 1;
     return interrupted ? 130 : 0;
 }
 
@@ -4705,8 +4763,6 @@ static void add_opening(Conversation *c, Prompt *p)
     }
     if (c->place == OPEN) {
         go_back(c, last->cue.n_tokens);
-        snapshot_drop(&last->begin);
-        last->begin.n_tokens = -1;
         c->place = CUT_BACK;
     }
     add_turn(p, &t->assistant_prefix, text, n, 0, &t->assistant_suffix);
@@ -4762,7 +4818,7 @@ static void chat_encode(Conversation *c, const Str *text, Message *m)
     } else if (c->place == ASKED) { /* the user's first characters make another token of the last ones before them */
         encode(tokenizer, &asked, &unfed);
         go_back(c, max_int(0, c->run->engine.state.tokens.len - unfed.len));
-        m->place = CLOSED;
+        m->place = c->place = CLOSED;
     } else if (ready || closed) {
         m->words += ready ? ready : closed;
         m->place = ready ? ASKED : CLOSED;
@@ -4778,7 +4834,11 @@ static Printer chat_printer(const Conversation *c, const Str *so_far)
     const Run *r = c->run;
     const ChatPieces *t = &r->engine.model.chat;
     Printer p = {.t = r->tokenizer, .show_special = r->args.verbose, .chat = t};
-    p.thinking = r->args.thinking == 0 && t->thinking && !memmem(so_far->data, so_far->len, t->think_end.data, t->think_end.len);
+    if (r->args.thinking != 0 || !t->thinking) return p;
+    const char *end = memmem(so_far->data, so_far->len, t->think_end.data, t->think_end.len);
+    p.thinking = !end;
+    p.trim = end != NULL;
+    for (end = end ? end + t->think_end.len : NULL; p.trim && *end; end++) p.trim = isspace((unsigned char)*end);
     return p;
 }
 
@@ -4812,28 +4872,49 @@ static bool chat_ask(Conversation *c, const Str *text, const Message *m)
     return true;
 }
 
+/* The conversation is again as it was when c->here was taken. */
+static void restore_here(Conversation *c, const Conversation *before)
+{
+    const Tokens *t = &c->run->engine.state.tokens;
+    int length = t->len;
+    if (c->n_turns > before->n_turns) pop_turn(c);
+    snapshot_restore(&c->here, &c->run->engine);
+    if (t->len > length) report_ids(c->run, "loaded", t->id + length, t->len - length); /* it had been cut back */
+    went_back(c);
+    c->place = before->place, c->answer_from = before->answer_from;
+    c->unfed = before->unfed, c->unfinished = before->unfinished;
+}
+
 /* One turn: feed the user's text in the template, then answer. A turn that does not fit, or whose reading is
- * interrupted, leaves the conversation as it was. False: the turn did not fit. */
+ * interrupted, leaves the conversation as it was (of an answer that the template changes, what it keeps). False: the turn
+ * did not fit. */
 static bool chat_turn(Conversation *c, const Str *text)
 {
     Run *r = c->run;
     const State *s = &r->engine.state;
+    Conversation before = *c;
+    int length = s->tokens.len;
     Message m;
-    interrupted = 0;
+    snapshot_take(&c->here, &r->engine);
     chat_encode(c, text, &m);
     int take = m.turn.len + m.cue.len, left = s->ctx - s->tokens.len;
     if (take >= left) {
         warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", take, left, s->ctx);
+        if (s->tokens.len != length) restore_here(c, &before);
     } else {
-        Conversation before = *c;
-        snapshot_take(&c->here, &r->engine);
+        if (s->tokens.len != length) { /* what lay behind is about to be replaced: there is no way back to it */
+            before = *c;
+            snapshot_take(&c->here, &r->engine);
+        }
+        if (c->place == CUT_BACK) {
+            Snapshot *begin = &c->turns[c->n_turns - 1].begin;
+            snapshot_drop(begin);
+            begin->n_tokens = -1;
+        }
         if (chat_ask(c, text, &m)) {
             chat_answer(c, true);
         } else {
-            if (c->n_turns > before.n_turns) pop_turn(c);
-            snapshot_restore(&c->here, &r->engine);
-            went_back(c);
-            c->place = before.place, c->unfed = before.unfed, c->unfinished = before.unfinished;
+            restore_here(c, &before);
             warn("stopped before the answer; the message is forgotten");
             report_speed(r);
         }
@@ -4851,6 +4932,7 @@ static void chat_undo(Conversation *c)
     }
     Turn *turn = &c->turns[c->n_turns - 1];
     go_back(c, turn->start.n_tokens);
+    interrupted = 0;
     c->place = turn->before;
     fprintf(stderr, "forgotten: %.60s%s\n", turn->user.data, turn->user.len > 60 ? " ..." : "");
     pop_turn(c);
@@ -4864,7 +4946,6 @@ static void chat_regen(Conversation *c)
         return;
     }
     Turn *turn = &c->turns[c->n_turns - 1];
-    interrupted = 0;
     if (turn->begin.n_tokens >= 0) {
         go_back(c, turn->begin.n_tokens);
     } else { /* the answer was fed anew as the template keeps it: only what stands before its cue is still there */
@@ -4873,10 +4954,14 @@ static void chat_regen(Conversation *c)
         go_back(c, turn->cue.n_tokens);
         add_piece(&p, &c->run->engine.model.chat.generation_prompt);
         encode(c->run->tokenizer, &p, &cue);
-        feed(c->run, cue.id, cue.len, false);
-        remember(c, &turn->begin);
+        bool fits = cue.len < c->run->engine.state.ctx - c->run->engine.state.tokens.len;
+        c->place = CUT_BACK;
+        if (fits) feed(c->run, cue.id, cue.len, false), remember(c, &turn->begin);
+        else warn("the context of %d tokens is full (-c sets it)", c->run->engine.state.ctx);
         free_prompt(&p), free(cue.id);
+        if (!fits) return;
     }
+    interrupted = 0;
     chat_answer(c, true);
 }
 
@@ -4926,14 +5011,17 @@ static bool set_sampling(SamplerSettings *s, const char *name, const char *value
 {
     char *end;
     double x = strtod(value, &end);
+    SamplerSettings set = *s;
     if (end == value || *end || !(x == x)) return false;
-    if (!strcmp(name, "temp") && x >= 0 && x <= 100) s->temperature = (float)x;
-    else if (!strcmp(name, "top_p") && x >= 0 && x <= 1) s->top_p = (float)x;
-    else if (!strcmp(name, "top_k") && x >= 0 && x <= 1e9) s->top_k = (int)x;
-    else if (!strcmp(name, "min_p") && x >= 0 && x <= 1) s->min_p = (float)x;
-    else if (!strcmp(name, "repetition_penalty") && x > 0 && x <= 100) s->repetition_penalty = (float)x;
-    else if (!strcmp(name, "presence_penalty") && x >= -100 && x <= 100) s->presence_penalty = (float)x;
+    if (!strcmp(name, "temp")) set.temperature = (float)x;
+    else if (!strcmp(name, "top_p")) set.top_p = (float)x;
+    else if (!strcmp(name, "top_k") && x >= 0 && x <= 1e9) set.top_k = (int)x;
+    else if (!strcmp(name, "min_p")) set.min_p = (float)x;
+    else if (!strcmp(name, "repetition_penalty")) set.repetition_penalty = (float)x;
+    else if (!strcmp(name, "presence_penalty")) set.presence_penalty = (float)x;
     else return false;
+    if (!sampling_valid(&set)) return false;
+    *s = set;
     return true;
 }
 
@@ -4997,7 +5085,7 @@ static void chat_file(Conversation *c, const char *word, const char *name)
     } else if (!strcmp(word, "/save")) {
         if (conversation_save(c, name)) fprintf(stderr, "saved: %d tokens\n", c->run->engine.state.tokens.len);
     } else if (!strcmp(word, "/load")) {
-        if (conversation_load(c, name))
+        if (conversation_load(c, name, true))
             fprintf(stderr, "loaded: %d turns, %d tokens\n", c->n_turns, c->run->engine.state.tokens.len);
     } else if (read_file(name, &text)) {
         chat_turn(c, &text);
@@ -5077,9 +5165,8 @@ static int mode_chat(Run *r)
     if (!r->engine.model.chat.present) die("%s: holds no chat template (-m generate completes text)", r->args.model);
     need_tokenizer(r);
     if (r->args.thinking >= 0 && !r->engine.model.chat.thinking) warn("-r: this model does not think: there is nothing to hide");
-    if (r->args.load && !load_first(&c)) return 1;
-    if (c.place == PLAIN) die("%s: not saved by -m chat", r->args.load);
-    if (r->args.system && r->args.load) die("-y: %s has its own system prompt", r->args.load);
+    if (r->args.load && !load_first(&c, true)) return 1;
+    if (interrupted) return 130;
     if (r->args.system) str_add(&c.system, r->args.system, strlen(r->args.system));
     if (r->args.save && !can_save(&c)) return 1;
     bool given = r->args.text || r->args.file;
@@ -5498,10 +5585,10 @@ static int mode_bench(Run *r)
     int prompt = a->prompt > 0 ? (int)a->prompt : 512, decode = a->n > 0 ? (int)a->n : 128;
     if (!depth && !a->prompt) prompt = min_int(prompt, ctx);
     if (!depth && a->n <= 0) decode = min_int(decode, ctx);
-    int drafted = a->draft > 0 ? 4 * (decode + BENCH_SLICE) * (2 + (int)a->draft) : 0; /* by bench_drafts, at most */
-    if (depth + max_int(prompt, decode + drafted) > ctx)
-        die("-m bench: wanted room for %d tokens after a depth of %d, found a context of %d (-c)", max_int(prompt, decode + drafted),
-            depth, ctx);
+    int64_t drafted = a->draft > 0 ? 4 * ((int64_t)decode + BENCH_SLICE) * (2 + a->draft) : 0; /* by bench_drafts, at most */
+    int64_t room = prompt > decode + drafted ? prompt : decode + drafted;
+    if (depth + room > ctx)
+        die("-m bench: wanted room for %lld tokens after a depth of %d, found a context of %d (-c)", (long long)room, depth, ctx);
     if (depth) bench_tokens(r, depth, false);
     Snapshot deep = {0};
     Machine m = {.r = r, .total = r->engine.model.file.size / READ_PIECE};
@@ -5690,6 +5777,7 @@ static void check_args(const Args *a)
     if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
     if (a->thinking >= 0 && strcmp(a->mode, "chat")) usage_error("-r: goes with -m chat");
     bool talks = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate");
+    if (a->system && a->load) usage_error("-y: a saved conversation has its own system prompt");
     if ((a->load || a->save) && !talks) usage_error("--%s: goes with -m chat and generate", a->load ? "load" : "save");
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
     if (a->ids && (no_prompt || !strcmp(a->mode, "chat"))) usage_error("--ids: -m %s takes no ids", a->mode);

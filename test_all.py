@@ -3067,6 +3067,41 @@ def test_save_and_load_within_a_chat():
     assert output.decode().count("Hello there!") == 3 and read_checkpoint(model)
 
 
+def test_a_saved_text_that_fills_the_context_stays_within_it():
+    file = WORK / "full context"
+    model = mtp_checkpoint("plain")
+    full = run(ENGINE, model, "--ids", "-i", "5 6 7", "-t", 0, "-c", 32, "-q", "--save", file)
+    again = run(DEBUG_ENGINE, model, "--ids", "-t", 0, "-c", 32, "-n", 900, "-q", "--load", file)
+    assert (full.returncode, again.returncode) == (0, 0) and not again.stdout.split() and b"full" in again.stderr
+    longer = engine(model, "--ids", "-t", 0, "-n", 9, "-q", "--load", file).split()
+    assert full.stdout.split() + longer == engine(model, "--ids", "-i", "5 6 7", "-t", 0, "-n", 39, "-q").split()
+
+
+@pytest.mark.parametrize("lines", [["Hi", "/undo"], ["Hi", "/clear"], ["Hi", "/system Be kind."], ["Hi", "Yes", "/undo", "/undo"],
+                                   ["/set repetition_penalty 0.0001", "Hi"], []])
+def test_what_was_saved_can_be_loaded(lines):
+    file = WORK / "saved after commands"
+    options = ["-m", "chat", "-z", TOKENIZER, "-t", 0, "-q"]
+    run(DEBUG_ENGINE, chat_model("thinking"), *options, stdin="\n".join(lines + [f"/save {file}"]).encode())
+    result = run(DEBUG_ENGINE, chat_model("thinking"), *options, "--load", file, stdin=b"/regen\n/undo\nHello\n")
+    assert result.returncode == 0 and result.stdout.decode().endswith(SCRIPTS["thinking"] + "\n"), result.stderr
+    file.unlink()
+
+
+@pytest.mark.parametrize("flavour", ["instruct", "thinking"])
+def test_a_refused_message_changes_nothing(flavour):
+    """Too long, after /undo, beginning with a newline, or after an answer that the template changes."""
+    long = ['"""', "", "word " * 400, '"""']
+    lines = ["Hi", *long, "/regen", "Yes?", "/undo", *long, "Yes?", *long]
+    result = run(DEBUG_ENGINE, chat_model(flavour), "-m", "chat", "-v", "-z", TOKENIZER, "-t", 0, "-c", 200,
+                 stdin="\n".join(lines).encode())
+    assert result.returncode == 0 and result.stderr.count(b"context full") == 3
+    _, history = chat(chat_model(flavour), lines, "-t", 0, "-c", 200)
+    assert history[-1] != 0
+    check = conversation(flavour, ["Hi", "Yes?"])
+    check_history(history, flavour, check, SCRIPTS.get(flavour, SCRIPT))
+
+
 def saved_bytes(options=("-n", 9)):
     file = WORK / "whole session"
     engine(mtp_checkpoint("plain"), "--ids", "-i", "5 6 7", "-t", 0, "-q", "--save", file, *options)

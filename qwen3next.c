@@ -3923,6 +3923,8 @@ static bool is_stop(const Model *m, int id)
     return false;
 }
 
+#define DRAFT_MARGIN 1.3 /* by which a draft has to be worth more than it costs: both are estimates */
+
 enum { DRAFT_TRIES = 4, DRAFT_MEMORY = 64, DRAFT_INTERVAL = 64, DRAFT_PRIOR = 4 };
 
 /* The n-th value (from 1) into a mean that remembers about DRAFT_MEMORY of them. */
@@ -3950,14 +3952,14 @@ static bool draft_worth_making(const Drafter *d, int n, double chain)
     if (n == 1 && (d->steps[1] < DRAFT_TRIES || d->all % DRAFT_INTERVAL == 0)) return true; /* now and then, to see */
     for (int i = 0; i < CONFIDENCES; i++) right += d->right[i] * d->compared[i], all += d->compared[i];
     if (all) chain *= right / all;
-    return chain * d->seconds > (draft_cost(d) + d->guess) * d->tokens;
+    return chain * d->seconds > DRAFT_MARGIN * (draft_cost(d) + d->guess) * d->tokens;
 }
 
 /* Whether a draft, made, is worth a place in the forward: it and all before it are right with a chance of `chain`. */
 static bool draft_worth_trying(const Drafter *d, double chain)
 {
     if (d->fixed >= 0 || d->steps[1] < DRAFT_TRIES || d->all % DRAFT_INTERVAL == 0) return true;
-    return chain * d->seconds > draft_cost(d) * d->tokens;
+    return chain * d->seconds > DRAFT_MARGIN * draft_cost(d) * d->tokens;
 }
 
 /* The class of a draft's probability. */

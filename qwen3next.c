@@ -297,19 +297,28 @@ static bool map_file(const char *path, Mapping *m)
 }
 
 /* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
-typedef struct { FILE *file; const char *name; char path[PATH_MAX]; bool temporary; } OutFile;
+typedef struct {
+    FILE *file;
+    const char *name;      /* as given; messages tell it */
+    char target[PATH_MAX], path[PATH_MAX]; /* where it points to if it is a link; what is being written */
+    bool temporary;
+} OutFile;
 
-/* Begin to write a file. False after a message. */
+/* Begin to write a file, with the rights of an older one of this name. False after a message. */
 static bool out_open(OutFile *o, const char *name)
 {
     struct stat info;
+    bool old = !stat(name, &info);
     o->name = name;
-    o->temporary = stat(name, &info) || S_ISREG(info.st_mode);
-    if (o->temporary) snprintf(o->path, sizeof o->path, "%s.%ld.tmp", name, (long)getpid());
-    else snprintf(o->path, sizeof o->path, "%s", name);
+    o->temporary = !old || S_ISREG(info.st_mode);
+    if (!old || !realpath(name, o->target)) snprintf(o->target, sizeof o->target, "%s", name);
+    size_t n = strlen(o->target);
+    memcpy(o->path, o->target, n + 1);
+    if (o->temporary) snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid());
     o->file = fopen(o->path, "wb");
-    if (!o->file) warn("%s: %s", o->path, strerror(errno));
-    return o->file != NULL;
+    if (!o->file) return warn("%s: %s", name, strerror(errno));
+    if (old && o->temporary && fchmod(fileno(o->file), info.st_mode & 0777)) warn("%s: its rights are not kept: %s", name, strerror(errno));
+    return true;
 }
 
 /* End it: whole, and then under its name, or, after a failed write (errno tells which) or by intention, leaving nothing.
@@ -319,7 +328,7 @@ static bool out_close(OutFile *o, bool whole, bool durable)
     int error = ferror(o->file) ? (errno ? errno : EIO) : 0;
     if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
     if (fclose(o->file) && !error) error = errno;
-    if (!error && whole && o->temporary && rename(o->path, o->name)) error = errno;
+    if (!error && whole && o->temporary && rename(o->path, o->target)) error = errno;
     if (o->temporary && (error || !whole)) unlink(o->path);
     if (error) warn("%s: %s", o->name, strerror(error));
     return whole && !error;
@@ -4686,8 +4695,8 @@ static int prompt_after_load(Conversation *c, const Tokens *prompt)
     while (same < text.len && same < prompt->len && text.id[same] == prompt->id[same]) same++;
     if (same < text.len) { /* perhaps the old prompt goes on otherwise */
         if (begin <= 0 || begin > same || begin >= text.len)
-            die("%s: its %d tokens are not the beginning of the prompt's %d: token %d is %d, wanted %d", c->run->args.load, text.len,
-                prompt->len, same, text.id[same], same < prompt->len ? prompt->id[same] : -1);
+            die("%s: its %d tokens are not the beginning of the prompt's %d: only %d agree", c->run->args.load, text.len,
+                prompt->len, same);
         go_back(c, begin);
     }
     free(text.id);
@@ -5637,7 +5646,7 @@ static const Option OPTIONS[] = {
     {"system", "y", TEXT, AT(system), 0, 0, "TEXT", "system prompt"},
     {"tokenizer", "z", TEXT, AT(tokenizer), 0, 0, "FILE", "tokenizer; default: tokenizer.bin beside the model, the program, or here"},
     {"threads", "j", WHOLE, AT(threads), 1, MAX_THREADS, "N", "threads; default: the physical cores"},
-    {"draft", "d", WHOLE, AT(draft), 0, MAX_DRAFT, "N", "tokens drafted by MTP a step; 0: off; default: what is measured to be best"},
+    {"draft", "d", WHOLE, AT(draft), 0, MAX_DRAFT, "N", "tokens drafted by MTP a step, up to 8; 0: off; default: as many as pay"},
     {"load", NULL, TEXT, AT(load), 0, 0, "FILE", "go on with a saved conversation"},
     {"save", NULL, TEXT, AT(save), 0, 0, "FILE", "save the conversation at the end"},
     {"reasoning", "r", WHOLE, AT(thinking), 0, 1, "0|1", "chat: hide or show (default) what the model thinks before it answers"},
@@ -5779,6 +5788,7 @@ static void check_args(const Args *a)
     if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
     if (a->thinking >= 0 && strcmp(a->mode, "chat")) usage_error("-r: goes with -m chat");
     bool talks = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate");
+    if (a->save && !*a->save) usage_error("--save: wanted the name of a file, found none");
     if (a->system && a->load) usage_error("-y: a saved conversation has its own system prompt");
     if ((a->load || a->save) && !talks) usage_error("--%s: goes with -m chat and generate", a->load ? "load" : "save");
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
@@ -5820,8 +5830,8 @@ static void start_engine(Run *r)
     uint64_t seed = a->seed >= 0 ? (uint64_t)a->seed : (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
     sampler_init(&r->sampler, sampling_of(a, e->model.sampling), seed, c->tokenizer_size);
     if (a->verbose)
-        fprintf(stderr, "kernels %s, threads %d, context %d, seed %llu\n", e->kernels->name, pool_threads(e->pool), ctx,
-                (unsigned long long)seed);
+        fprintf(stderr, a->load && a->seed < 0 ? "kernels %s, threads %d, context %d\n" : "kernels %s, threads %d, context %d, seed %llu\n",
+                e->kernels->name, pool_threads(e->pool), ctx, (unsigned long long)seed);
 }
 
 /* What is allocated lives until the program ends, which frees it: for AddressSanitizer, no leak. */

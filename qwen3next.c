@@ -334,16 +334,6 @@ static bool out_close(OutFile *o, bool whole, bool durable)
     return whole && !error;
 }
 
-/* Which of n input files (NULL: none) an output would replace, or NULL. */
-static const char *same_file(const char *out, const char *const inputs[], int n)
-{
-    struct stat o, in;
-    for (int i = 0; i < n; i++)
-        if (inputs[i] && !stat(out, &o) && !stat(inputs[i], &in) && S_ISREG(o.st_mode) && o.st_dev == in.st_dev && o.st_ino == in.st_ino)
-            return inputs[i];
-    return NULL;
-}
-
 /* ---- 3. Structs ---- */
 
 typedef enum { FLOAT, F32, BF16, Q8, Q4, Q6, N_TYPES } Type; /* FLOAT: plain row-major float32, no matrix */
@@ -2045,16 +2035,21 @@ static const float *last_logits(Engine *e)
  * and these need nothing of the layer but x. A row h_t waits in work.pair until the token after it is known; then rows
  * are turned into keys and values, many at once. */
 
-/* h of token t of the batch takes its place among the waiting rows, normed. */
+/* The hidden half of row `row` of work.pair becomes norm(h). h: [D] */
+static void mtp_hidden(const Engine *e, int row, const float *h)
+{
+    const Config *c = &e->model.config;
+    float *half = e->work.pair.f + (size_t)row * e->work.pair.ld + c->hidden_size;
+    rmsnorm(e->kernels, half, h, e->model.mtp.pre_fc_norm_hidden, c->hidden_size, c->rms_norm_eps);
+}
+
+/* h of token t of the batch takes its place among the waiting rows. */
 static void mtp_wait_item(void *arg, int t, int thread)
 {
     (void)thread;
     const Pass *p = arg;
-    const Model *m = &p->e->model;
-    const Acts *xn = &p->e->work.xn, *pair = &p->e->work.pair;
-    int D = m->config.hidden_size;
-    float *row = pair->f + (size_t)(p->pos + t - p->e->state.mtp_len) * pair->ld;
-    rmsnorm(p->e->kernels, row + D, xn->f + (size_t)t * xn->ld, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
+    const Acts *xn = &p->e->work.xn;
+    mtp_hidden(p->e, p->pos + t - p->e->state.mtp_len, xn->f + (size_t)t * xn->ld);
 }
 
 /* The other half of a waiting row: token t's embedding, normed. The pass: tokens from the first waiting row on. */
@@ -2143,7 +2138,7 @@ static void mtp_step(Engine *e, int token, int i)
 {
     const Model *m = &e->model;
     Work *w = &e->work;
-    int D = m->config.hidden_size, next[MAX_TRIAL] = {0};
+    int next[MAX_TRIAL] = {0};
     if (i == 0) mtp_fill(e);
     next[i] = token; /* row i of work.pair is the one it belongs to */
     Pass p = {.e = e, .layer = &m->mtp.layer, .tokens = next, .n = 1, .pos = e->state.mtp_len + i};
@@ -2152,8 +2147,7 @@ static void mtp_step(Engine *e, int token, int i)
     fill_rope(m, w->rope, p.pos, 1);
     decoder_layer(&p, false);
     add_and_norm(&p, m->mtp.norm, true);
-    float *after = w->pair.f + (size_t)(i + 1) * w->pair.ld; /* y takes h's place */
-    rmsnorm(e->kernels, after + D, w->xn.f, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
+    mtp_hidden(e, i + 1, w->xn.f); /* y takes h's place */
 }
 
 /* The likeliest token after the i-th: a guess, with its probability in the head's eyes. */
@@ -2222,11 +2216,8 @@ static void state_settle(Engine *e)
 /* The last token's row waits for its next token again, though this was known once. */
 static void mtp_wait_again(Engine *e)
 {
-    const Model *m = &e->model;
-    int D = m->config.hidden_size;
     e->state.mtp_len = max_int(0, e->state.tokens.len - 1);
-    if (e->state.mtp)
-        rmsnorm(e->kernels, e->work.pair.f + D, e->state.h, m->mtp.pre_fc_norm_hidden, D, m->config.rms_norm_eps);
+    if (e->state.mtp) mtp_hidden(e, 0, e->state.h);
 }
 
 /* Remember the state as it is now. */
@@ -4117,7 +4108,12 @@ static void report_speed(Run *r)
 /* The file being read that writing `out` would destroy, or NULL. */
 static const char *input_file(const Run *r, const char *out)
 {
-    return same_file(out, (const char *const[]){r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL}, 3);
+    const char *inputs[] = {r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL};
+    struct stat o, in;
+    if (stat(out, &o) || !S_ISREG(o.st_mode)) return NULL;
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
+        if (inputs[i] && !stat(inputs[i], &in) && o.st_dev == in.st_dev && o.st_ino == in.st_ino) return inputs[i];
+    return NULL;
 }
 
 /* Find and open the tokenizer: -z, else tokenizer.bin beside the model, the program, or in the working directory. */
@@ -4744,12 +4740,15 @@ static int mode_generate(Run *r)
 
 /* ---- 18. Chat ---- */
 
-/* Whether the template may later render an answer otherwise than it was made: thinking dropped, text trimmed. */
-static bool answers_change(const ChatPieces *t)
+/* Whether an answer begins in the template's history as it does when it is made. */
+static bool begins_alike(const ChatPieces *t)
 {
-    return t->thinking || t->assistant_trim || t->generation_prompt.len != t->assistant_prefix.len ||
-           memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
+    return t->generation_prompt.len == t->assistant_prefix.len &&
+           !memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
 }
+
+/* Whether the template may later render an answer otherwise than it was made: thinking dropped, text trimmed. */
+static bool answers_change(const ChatPieces *t) { return t->thinking || t->assistant_trim || !begins_alike(t); }
 
 /* What stands before a user's message: the system prompt, or what closes the last answer. Usually an answer's tokens simply
  * stay; where the template renders it otherwise, the state goes back to before it and the kept text is fed instead. */
@@ -4766,9 +4765,7 @@ static void add_opening(Conversation *c, Prompt *p)
     const char *text;
     size_t n;
     kept_answer(t, &last->answer, &text, &n);
-    bool same = n == last->answer.len && t->generation_prompt.len == t->assistant_prefix.len &&
-                !memcmp(t->generation_prompt.data, t->assistant_prefix.data, t->assistant_prefix.len);
-    if (c->place == OPEN && same) {
+    if (c->place == OPEN && n == last->answer.len && begins_alike(t)) {
         add_piece(p, &t->assistant_suffix);
         return;
     }
@@ -4797,20 +4794,14 @@ static int tokens_before(const Tokenizer *t, const Prompt *p, const Tokens *whol
     return same ? part.len : 0;
 }
 
-/* Take the first n tokens off. */
-static void tokens_skip(Tokens *t, int n)
-{
-    t->len -= n;
-    for (int i = 0; i < t->len; i++) t->id[i] = t->id[i + n];
-}
-
 /* The tokens of the next message, as far as they have not been fed. */
 static void chat_encode(Conversation *c, const Str *text, Message *m)
 {
     const ChatPieces *t = &c->run->engine.model.chat;
     const Tokenizer *tokenizer = c->run->tokenizer;
     Prompt opening = {0}, asked = {0}, whole = {0}, cue = {0};
-    Tokens unfed = {0};
+    Tokens rest = {0}, header = {0}; /* all of the message; what precedes the user's words */
+    int fed = 0;                     /* of the message */
     add_opening(c, &opening);
     prompt_join(&asked, &opening);
     add_piece(&asked, &t->user_prefix);
@@ -4820,22 +4811,21 @@ static void chat_encode(Conversation *c, const Str *text, Message *m)
     *m = (Message){.place = c->place};
     if (c->place == OPEN && c->unfed >= 0) tokens_add(&m->turn, c->unfed);
     m->words = m->turn.len;
-    Tokens rest = {0};
     encode(tokenizer, &whole, &rest);
     encode(tokenizer, &cue, &m->cue);
     int closed = tokens_before(tokenizer, &opening, &rest), ready = tokens_before(tokenizer, &asked, &rest);
     if (c->place == ASKED && ready) {
-        tokens_skip(&rest, ready); /* that much has been fed */
+        fed = ready;
     } else if (c->place == ASKED) { /* the user's first characters make another token of the last ones before them */
-        encode(tokenizer, &asked, &unfed);
-        go_back(c, max_int(0, c->run->engine.state.tokens.len - unfed.len));
+        encode(tokenizer, &asked, &header);
+        go_back(c, max_int(0, c->run->engine.state.tokens.len - header.len));
         m->place = c->place = CLOSED;
     } else if (ready || closed) {
         m->words += ready ? ready : closed;
         m->place = ready ? ASKED : CLOSED;
     }
-    for (int i = 0; i < rest.len; i++) tokens_add(&m->turn, rest.id[i]);
-    free(unfed.id), free(rest.id);
+    for (int i = fed; i < rest.len; i++) tokens_add(&m->turn, rest.id[i]);
+    free(header.id), free(rest.id);
     free_prompt(&opening), free_prompt(&asked), free_prompt(&whole), free_prompt(&cue);
 }
 

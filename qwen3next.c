@@ -98,8 +98,8 @@ enum {
     GDN_CHUNK = 32,     /* tokens a DeltaNet head walks its state through before it norms their outputs */
     FFN_CHUNK = 64,     /* tokens that share one scratch of intermediate values */
     HEAD_ROWS = 16,     /* rows of logits made at a time */
-    MAX_BATCH = 2048,   /* tokens of one forward at most */
-    DEFAULT_BATCH = 1024,
+    MAX_BATCH = 8192,   /* tokens of one forward at most */
+    DEFAULT_BATCH = 1024, /* when all weights are in memory */
     MAX_DRAFT = 8,      /* tokens drafted for one forward at most */
     AUTO_DRAFT = 4,     /* ... when the program chooses how many */
     CONFIDENCES = 8,    /* classes of a draft's probability */
@@ -109,7 +109,7 @@ enum {
     MAX_STOPS = 16,
 };
 
-#define SNAPSHOT_BYTES ((size_t)2 << 30) /* of a conversation, to go back to its turns: beyond, the oldest are dropped */
+#define SNAPSHOT_BYTES ((size_t)2 << 30) /* of a conversation, to go back to its turns, at most */
 
 _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can address");
 
@@ -409,6 +409,7 @@ typedef struct { /* experts, or for a dense layer one network */
     Matrix shared_gate_up;  /* [Is pairs][D] */
     Matrix shared_down;     /* [D][Is] */
     const float *shared_expert_gate; /* [D] */
+    int index;              /* among the layers with experts */
 } Mlp;
 
 typedef struct {
@@ -505,8 +506,9 @@ typedef struct {
     int *top_expert;      /* [n][k] chosen experts, ascending */
     float *top_weight;    /* [n][k] */
     float *shared_weight; /* [n] sigmoid(shared_expert_gate . x) */
-    struct Ffn *ffn;      /* [E + 1] the networks this batch runs */
+    struct Ffn *ffn;      /* [E + 1] the networks this batch runs, ... */
     int n_ffn;
+    int ffn_from, ffn_to; /* ... and those that run now: all, or as many as the expert cache holds at a time */
     int *slot_token;      /* [n (k + 1)] rows of h: which token ... */
     float *slot_weight;   /* [n (k + 1)] ... and its weight */
     Acts h;               /* [n (k + 1)][the largest I] silu(gate) up */
@@ -525,9 +527,13 @@ typedef struct {
     bool *has;            /* [vocab / TILE up] */
 } Shortlist;
 
+enum { GATE_UP, DOWN }; /* the two parts of an expert's weights */
+
 /* One feed-forward network and the rows of this batch that visit it. */
 typedef struct Ffn {
     const Matrix *gate_up, *down;
+    const uint8_t *weights[2]; /* its gate_up and its down: in the mapped file, or in the expert cache ... */
+    struct Slot *slot;    /* ... in this slot, where they may yet have to arrive; else NULL */
     int expert;           /* which of the stacked matrices */
     int first, count;     /* slots */
     int first_item;       /* prefix sum of 64-wide pieces of I, to spread the work */
@@ -535,12 +541,14 @@ typedef struct Ffn {
 
 typedef struct Pool Pool;
 typedef struct Kernels Kernels;
+typedef struct ExpertCache ExpertCache;
 
 typedef struct {
     Model model;
     State state;
     Work work;
     Pool *pool;
+    ExpertCache *experts;  /* when the checkpoint is larger than memory, else NULL: all of it is mapped */
     const Kernels *kernels;
     const char *dump_dir;  /* --dump: where intermediate tensors go, or NULL */
     double seconds[5];     /* spent in: projections, DeltaNet, attention, experts, head */
@@ -576,6 +584,15 @@ struct Kernels {
 
 static void parallel_for(Pool *pool, int items, void (*fn)(void *arg, int item, int thread), void *arg);
 static int pool_threads(const Pool *pool);
+
+/* Ask for the weights of the layer's networks ffn[0..n), as many as there is room for; those are used next. Returns how many. */
+static int experts_fetch(ExpertCache *c, const Mlp *layer, Ffn *ffn, int n, bool scan);
+/* Ask for all experts of the layer that comes next. */
+static void experts_ahead(ExpertCache *c, const Mlp *layer);
+/* Wait until a part of a network's weights is there. */
+static void experts_wait(ExpertCache *c, const Ffn *f, int part);
+/* Keys and values take so many bytes by now: the cache makes way for them, if it may. */
+static void experts_make_way(ExpertCache *c, size_t bytes);
 
 /* ---- 5. Checkpoint: header, records, and binding tensors by name, type and shape ---- */
 
@@ -1027,6 +1044,7 @@ static void bind_layers(Reader *r, Model *m)
         if (l->full_attention) bind_attention(r, c, layer, &l->attn);
         else bind_linear(r, c, layer, &l->linear);
         bind_mlp(r, c, layer, sparse, &l->mlp);
+        l->mlp.index = c->has_sparse - 1;
     }
 }
 
@@ -1045,6 +1063,7 @@ static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
     mtp->layer.post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, D, 0);
     bind_attention(r, c, layer, &mtp->layer.attn);
     bind_mlp(r, c, layer, true, &mtp->layer.mlp);
+    mtp->layer.mlp.index = c->has_sparse;
 }
 
 /* Open a checkpoint: afterwards every pointer of the model points into the mapping and is safe to follow. */
@@ -1809,12 +1828,16 @@ static void moe_route_item(void *arg, int t, int thread)
     w->shared_weight[t] = 1 / (1 + expf(-p->e->kernels->dot(p->layer->mlp.shared_expert_gate, x, c->hidden_size)));
 }
 
+/* Where the items of the network after this one begin. */
+static int ffn_end_item(const Ffn *f) { return f->first_item + (f->gate_up->rows + SUPER - 1) / SUPER; }
+
 /* Append a network and the slots of its tokens to this batch's list. */
 static void ffn_add(Work *w, const Matrix *gate_up, const Matrix *down, int expert, int first, int count)
 {
     const Ffn *last = w->n_ffn ? &w->ffn[w->n_ffn - 1] : NULL;
-    int item = last ? last->first_item + (last->gate_up->rows + SUPER - 1) / SUPER : 0;
-    w->ffn[w->n_ffn++] = (Ffn){gate_up, down, expert, first, count, item};
+    int item = last ? ffn_end_item(last) : 0;
+    const uint8_t *up_at = gate_up->data + (size_t)expert * gate_up->matrix_bytes, *down_at = down->data + (size_t)expert * down->matrix_bytes;
+    w->ffn[w->n_ffn++] = (Ffn){gate_up, down, {up_at, down_at}, NULL, expert, first, count, item};
 }
 
 /* Turn "which experts does a token want" into "which tokens does an expert get": one Ffn per expert in use, in
@@ -1848,7 +1871,7 @@ static void moe_group(const Pass *p)
 /* The network that an item of ffn_up_item belongs to: the last one that begins at or before it. */
 static const Ffn *ffn_of_item(const Work *w, int item)
 {
-    int lo = 0, hi = w->n_ffn - 1;
+    int lo = w->ffn_from, hi = w->ffn_to - 1;
     while (lo < hi) {
         int mid = (lo + hi + 1) / 2;
         if (w->ffn[mid].first_item <= item) lo = mid;
@@ -1864,11 +1887,12 @@ static void ffn_up_item(void *arg, int item, int thread)
     const Engine *e = p->e;
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
-    const Ffn *f = ffn_of_item(w, item);
+    const Ffn *f = ffn_of_item(w, item += w->ffn[w->ffn_from].first_item);
     const Matrix *m = f->gate_up;
     int unit0 = (item - f->first_item) * SUPER; /* its first intermediate unit */
     int pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE; /* of a gate and an up tile */
-    const uint8_t *tiles = m->data + (size_t)f->expert * m->matrix_bytes + (size_t)(unit0 / TILE) * 2 * m->tile_bytes;
+    const uint8_t *tiles = f->weights[GATE_UP] + (size_t)(unit0 / TILE) * 2 * m->tile_bytes;
+    experts_wait(e->experts, f, GATE_UP);
     float *h = thread_scratch(w, thread), gate[MAX_ROWS][TILE], up[MAX_ROWS][TILE], s[TILE];
     for (int c0 = 0; c0 < f->count; c0 += FFN_CHUNK) {
         int chunk = min_int(FFN_CHUNK, f->count - c0);
@@ -1906,11 +1930,12 @@ static void ffn_down_item(void *arg, int item, int thread)
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
     int each = item_tiles(e, w->ffn->down), tile0 = item * each, tile1 = min_int(tile0 + each, row_tiles(w->ffn->down));
-    for (int t = 0; t < p->n; t++)
+    for (int t = 0; t < p->n && w->ffn_from == 0; t++)
         memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));
-    for (const Ffn *f = w->ffn; f < w->ffn + w->n_ffn; f++) {
+    for (const Ffn *f = w->ffn + w->ffn_from; f < w->ffn + w->ffn_to; f++) {
         const Matrix *m = f->down;
-        bool another = f + 1 < w->ffn + w->n_ffn && f[1].down == m; /* an expert after this one */
+        bool another = f + 1 < w->ffn + w->ffn_to && f[1].down == m; /* an expert after this one */
+        experts_wait(e->experts, f, DOWN);
         for (int s0 = f->first, n; s0 < f->first + f->count; s0 += n) {
             n = next_rows(kn, f->first + f->count - s0);
             bool ahead = another && n >= AHEAD_ROWS && s0 + n == f->first + f->count; /* the last use of this one's tiles */
@@ -1918,8 +1943,8 @@ static void ffn_down_item(void *arg, int item, int thread)
             for (int s = 0; s < n; s++) x[s] = act_row(&w->h, m->type, (size_t)(s0 + s));
             for (int i = tile0; i < tile1; i++) {
                 float y[MAX_ROWS][TILE];
-                const uint8_t *tile = m->data + (size_t)f->expert * m->matrix_bytes + (size_t)i * m->tile_bytes;
-                const uint8_t *next = ahead ? tile + (size_t)(f[1].expert - f->expert) * m->matrix_bytes : NULL;
+                const uint8_t *tile = f->weights[DOWN] + (size_t)i * m->tile_bytes;
+                const uint8_t *next = ahead ? f[1].weights[DOWN] + (size_t)i * m->tile_bytes : NULL;
                 kn->tile[m->type](tile, m->cols, x, n, y, e->model.q4_levels, next);
                 for (int s = 0; s < n; s++) {
                     float *out = w->out + (size_t)w->slot_token[s0 + s] * w->xn.ld + i * TILE;
@@ -1927,6 +1952,43 @@ static void ffn_down_item(void *arg, int item, int thread)
                 }
             }
         }
+    }
+}
+
+/* Make the next networks of the list, or as many as there is room for, ready to run: ffn_from to ffn_to. A scan wants
+ * nearly all experts of the layer, and of the next. */
+static void fetch_networks(const Pass *p, bool scan)
+{
+    const Engine *e = p->e;
+    Work *w = &p->e->work;
+    const Layer *last = e->model.layers + e->model.config.num_hidden_layers - 1;
+    w->ffn_to = w->n_ffn;
+    if (!e->experts) return;
+    w->ffn_to = w->ffn_from + experts_fetch(e->experts, &p->layer->mlp, w->ffn + w->ffn_from, w->n_ffn - w->ffn_from, scan);
+    bool another = p->layer != last && p->layer != &e->model.mtp.layer && p->layer[1].mlp.gate.data;
+    if (scan && another && w->ffn_to == w->n_ffn) experts_ahead(e->experts, &p->layer[1].mlp);
+}
+
+/* Wait for a part of all networks that run now. In a scan each item waits for its own instead, and the first experts are
+ * used while the others are on their way; where reading is all there is to do, it is better to sleep than to spin. */
+static void wait_for_networks(const Pass *p, int part, bool scan)
+{
+    const Work *w = &p->e->work;
+    for (int i = w->ffn_from; !scan && i < w->ffn_to; i++) experts_wait(p->e->experts, &w->ffn[i], part);
+}
+
+/* work.out = sum over the networks of the list, all at once or in groups that the expert cache can hold. */
+static void run_networks(Pass *p)
+{
+    Engine *e = p->e;
+    Work *w = &e->work;
+    bool scan = p->layer->mlp.gate.data && p->n * e->model.config.num_experts_per_tok >= 2 * e->model.config.num_experts;
+    for (w->ffn_from = 0; w->ffn_from < w->n_ffn; w->ffn_from = w->ffn_to) {
+        fetch_networks(p, scan);
+        wait_for_networks(p, GATE_UP, scan);
+        parallel_for(e->pool, ffn_end_item(&w->ffn[w->ffn_to - 1]) - w->ffn[w->ffn_from].first_item, ffn_up_item, p);
+        wait_for_networks(p, DOWN, scan);
+        parallel_for(e->pool, matrix_items(e, w->ffn->down), ffn_down_item, p); /* every network's down has as many rows */
     }
 }
 
@@ -1948,15 +2010,14 @@ static void mlp_block(Pass *p)
         ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, 0, 0, p->n);
         for (int t = 0; t < p->n; t++) w->slot_token[t] = t, w->slot_weight[t] = 1;
     }
-    const Ffn *last = &w->ffn[w->n_ffn - 1];
-    parallel_for(e->pool, last->first_item + (last->gate_up->rows + SUPER - 1) / SUPER, ffn_up_item, p);
-    parallel_for(e->pool, matrix_items(e, w->ffn->down), ffn_down_item, p); /* every network's down has as many rows */
+    run_networks(p);
     dump(p, "mlp", w->out, p->n, c->hidden_size, w->xn.ld);
     e->seconds[T_MOE] += now() - start;
 }
 
 /* ---- 10. Forward ---- */
 
+static size_t kv_bytes(const State *s, const Config *c, int n);
 static void mtp_fill(Engine *e);
 static void mtp_wait_item(void *arg, int t, int thread);
 
@@ -1992,6 +2053,7 @@ static void forward(Engine *e, const int *tokens, int n, bool trial)
     State *s = &e->state;
     const Model *m = &e->model;
     if (s->mtp && s->tokens.len - s->mtp_len + n > e->work.pair_rows) mtp_fill(e);
+    if (e->experts) experts_make_way(e->experts, kv_bytes(s, &m->config, s->tokens.len + n));
     Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len, .trial = trial};
     fill_rope(m, e->work.rope, p.pos, n);
     parallel_for(e->pool, n, embed_item, &p);
@@ -2164,6 +2226,13 @@ static void state_reset(State *s)
 {
     s->tokens.len = s->tape_len = s->mtp_len = 0;
     memset(s->recurrent, 0, s->recurrent_len * sizeof *s->recurrent);
+}
+
+/* Bytes that the keys and values of n positions take. */
+static size_t kv_bytes(const State *s, const Config *c, int n)
+{
+    size_t scales = s->kv_type == KV_Q8 ? sizeof(float) : 0;
+    return 2 * s->kv_heads * (size_t)n * (round_up((size_t)c->head_dim, TILE) * KV_BYTES[s->kv_type] + scales);
 }
 
 /* Reserve memory for ctx positions; it is committed as it is used. mtp: keep what drafting needs, too. */
@@ -3241,6 +3310,358 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
     }
 }
 
+/* ---- 14a. Experts from disk ----
+ * When the checkpoint is larger than memory, what every token uses stays mapped, and the experts, nearly all of the weights
+ * but used by few tokens each, come through a cache of slots. After routing, all missing ones of a layer are asked for at
+ * once; threads of their own read them, past the page cache: the kernel would read ahead what nobody asked for, copy it,
+ * and clear out by age (measured at full size with half of it in memory: 3.8 tokens/s like this, 1.9 to 3 when the page
+ * cache is asked for the same pieces, 0.3 by mapping alone).
+ * Who has to leave: of some drawn by lot the one with the least *heat*, the number of its tokens, halved every HALF_LIFE
+ * tokens. A large batch is a *scan*: layer by layer it takes nearly every expert. Those of layers already passed are then
+ * needed again last, so they go first, and the next layer's are asked for before they are known to be wanted. */
+
+enum {
+    READERS = 16,             /* threads that read: as many requests the disk sees at once */
+    READ_BYTES = 512 << 10,   /* of one request at most */
+    DIRECT_ALIGN = 4096,      /* what O_DIRECT wants offsets, sizes and addresses to be multiples of */
+    LOTS = 64,                /* slots drawn, of which one is emptied */
+    HALF_LIFE = 128           /* tokens */
+};
+
+/* Room for one expert's weights. */
+typedef struct Slot {
+    int expert;               /* layer * num_experts + its number; -1: empty */
+    unsigned needed;          /* until this fetch is over it stays */
+    atomic_int left[2];       /* requests for each part not yet answered */
+} Slot;
+
+typedef struct { int slot, part; } Job; /* a part to be read, request by request */
+
+struct ExpertCache {
+    const char *path;
+    const uint8_t *file;      /* the mapping, which tells where in the file a tensor lies */
+    int fd;
+    bool direct;              /* reads go past the page cache; else it is told to forget them */
+    const Mlp **layer;        /* [n_layers] those with experts */
+    int n_layers, num_experts;
+    uint8_t *arena;           /* [n_slots][slot_bytes]: gate_up and, part_at[DOWN] further, down; each as far into its page as in the file */
+    size_t slot_bytes, part_at[2];
+    Slot *slot;               /* [n_slots] */
+    int n_slots, n_used;      /* slots; those from n_used on were never filled */
+    size_t room;              /* bytes for slots and for keys and values together; 0: n_slots stays */
+    int *slot_of;             /* [n_layers][num_experts] or -1 */
+    float *heat;              /* [n_layers][num_experts], ... */
+    unsigned *heat_at;        /* ... as of this fetch */
+    unsigned fetch;           /* number of the fetch whose experts are in use */
+    uint64_t lot;             /* random numbers */
+    Job *jobs;                /* [max_jobs] a ring: what is to be read, in order */
+    int64_t job_head, job_tail, max_jobs; /* the first of them and the one after the last, counted on */
+    size_t job_done;          /* bytes of the first one that have been asked for */
+    bool quit;
+    pthread_mutex_t mutex;    /* of jobs, job_*, quit */
+    pthread_cond_t more, done; /* jobs; a part that has arrived */
+    pthread_t reader[READERS];
+    int64_t wanted, missing;  /* experts used, and those that had to be read */
+    atomic_llong bytes_read;
+};
+
+/* The bytes of an expert's part in the file: from the page in which it begins to the end of the page in which it ends. */
+typedef struct { size_t offset, bytes, skip, need; } Pages; /* skip: where in its first page it begins; need: up to its end */
+
+static Pages expert_pages(const ExpertCache *c, int expert, int part)
+{
+    const Mlp *layer = c->layer[expert / c->num_experts];
+    const Matrix *m = part == DOWN ? &layer->down_proj : &layer->gate_up_proj;
+    size_t at = (size_t)(m->data - c->file) + (size_t)(expert % c->num_experts) * m->matrix_bytes, skip = at % DIRECT_ALIGN;
+    return (Pages){at - skip, round_up(skip + m->matrix_bytes, DIRECT_ALIGN), skip, skip + m->matrix_bytes};
+}
+
+/* Read `bytes` of the file at `offset`, whole pages, to `to`; at least `need` of them must be there. Ends the program with
+ * a message when they cannot be had. */
+static void read_pages(ExpertCache *c, uint8_t *to, size_t offset, size_t bytes, size_t need)
+{
+    for (size_t done = 0; done < need;) {
+        ssize_t n = pread(c->fd, to + done, bytes - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) die("%s: cannot read at %zu: %s", c->path, offset + done, strerror(errno));
+        if (n == 0) die("%s: wanted %zu bytes at %zu, found the end of the file: cut off while in use?", c->path, need, offset);
+        done += (size_t)n;
+        atomic_fetch_add_explicit(&c->bytes_read, n, memory_order_relaxed);
+    }
+#ifdef POSIX_FADV_DONTNEED
+    if (!c->direct) posix_fadvise(c->fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
+#endif
+}
+
+/* A reader: takes the next request off the jobs, waiting for one if need be, reads it, again. */
+static void *read_experts(void *arg)
+{
+    ExpertCache *c = arg;
+    pthread_mutex_lock(&c->mutex);
+    for (;;) {
+        while (c->job_head == c->job_tail && !c->quit) pthread_cond_wait(&c->more, &c->mutex);
+        if (c->quit) break;
+        Job job = c->jobs[c->job_head % c->max_jobs];
+        Slot *s = &c->slot[job.slot];
+        Pages pages = expert_pages(c, s->expert, job.part);
+        size_t from = c->job_done, bytes = min_size(READ_BYTES, pages.bytes - from);
+        c->job_done += bytes;
+        if (c->job_done == pages.bytes) c->job_done = 0, c->job_head++;
+        pthread_mutex_unlock(&c->mutex);
+        uint8_t *to = c->arena + (size_t)job.slot * c->slot_bytes + c->part_at[job.part] + from;
+        read_pages(c, to, pages.offset + from, bytes, min_size(bytes, pages.need - from));
+        bool last = atomic_fetch_sub_explicit(&s->left[job.part], 1, memory_order_release) == 1;
+        pthread_mutex_lock(&c->mutex);
+        if (last) pthread_cond_broadcast(&c->done);
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return NULL;
+}
+
+/* How warm an expert is now. */
+static float heat_now(const ExpertCache *c, int expert)
+{
+    return c->heat[expert] * exp2f(-(float)(c->fetch - c->heat_at[expert]) / (float)(HALF_LIFE * c->n_layers));
+}
+
+/* Whether a slot may be emptied: nothing needs it, nothing is on its way into it. */
+static bool slot_idle(const ExpertCache *c, const Slot *s)
+{
+    return s->needed < c->fetch && !atomic_load_explicit(&s->left[GATE_UP], memory_order_acquire) &&
+           !atomic_load_explicit(&s->left[DOWN], memory_order_acquire);
+}
+
+/* A slot for another expert, by the rule above; NULL when all are in use. layer: where a scan has come to, else -1. */
+static Slot *free_slot(ExpertCache *c, int layer)
+{
+    Slot *best = NULL;
+    float least = INFINITY;
+    if (c->n_used < c->n_slots) return &c->slot[c->n_used++];
+    for (int i = 0; i < LOTS; i++) {
+        c->lot = c->lot * 6364136223846793005u + 1442695040888963407u;
+        Slot *s = &c->slot[(c->lot >> 33) % (uint64_t)c->n_slots];
+        bool wait = layer >= 0 && s->expert / c->num_experts > layer; /* the scan still comes there */
+        float heat = heat_now(c, s->expert) + (wait ? 1e30f : 0);
+        if (heat < least && slot_idle(c, s)) best = s, least = heat;
+    }
+    for (int i = 0; !best && i < c->n_slots; i++)
+        if (slot_idle(c, &c->slot[i])) best = &c->slot[i];
+    return best;
+}
+
+/* Give an expert a slot and ask for its gate_up, unless it has one; it stays until fetch `needed` is over. Returns the
+ * slot, or NULL when all others are in use. Holds the mutex. */
+static Slot *expert_slot(ExpertCache *c, int expert, unsigned needed, int layer)
+{
+    bool there = c->slot_of[expert] >= 0;
+    Slot *s = there ? &c->slot[c->slot_of[expert]] : free_slot(c, layer);
+    if (!s) return NULL;
+    s->needed = needed;
+    if (there) return s;
+    if (s->expert >= 0) c->slot_of[s->expert] = -1;
+    s->expert = expert;
+    c->slot_of[expert] = (int)(s - c->slot);
+    c->missing++;
+    for (int part = 0; part < 2; part++) {
+        int requests = (int)((expert_pages(c, expert, part).bytes + READ_BYTES - 1) / READ_BYTES);
+        atomic_store_explicit(&s->left[part], requests, memory_order_relaxed);
+    }
+    c->jobs[c->job_tail++ % c->max_jobs] = (Job){(int)(s - c->slot), GATE_UP};
+    return s;
+}
+
+/* After the gate_ups of all experts, ask for their downs, which are used later, and set the readers to work. `first`: the
+ * first such job. Holds the mutex. */
+static void ask_for_downs(ExpertCache *c, int64_t first)
+{
+    int64_t end = c->job_tail;
+    for (int64_t i = first; i < end; i++) c->jobs[c->job_tail++ % c->max_jobs] = (Job){c->jobs[i % c->max_jobs].slot, DOWN};
+    if (end > first) pthread_cond_broadcast(&c->more);
+}
+
+/* A network's weights, once they have arrived, are in this slot. */
+static void use_slot(const ExpertCache *c, Ffn *f, Slot *s)
+{
+    f->slot = s;
+    for (int part = 0; part < 2; part++)
+        f->weights[part] = c->arena + (size_t)(s - c->slot) * c->slot_bytes + c->part_at[part] + expert_pages(c, s->expert, part).skip;
+}
+
+static int experts_fetch(ExpertCache *c, const Mlp *layer, Ffn *ffn, int n, bool scan)
+{
+    int i = 0;
+    pthread_mutex_lock(&c->mutex);
+    int64_t first = c->job_tail;
+    c->fetch++;
+    for (; i < n; i++) {
+        if (ffn[i].gate_up != &layer->gate_up_proj) continue; /* the shared expert */
+        int expert = layer->index * c->num_experts + ffn[i].expert;
+        Slot *s;
+        while (!(s = expert_slot(c, expert, c->fetch, scan ? layer->index : -1)) && i == 0)
+            pthread_cond_wait(&c->done, &c->mutex); /* what is on its way into a slot was not needed after all */
+        if (!s) break;
+        c->wanted++;
+        c->heat[expert] = heat_now(c, expert) + (float)ffn[i].count;
+        c->heat_at[expert] = c->fetch;
+        use_slot(c, &ffn[i], s);
+    }
+    ask_for_downs(c, first);
+    pthread_mutex_unlock(&c->mutex);
+    return i;
+}
+
+static void experts_ahead(ExpertCache *c, const Mlp *layer)
+{
+    pthread_mutex_lock(&c->mutex);
+    int64_t first = c->job_tail;
+    for (int i = 0; i < min_int(c->num_experts, c->n_slots / 8); i++) /* enough to keep the disk busy; the others' slots are of use yet */
+        if (!expert_slot(c, layer->index * c->num_experts + i, c->fetch + 1, layer->index)) break;
+    ask_for_downs(c, first);
+    pthread_mutex_unlock(&c->mutex);
+}
+
+static void experts_wait(ExpertCache *c, const Ffn *f, int part)
+{
+    if (!f->slot || !atomic_load_explicit(&f->slot->left[part], memory_order_acquire)) return;
+    pthread_mutex_lock(&c->mutex);
+    while (atomic_load_explicit(&f->slot->left[part], memory_order_acquire)) pthread_cond_wait(&c->done, &c->mutex);
+    pthread_mutex_unlock(&c->mutex);
+}
+
+/* Keys and values take so many bytes by now: slots at the end make way for them. */
+static void experts_make_way(ExpertCache *c, size_t bytes)
+{
+    while (c->room && c->n_slots > 2 * c->num_experts && (size_t)c->n_slots * c->slot_bytes + bytes > c->room) {
+        Slot *s = &c->slot[c->n_slots - 1];
+        if (c->n_used == c->n_slots) {
+            if (!slot_idle(c, s)) return; /* next time */
+            c->slot_of[s->expert] = -1;
+            c->n_used--;
+        }
+        c->n_slots--;
+        madvise(c->arena + (size_t)c->n_slots * c->slot_bytes, c->slot_bytes, MADV_DONTNEED);
+    }
+}
+
+/* Bytes of a slot: the largest gate_up and the largest down, in whole pages; part_at: where each begins. */
+static size_t expert_slot_bytes(const ExpertCache *c, size_t part_at[2])
+{
+    size_t largest[2] = {0};
+    for (int layer = 0; layer < c->n_layers; layer++)
+        for (int part = 0; part < 2; part++)
+            for (int x = 0; x < c->num_experts; x++)
+                largest[part] = max_size(largest[part], expert_pages(c, layer * c->num_experts + x, part).bytes);
+    part_at[GATE_UP] = 0;
+    part_at[DOWN] = largest[GATE_UP];
+    return largest[GATE_UP] + largest[DOWN];
+}
+
+/* Where the experts of a model lie: a cache without slots yet. */
+static ExpertCache *experts_plan(const Model *m)
+{
+    ExpertCache *c = grow(NULL, 1, sizeof *c);
+    memset(c, 0, sizeof *c);
+    c->path = m->file.path;
+    c->file = m->file.data;
+    c->num_experts = m->config.num_experts;
+    c->layer = grow(NULL, (size_t)m->config.has_sparse + 1, sizeof *c->layer);
+    for (int i = 0; i < m->config.num_hidden_layers; i++)
+        if (m->layers[i].mlp.gate.data) c->layer[c->n_layers++] = &m->layers[i].mlp;
+    if (m->mtp.fc.data) c->layer[c->n_layers++] = &m->mtp.layer.mlp;
+    c->slot_bytes = expert_slot_bytes(c, c->part_at);
+    return c;
+}
+
+/* Give it n slots and start its readers. */
+static void experts_start(ExpertCache *c, size_t n)
+{
+    size_t all = (size_t)c->n_layers * (size_t)c->num_experts;
+    c->n_slots = (int)min_size(n, all);
+    c->arena = (uint8_t *)reserve(mul((size_t)c->n_slots, c->slot_bytes) / sizeof(float), "expert cache");
+    c->slot = grow(NULL, (size_t)c->n_slots, sizeof *c->slot);
+    for (int i = 0; i < c->n_slots; i++) c->slot[i] = (Slot){.expert = -1};
+    c->slot_of = grow(NULL, all, sizeof *c->slot_of);
+    memset(c->slot_of, -1, all * sizeof *c->slot_of);
+    c->heat = grow(NULL, all, sizeof *c->heat);
+    c->heat_at = grow(NULL, all, sizeof *c->heat_at);
+    memset(c->heat, 0, all * sizeof *c->heat);
+    memset(c->heat_at, 0, all * sizeof *c->heat_at);
+    c->max_jobs = 2 * c->n_slots; /* no slot is asked for again while something is on its way into it */
+    c->jobs = grow(NULL, (size_t)c->max_jobs, sizeof *c->jobs);
+    int flags = O_RDONLY | O_CLOEXEC;
+#ifdef O_DIRECT
+    c->fd = open(c->path, flags | O_DIRECT);
+    c->direct = c->fd >= 0;
+#endif
+    if (!c->direct) c->fd = open(c->path, flags);
+    if (c->fd < 0) die("%s: %s", c->path, strerror(errno));
+    pthread_mutex_init(&c->mutex, NULL);
+    pthread_cond_init(&c->more, NULL);
+    pthread_cond_init(&c->done, NULL);
+    for (int i = 0; i < READERS; i++) {
+        int error = pthread_create(&c->reader[i], NULL, read_experts, c);
+        if (error) die("cannot start a thread that reads: %s", strerror(error));
+    }
+}
+
+/* Stop the readers. */
+static void experts_stop(ExpertCache *c)
+{
+    pthread_mutex_lock(&c->mutex);
+    c->quit = true;
+    pthread_cond_broadcast(&c->more);
+    pthread_mutex_unlock(&c->mutex);
+    for (int i = 0; i < READERS; i++) pthread_join(c->reader[i], NULL);
+    close(c->fd);
+}
+
+/* The first number in a file, SIZE_MAX without one. name: if not NULL, the number that follows this word. */
+static size_t number_in(const char *dir, const char *path, const char *file, const char *name)
+{
+    char full[PATH_MAX + 64], line[256];
+    snprintf(full, sizeof full, "%s%s/%s", dir, path, file);
+    FILE *f = fopen(full, "r");
+    size_t n, found = SIZE_MAX, skip = name ? strlen(name) : 0;
+    while (f && found == SIZE_MAX && fgets(line, sizeof line, f))
+        if ((!name || !strncmp(line, name, skip)) && sscanf(line + skip, "%zu", &n) == 1) found = n;
+    if (f) fclose(f);
+    return found;
+}
+
+/* Bytes that a control group (cgroup, version 1 or 2) lets its processes still take: what it holds of files can be given back. */
+static size_t group_room(const char *root, const char *path, bool two)
+{
+    size_t limit = number_in(root, path, two ? "memory.max" : "memory.limit_in_bytes", NULL);
+    size_t used = number_in(root, path, two ? "memory.current" : "memory.usage_in_bytes", NULL);
+    size_t files = number_in(root, path, "memory.stat", two ? "file " : "total_cache ");
+    if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX; /* no such group, or no limit */
+    if (files != SIZE_MAX) used -= min_size(used, files);
+    return limit - min_size(limit, used);
+}
+
+/* Bytes of memory that this process may take: what the system has to spare, and what its groups and those around them allow. */
+static size_t memory_available(void)
+{
+    size_t room = number_in("", "/proc", "meminfo", "MemAvailable:"); /* in KB */
+    room = room == SIZE_MAX ? (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 4 * 3 : room * 1024;
+    char line[PATH_MAX];
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) { /* number:kinds:path; version 2 names no kinds */
+        char *kinds = strchr(line, ':'), *path = kinds ? strchr(kinds + 1, ':') : NULL;
+        if (!path) continue;
+        *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        bool two = !kinds[1];
+        if (!two && !strstr(kinds, "memory")) continue;
+        for (char *slash = path; slash; *slash = 0) { /* the group, then those around it */
+            room = min_size(room, group_room(two ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory", path, two));
+            if (!(slash = strrchr(path, '/'))) break;
+        }
+    }
+    if (f) fclose(f);
+    return room;
+}
+
 /* ---- 15. Kernels ----
  * From here to the table, this file includes itself once for each instruction set: the same C, other widths of
  * vector, and a few operations that differ: `dot4` (int8), `look_up` (q4), the loads of f16 and int8. The pass called plain is
@@ -3789,7 +4210,7 @@ typedef struct {
     double temperature, top_p, min_p, presence, repetition, yarn; /* NAN: not given */
     int64_t top_k, seed, ctx, threads, draft, thinking; /* -1: not given */
     int64_t n, depth, prompt, batch;              /* 0: not given */
-    uint64_t memory;
+    uint64_t memory;                              /* bytes; 0: not given */
     bool ids, echo, quiet, verbose, help, version;
 } Args;
 
@@ -3824,6 +4245,7 @@ typedef struct {
     Sampler sampler;
     Drafter drafter;
     Ledger ledger;
+    size_t snapshot_bytes; /* that a conversation's snapshots may take: beyond, the oldest are dropped */
     double prompt_seconds, answer_seconds;
     int prompt_tokens, answer_tokens;
 } Run;
@@ -4087,6 +4509,17 @@ static int generate(Run *r, int limit, Printer *printer)
     return unfed;
 }
 
+/* -v: how often experts were in memory, and what was read, since the last report. */
+static void report_experts(Run *r)
+{
+    ExpertCache *c = r->engine.experts;
+    if (!c || !c->wanted || !r->args.verbose) return;
+    fprintf(stderr, "experts: %lld used, %.1f %% of them found in memory; %.3f GB read from disk\n", (long long)c->wanted,
+            100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), (double)c->bytes_read / 1e9);
+    c->wanted = c->missing = 0;
+    c->bytes_read = 0;
+}
+
 /* One line of statistics on stderr, then start counting anew. */
 static void report_speed(Run *r)
 {
@@ -4100,6 +4533,7 @@ static void report_speed(Run *r)
                 r->engine.state.ctx);
     if (r->args.verbose)
         fprintf(stderr, "read: %lld tokens in all, %lld of them again\n", (long long)r->ledger.read, (long long)r->ledger.again);
+    report_experts(r);
     r->drafter.drafted = r->drafter.accepted = 0;
     r->prompt_tokens = r->answer_tokens = 0;
     r->prompt_seconds = r->answer_seconds = 0;
@@ -4249,10 +4683,10 @@ static Turn *push_turn(Conversation *c, const Str *user)
     return t;
 }
 
-/* Take a snapshot. When all together are beyond SNAPSHOT_BYTES, the oldest are dropped: the newest turn keeps its own. */
+/* Take a snapshot. When all together are beyond what they may take, the oldest are dropped: the newest turn keeps its own. */
 static void remember(Conversation *c, Snapshot *snap)
 {
-    size_t each = c->run->engine.state.recurrent_len * sizeof(float), room = SNAPSHOT_BYTES / each;
+    size_t each = c->run->engine.state.recurrent_len * sizeof(float), room = c->run->snapshot_bytes / each;
     snapshot_take(snap, &c->run->engine);
     for (int t = c->n_turns - 1; t >= 0; t--)
         for (int i = SNAPSHOTS_PER_TURN - 1; i >= 0; i--) {
@@ -5376,6 +5810,8 @@ enum {
     READ_PIECE = 1 << 20, /* bytes an item reads */
     READ_PIECES = 512,    /* pieces of one timing */
     READ_WINDOW = 2048,   /* pieces at the file's beginning that are read, in turns */
+    DISK_PIECE = 8 << 20, /* bytes read from the disk at a time */
+    DISK_PIECES = 32,
     BENCH_SLICE = 8,      /* tokens decoded at a time */
     BENCH_ROUNDS = 5,     /* prompts timed */
     BENCH_SAMPLES = 64,
@@ -5383,27 +5819,29 @@ enum {
     PEAK_REPEATS = 4      /* each so many calls of its kernel */
 };
 
-/* What the machine itself can do: reading the mapped checkpoint, and arithmetic without any memory. */
+/* What the machine itself can do: reading weights in memory, reading the disk, and arithmetic without any memory. */
 typedef struct {
     Run *r;
+    const uint8_t *weights;     /* [total][READ_PIECE] the mapped checkpoint, or the expert cache */
     size_t first, total;        /* pieces: how many have been read so far (modulo total the next), how many there are */
+    size_t disk_first;          /* the next piece of the disk */
     bool floats;                /* which arithmetic */
     atomic_ullong sum;          /* keeps the compiler from leaving the work out */
 } Machine;
 
-/* Sum one piece of the file, so that every byte is read. */
+/* Sum one piece, so that every byte is read. */
 static void read_piece(void *arg, int item, int thread)
 {
     (void)thread;
     Machine *m = arg;
     size_t offset = (m->first + (size_t)item) % m->total * READ_PIECE;
-    const uint64_t *p = (const uint64_t *)(m->r->engine.model.file.data + offset);
+    const uint64_t *p = (const uint64_t *)(m->weights + offset);
     uint64_t sum = 0;
     for (size_t i = 0; i < READ_PIECE / 8; i++) sum += p[i];
     atomic_fetch_add(&m->sum, sum);
 }
 
-/* Read the next pieces of the checkpoint with all threads; returns the speed in GB/s, 0 for a file too small. */
+/* Read the next pieces of the weights in memory with all threads; returns the speed in GB/s, 0 for a file too small. */
 static double read_some(Machine *m)
 {
     if (!m->total) return 0;
@@ -5412,6 +5850,32 @@ static double read_some(Machine *m)
     parallel_for(m->r->engine.pool, pieces, read_piece, m);
     m->first += (size_t)pieces;
     return (double)pieces * READ_PIECE / (now() - start) / 1e9;
+}
+
+/* Read one piece of the disk. */
+static void disk_piece(void *arg, int item, int thread)
+{
+    (void)thread;
+    Machine *m = arg;
+    ExpertCache *c = m->r->engine.experts;
+    size_t pieces = m->r->engine.model.file.size / DISK_PIECE;
+    void *to;
+    if (!pieces || posix_memalign(&to, DIRECT_ALIGN, DISK_PIECE)) return;
+    read_pages(c, to, (m->disk_first + (size_t)item) % pieces * DISK_PIECE, DISK_PIECE, DISK_PIECE);
+    free(to);
+}
+
+/* Read the checkpoint's next DISK_PIECES from the disk, one after the other but for one a thread; returns the speed in GB/s. */
+static double read_disk(Machine *m)
+{
+    ExpertCache *c = m->r->engine.experts;
+    long long before = c->bytes_read;
+    double start = now();
+    parallel_for(m->r->engine.pool, DISK_PIECES, disk_piece, m);
+    double speed = (double)(c->bytes_read - before) / (now() - start) / 1e9;
+    m->disk_first += DISK_PIECES;
+    c->bytes_read = before;
+    return speed;
 }
 
 /* Values measured so far, ascending. */
@@ -5480,17 +5944,32 @@ static void bench_parts(const Run *r, const char *name, double seconds)
     fflush(stdout);
 }
 
+/* What a benchmark called `name` read from the disk in `seconds`, counted anew from now on: lines NAME_... */
+static void bench_disk(ExpertCache *c, const char *name, double tokens, double seconds, const Sample *disk)
+{
+    if (!c) return;
+    double gb = (double)c->bytes_read / 1e9;
+    printf("%s_found %.1f %%\n%s_from_disk %.4f GB/token\n%s_reading %.3f GB/s\ndisk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name,
+           100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds, median(disk), name,
+           100 * gb / seconds / median(disk));
+    c->wanted = c->missing = 0;
+    c->bytes_read = 0;
+}
+
 /* Prompts of n tokens, each from the same state, and between them the arithmetic's peak: the best seen counts.
  * prefill_of_peak: multiplications with the layers' matrices, as a share of it; all other work counts as time lost. */
 static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
 {
-    Sample speed = {0};
+    Sample speed = {0}, disk = {0};
+    ExpertCache *cache = r->engine.experts;
     double seconds = 0, int8 = 0, floats = 0;
     for (int i = -1; i < BENCH_ROUNDS && !interrupted; i++) { /* the first is not counted: it brings the weights in */
         int8 = fmax(int8, peak(m, false));
         floats = fmax(floats, peak(m, true));
         snapshot_restore(start, &r->engine);
+        if (cache) sample_add(&disk, read_disk(m));
         if (i == 0) memset(r->engine.seconds, 0, sizeof r->engine.seconds);
+        if (i == 0 && cache) cache->wanted = cache->missing = cache->bytes_read = 0;
         double took = bench_tokens(r, n, false);
         if (i >= 0) sample_add(&speed, n / took), seconds += took;
     }
@@ -5498,6 +5977,7 @@ static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
     printf("prefill_%d %.2f tok/s\nprefill_%d_slowest %.2f tok/s\nprefill_%d_fastest %.2f tok/s\n", n, median(&speed), n,
            speed.value[0], n, speed.value[speed.n - 1]);
     bench_parts(r, "prefill", seconds);
+    bench_disk(cache, "prefill", (double)speed.n * n, seconds, &disk);
     double used = 2 * layers_cost(&r->engine.model).macs * median(&speed) / 1e9;
     printf("int8_peak %.1f GOP/s\nfloat_peak %.1f GFLOP/s\nprefill_of_peak %.1f %%\n", int8, floats,
            100 * used / (r->engine.model.quantized ? int8 : floats));
@@ -5513,10 +5993,11 @@ static void bench_decode(Run *r, Machine *m, int n)
     double seconds = 0, position = 2.0 * c->has_full * c->num_key_value_heads * c->head_dim * (double)KV_BYTES[s->kv_type];
     double bytes = bytes_per_token(&r->engine.model) + 2.0 * sizeof(float) * (double)s->recurrent_len +
                    position * (s->tokens.len + n / 2);
-    Sample bandwidth = {0}, share = {0};
+    Sample bandwidth = {0}, share = {0}, disk = {0};
     memset(r->engine.seconds, 0, sizeof r->engine.seconds);
     for (int left = n, slice; left > 0 && !interrupted; left -= slice) {
         slice = min_int(left, max_int(BENCH_SLICE, (n + BENCH_SAMPLES - 1) / BENCH_SAMPLES));
+        if (r->engine.experts) sample_add(&disk, read_disk(m));
         double reading = read_some(m), took = bench_tokens(r, slice, true);
         seconds += took;
         sample_add(&bandwidth, reading);
@@ -5525,6 +6006,7 @@ static void bench_decode(Run *r, Machine *m, int n)
     if (interrupted) return;
     printf("decode_%d %.2f tok/s\n", n, n / seconds);
     bench_parts(r, "decode", seconds);
+    bench_disk(r->engine.experts, "decode", n, seconds, &disk);
     printf("read_bandwidth %.2f GB/s\ndecode_bytes %.4f GB/token\ndecode_of_bandwidth %.1f %%\n", median(&bandwidth),
            bytes / 1e9, median(&share));
 }
@@ -5592,7 +6074,9 @@ static int mode_bench(Run *r)
         die("-m bench: wanted room for %lld tokens after a depth of %d, found a context of %d (-c)", (long long)room, depth, ctx);
     if (depth) bench_tokens(r, depth, false);
     Snapshot deep = {0};
-    Machine m = {.r = r, .total = r->engine.model.file.size / READ_PIECE};
+    const ExpertCache *cache = r->engine.experts;
+    Machine m = {.r = r, .weights = cache ? cache->arena : r->engine.model.file.data};
+    m.total = (cache ? (size_t)cache->n_slots * cache->slot_bytes : r->engine.model.file.size) / READ_PIECE;
     if (m.total > READ_WINDOW) m.total = READ_WINDOW;
     for (size_t i = 0; i < m.total; i += READ_PIECES) read_some(&m); /* not counted: brings the pages in */
     snapshot_take(&deep, &r->engine);
@@ -5606,7 +6090,7 @@ static int mode_bench(Run *r)
 
 /* ---- 21. Command line ---- */
 
-typedef enum { TEXT, REAL, WHOLE, BYTES, FLAG, LATER } OptionKind;
+typedef enum { TEXT, REAL, WHOLE, BYTES, FLAG } OptionKind;
 
 typedef struct {
     const char *name, *letter; /* --name, -letter */
@@ -5641,11 +6125,11 @@ static const Option OPTIONS[] = {
     {"save", NULL, TEXT, AT(save), 0, 0, "FILE", "save the conversation at the end"},
     {"reasoning", "r", WHOLE, AT(thinking), 0, 1, "0|1", "chat: hide or show (default) what the model thinks before it answers"},
     {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
-    {"memory", NULL, LATER, AT(memory), 0, 0, "N", "bytes of weights to keep in memory (not yet)"},
+    {"memory", NULL, BYTES, AT(memory), 1, 1e15, "N", "bytes of weights to keep in memory, suffix M or G; default: what is free"},
     {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
     {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
     {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models), f32 or q8"},
-    {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 1024"},
+    {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 1024, more when experts come from disk"},
     {"depth", NULL, WHOLE, AT(depth), 0, 1 << 28, "N", "bench: positions to fill first"},
     {"prompt", NULL, WHOLE, AT(prompt), 1, 1 << 28, "N", "bench: tokens of the prompt; default 512 (decode: -n, default 128)"},
     {"quiet", "q", FLAG, AT(quiet), 0, 0, NULL, "no statistics or progress"},
@@ -5696,7 +6180,6 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
 {
     char *field = (char *)args + o->field, *end;
     errno = 0;
-    if (o->kind == LATER) usage_error("%s: this version cannot do that yet", arg);
     if (o->kind == FLAG) *(bool *)(void *)field = true;
     if (o->kind == TEXT) *(const char **)(void *)field = value;
     if (o->kind == WHOLE) {
@@ -5704,6 +6187,13 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
         if (end == value || *end || errno || (double)x < o->lo || (double)x > o->hi)
             usage_error("%s: wanted a whole number from %.0f to %.0f, found \"%s\"", arg, o->lo, o->hi, value);
         *(int64_t *)(void *)field = x;
+    }
+    if (o->kind == BYTES) {
+        double x = strtod(value, &end);
+        x *= *end == 'M' ? 0x1p20 : *end == 'G' ? 0x1p30 : 1;
+        if (end == value || (*end && end[1]) || (*end && !strchr("MG", *end)) || !(x >= o->lo && x <= o->hi))
+            usage_error("%s: wanted a number of bytes, or with M or G after it, found \"%s\"", arg, value);
+        *(uint64_t *)(void *)field = (uint64_t)x;
     }
     if (o->kind == REAL) {
         double x = strtod(value, &end);
@@ -5718,7 +6208,7 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
 static Args parse_args(int argc, char **argv)
 {
     Args a = {.temperature = NAN, .top_p = NAN, .min_p = NAN, .presence = NAN, .repetition = NAN, .yarn = NAN, .top_k = -1, .seed = -1, .n = 0,
-              .ctx = -1, .threads = -1, .draft = -1, .thinking = -1, .batch = DEFAULT_BATCH};
+              .ctx = -1, .threads = -1, .draft = -1, .thinking = -1};
     for (int i = 1; i < argc; i++) {
         if (argv[i][0] != '-' || !argv[i][1]) {
             if (a.model) usage_error("%s: one model is enough, %s was given before", argv[i], a.model);
@@ -5791,6 +6281,65 @@ static void check_args(const Args *a)
     if (!known) usage_error("--cpu: wanted plain, avx2, avx512 or neon, found \"%s\"", a->cpu);
 }
 
+/* About how many bytes of scratch a token of a batch takes (work_init). */
+static size_t scratch_per_token(const Config *c)
+{
+    int inner = max_int(max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size), c->has_dense ? c->intermediate_size : 0);
+    int mixer = max_int(c->conv_dim + c->value_dim, 2 * (c->num_attention_heads + c->num_key_value_heads) * c->head_dim);
+    int floats = 5 * c->hidden_size + mixer + max_int(c->value_dim, c->num_attention_heads * c->head_dim) + c->num_experts;
+    return sizeof(float) * ((size_t)floats + (size_t)(c->num_experts_per_tok + 1) * (size_t)inner) * 5 / 4; /* a quarter: as int8 */
+}
+
+/* Begin to read the tensors that every token uses, so that they are there when they are. */
+static void read_always_used(const Model *m)
+{
+    const Header *h = (const Header *)m->file.data;
+    const TensorRecord *t = (const TensorRecord *)(m->file.data + 64 + 64 * (size_t)h->n_meta);
+    for (uint32_t i = 0; i < h->n_tensors; i++) {
+        size_t page = t[i].offset / DIRECT_ALIGN * DIRECT_ALIGN; /* madvise wants whole pages */
+        if (!strstr(t[i].name, "mlp.experts.")) madvise((void *)(m->file.data + page), t[i].offset + t[i].size - page, MADV_WILLNEED);
+    }
+}
+
+/* Decide what of the weights is kept in memory: all, mapped, when they fit into what is free (--memory: into that many
+ * bytes); else what every token uses, mapped, and as many experts as there is room for. Returns the batch for prompts:
+ * with experts from disk a large one, as each batch reads them anew. */
+static int plan_memory(Run *r)
+{
+    Engine *e = &r->engine;
+    const Model *m = &e->model;
+    const Args *a = &r->args;
+    const Config *c = &m->config;
+    size_t file = m->file.size, available = memory_available(), token = scratch_per_token(c), spare = available / 32;
+    int batch = a->batch ? (int)a->batch : DEFAULT_BATCH;
+    size_t other = spare + 2 * e->state.recurrent_len * sizeof(float) + token * (size_t)batch;
+    r->snapshot_bytes = SNAPSHOT_BYTES;
+    if (a->memory ? a->memory >= file : file + other <= available) return batch;
+    ExpertCache *cache = experts_plan(m);
+    size_t experts = 0, least = (size_t)max_int(2, c->num_experts_per_tok) * cache->slot_bytes;
+    for (int i = 0; i < cache->n_layers; i++)
+        experts += (cache->layer[i]->gate_up_proj.matrix_bytes + cache->layer[i]->down_proj.matrix_bytes) * (size_t)c->num_experts;
+    if (!a->batch) batch = min_int(MAX_BATCH, max_int(DEFAULT_BATCH, (int)(available / 16 / token)));
+    r->snapshot_bytes = min_size(SNAPSHOT_BYTES, available / 32);
+    bool keeps = !strcmp(a->mode, "chat");
+    other = spare + 2 * e->state.recurrent_len * sizeof(float) + token * (size_t)min_int(batch, e->state.ctx) + (keeps ? r->snapshot_bytes : 0);
+    size_t keep = a->memory ? a->memory : available - min_size(available, other);
+    bool enough = cache->n_layers && keep >= file - experts + least;
+    if (a->memory && !enough)
+        die("--memory: wanted at least %zu bytes for what every token of %s uses and %d experts, found %llu", file - experts + least, a->model,
+            max_int(2, c->num_experts_per_tok), (unsigned long long)a->memory);
+    if (!enough) return warn("%s: larger than the memory that is free, %zu MB: this will be slow", a->model, available >> 20), batch;
+    experts_start(cache, (keep - (file - experts)) / cache->slot_bytes);
+    cache->room = a->memory ? 0 : keep - (file - experts);
+    e->experts = cache;
+    read_always_used(m);
+    if (a->memory ? a->verbose : !a->quiet)
+        fprintf(stderr, "%s, %.1f GB, is larger than %s, %.1f GB: %d of %d experts are kept there, others read from disk\n", a->model, (double)file / 1e9,
+                a->memory ? "--memory" : "the memory that is free", (double)(a->memory ? a->memory : available) / 1e9, cache->n_slots,
+                cache->n_layers * cache->num_experts);
+    return batch;
+}
+
 /* Threads, kernels, state and scratch for the modes that run the model. */
 static void start_engine(Run *r)
 {
@@ -5816,7 +6365,7 @@ static void start_engine(Run *r)
     state_init(&e->state, c, ctx, kv_type, e->model.mtp.fc.data && drafts && a->draft != 0);
     r->drafter.fixed = (int)a->draft;
     if (e->state.mtp) shortlist_init(&r->drafter.list, c->vocab_size);
-    work_init(e, min_int((int)a->batch, ctx));
+    work_init(e, min_int(plan_memory(r), ctx));
     uint64_t seed = a->seed >= 0 ? (uint64_t)a->seed : (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
     sampler_init(&r->sampler, sampling_of(a, e->model.sampling), seed, c->tokenizer_size);
     if (a->verbose)
@@ -5843,7 +6392,9 @@ int main(int argc, char **argv)
     int status = mode->run(&r);
     if (fflush(stdout)) die("standard output: %s", strerror(errno));
     if (ferror(stdout)) die("standard output: not all could be written");
+    report_experts(&r);
     if (r.engine.pool) pool_free(r.engine.pool);
+    if (r.engine.experts) experts_stop(r.engine.experts);
     return status;
 }
 

@@ -1963,7 +1963,7 @@ static void fetch_networks(const Pass *p, bool scan)
     Work *w = &p->e->work;
     const Layer *last = e->model.layers + e->model.config.num_hidden_layers - 1;
     w->ffn_to = w->n_ffn;
-    if (!e->experts) return;
+    if (!e->experts || !p->layer->mlp.gate.data) return; /* a dense layer is always there */
     w->ffn_to = w->ffn_from + experts_fetch(e->experts, &p->layer->mlp, w->ffn + w->ffn_from, w->n_ffn - w->ffn_from, scan);
     bool another = p->layer != last && p->layer != &e->model.mtp.layer && p->layer[1].mlp.gate.data;
     if (scan && another && w->ffn_to == w->n_ffn) experts_ahead(e->experts, &p->layer[1].mlp);
@@ -6274,6 +6274,7 @@ static void check_args(const Args *a)
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
     if (a->ids && (no_prompt || !strcmp(a->mode, "chat"))) usage_error("--ids: -m %s takes no ids", a->mode);
     if ((a->text || a->file) && no_prompt) usage_error("-%c: -m %s takes no prompt", a->text ? 'i' : 'f', a->mode);
+    if (a->memory && (!strcmp(a->mode, "tokenize") || !strcmp(a->mode, "inspect"))) usage_error("--memory: -m %s keeps no weights", a->mode);
     if (a->kv && kv_named(a->kv) == N_KV) usage_error("--kv: wanted f16, f32 or q8, found \"%s\"", a->kv);
     static const char *const sets[] = {"plain", "avx2", "avx512", "neon"};
     bool known = !a->cpu;

@@ -21,6 +21,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    13 context    keys and values as q8, YaRN by option
    14 chat       /undo, /regen, edits: nothing is read twice
    15 saved      conversations go on in another process; bad files are refused
+   16 disk       with experts from disk: the same bits, and no more is read than is missing
 """
 
 import atexit
@@ -2025,6 +2026,14 @@ extra -i x                                  2 extra
 -i x -d x                                   2 -d
 -i x -d -1                                  2 -d
 -i x --memory lots                          2 --memory
+-i x --memory 0                             2 --memory
+-i x --memory -1G                           2 --memory
+-i x --memory nan                           2 --memory
+-i x --memory 1T                            2 --memory
+-i x --memory 1GB                           2 --memory
+-i x --memory                               2 --memory
+-m inspect --memory 1G                      2 --memory
+-i x --memory 1                             1 --memory
 -m logits --ids -i 1                        2 -o
 -m logits --ids -i 1 -o                     2 -o
 --ids -i 1,2                                12 1,2
@@ -2054,7 +2063,6 @@ extra -i x                                  2 extra
 -i x --yarn 0                               2 --yarn
 -i x --yarn x                               2 --yarn
 -i x --kv q4                                2 --kv
--i x --memory 1G                            12 --memory
 """.strip().splitlines()
 
 
@@ -3256,3 +3264,111 @@ def test_a_single_turn_that_does_not_fit_fails():
     """A script must be able to tell it from an empty answer."""
     result = run(ENGINE, DEMO, "-m", "chat", "-c", 30, "-i", "word " * 100)
     assert result.returncode == 1 and result.stdout == b"" and b"context full" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 16 Experts from disk
+# ----------------------------------------------------------------------------------------------------------------
+
+def least_memory(model):
+    """The smallest --memory that a model accepts, in bytes, as the engine itself says it."""
+    result = run(ENGINE, model, "--ids", "-i", 1, "--memory", 1)
+    assert result.returncode == FAILED
+    return int(re.search(rb"at least (\d+) bytes", result.stderr)[1])
+
+
+def memories(model):
+    """From the least that is accepted to one byte less than the file."""
+    least, file = least_memory(model), model.stat().st_size
+    return [least, least + (file - least) // 5, least + (file - least) // 2, file - 1]
+
+
+def expert_report(stderr):
+    """(experts used, share found in memory, GB read) of -v's line."""
+    line = re.search(rb"experts: (\d+) used, ([\d.]+) % of them found in memory; ([\d.]+) GB read", stderr)
+    return int(line[1]), float(line[2]) / 100, float(line[3])
+
+
+@functools.cache
+def model_of_large_experts(weights="q8"):
+    """A random checkpoint, most of which is experts: 4 layers of 64, each some pages long."""
+    config = WORK / "large-experts.json"
+    config.write_text(json.dumps(dict(TINY, model_type="qwen3_next", hidden_size=128, moe_intermediate_size=192,
+                                      num_experts=64, num_experts_per_tok=4, num_hidden_layers=4)))
+    path = WORK / f"large-experts-{weights}.bin"
+    result = run(*EXPORT, "--random", config, "--seed", 3, "-o", path, "--type", weights)
+    assert result.returncode == 0, result.stderr.decode()
+    return path
+
+
+@pytest.mark.parametrize("kind, weights", [("plain", "f32"), ("130 experts", "q4"), ("130 experts", "bf16"), ("mlp_only_layers", "f32"),
+                                           ("sparse step 2", "q4"), ("odd sizes", "q8"), ("odd sizes", "bf16")])
+def test_same_bits_with_experts_from_disk(kind, weights):
+    """Any limit, batch and number of threads. The small caches hold a part of a layer's experts at a time; batches of
+    one token decode, the whole prompt is a scan with reading ahead."""
+    model, ids = random_checkpoint(kind, weights), random_ids(200, 300)
+    wanted = logits_bits(model, ids)
+    for memory in memories(model):
+        for options in ([], ["--batch", 1, "-j", 1], ["--batch", 37, "-j", 3]):
+            assert logits_bits(model, ids, "--memory", memory, *options) == wanted, (memory, options)
+
+
+def test_same_bits_with_large_experts_from_disk():
+    """Experts of many pages and several requests each, under AddressSanitizer too."""
+    for weights in ("f32", "q4"):
+        model, ids = model_of_large_experts(weights), random_ids(120, 300)
+        wanted = logits_bits(model, ids)
+        for memory in memories(model):
+            assert logits_bits(model, ids, "--memory", memory) == wanted, memory
+        assert engine_logits(model, ids, "--memory", memories(model)[1], program=DEBUG_ENGINE).shape[0] == 120
+
+
+@pytest.mark.parametrize("weights", ["f32", "q4"])
+def test_drafts_and_saved_texts_with_experts_from_disk(weights):
+    """The MTP head's experts come through the cache too; a saved text goes on with another limit."""
+    model, file = mtp_checkpoint("plain", weights), WORK / "saved from disk"
+    options = ["--ids", "-i", "5 6 7 8 9", *SAMPLED, "-s", 5]
+    wanted = engine(model, *options, "-n", 40, "-d", 0).split()
+    for memory in memories(model):
+        assert engine(model, *options, "-n", 40, "-d", 2, "--memory", memory).split() == wanted
+        first = engine(model, *options, "-n", 15, "-d", 1, "--memory", memory, "--save", file).split()
+        assert first + engine(model, "--ids", "--load", file, "-n", 25).split() == wanted
+
+
+def test_no_more_is_read_than_is_missing(report):
+    """-v: every expert is read once or not at all, however large the cache; with more memory, less is read."""
+    model, found = model_of_large_experts(), []
+    experts = [t for name, t in read_checkpoint(model).tensors.items() if "mlp.experts." in name]
+    per_expert = sum(t.size for t in experts) / (4 * 64)
+    for memory in memories(model):
+        result = run(ENGINE, model, "--ids", "-i", "5 6 7", "-n", 60, "-t", 0, "--memory", memory, "-v")
+        used, share, gigabytes = expert_report(result.stderr)
+        assert used == 4 * 4 * 59 + used_by_prompt(used), used
+        missing = (1 - share) * used * per_expert
+        assert missing * 0.99 - 2e6 < gigabytes * 1e9 < missing * 1.1 + 2e6        # whole pages, rounded figures
+        found.append(share)
+    assert found == sorted(found) and found[0] < 0.4 and found[-1] > 0.6, found
+    report(f"found in memory: {', '.join(f'{100 * share:.0f} %' for share in found)}")
+
+
+def used_by_prompt(used):
+    """Of the experts used, those of a prompt of three tokens: 4 to 12 in each of 4 layers."""
+    return used - 4 * 4 * 59 if 16 <= used - 4 * 4 * 59 <= 48 else 0
+
+
+def test_enough_memory_means_mapping():
+    """--memory of the file's size or more: no cache, and nothing is said of one."""
+    model = random_checkpoint("plain", "q8")
+    result = run(ENGINE, model, "--ids", "-i", "5 6 7", "-n", 5, "-v", "--memory", model.stat().st_size)
+    assert result.returncode == 0 and b"experts" not in result.stderr
+    result = run(ENGINE, model, "--ids", "-i", "5 6 7", "-n", 5, "-v", "--memory", model.stat().st_size - 1)
+    assert result.returncode == 0 and b"experts" in result.stderr
+
+
+def test_bench_with_experts_from_disk():
+    model = model_of_large_experts()
+    lines = engine(model, "-m", "bench", "-c", 512, "-n", 16, "-q", "--memory", memories(model)[2]).decode().splitlines()
+    found = {line.split()[0]: float(line.split()[1]) for line in lines}
+    for name in ("prefill_from_disk", "prefill_found", "decode_from_disk", "decode_found", "disk_speed", "decode_of_disk"):
+        assert found[name] >= 0, name
+    assert 0 < found["decode_from_disk"] < 0.01

@@ -1814,9 +1814,7 @@ static void moe_route_item(void *arg, int t, int thread)
     float *prob = w->router + (size_t)t * w->router_ld, *weight = w->top_weight + (size_t)t * (size_t)k, sum = 0;
     softmax(p->e->kernels, prob, c->num_experts);
     for (int i = 0; i < k; i++) {
-        int best = 0, at = i;
-        for (int x = 1; x < c->num_experts; x++)
-            if (prob[x] > prob[best]) best = x;
+        int best = likeliest(prob, c->num_experts), at = i;
         for (; at > 0 && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1], weight[at] = weight[at - 1];
         chosen[at] = best;
         weight[at] = prob[best];
@@ -3149,24 +3147,29 @@ static int sample(Sampler *s, const float *logits)
 /* ============================== Part IV: the machine room ============================== */
 
 /* ---- 14. Threads: a pool that spins briefly, then sleeps ----
- * parallel_for hands out items as threads ask for them, so a slow core takes fewer. Which thread makes an item changes
- * no bit. A loop ends when its items are done, not when every thread has been there: threads without a core to run on
- * delay nobody. */
+ * parallel_for cuts a loop's items into one share a thread: neighbours, so that a thread reads long stretches of memory, and
+ * no two threads meet. Who is done with its own helps with the others' shares. Which thread makes an item changes no bit.
+ * A loop ends when its items are done, not when every thread has been there: threads without a core to run on delay nobody. */
+
+enum { LINE = 128 }; /* bytes that processors pass from core to core at a time: a pair of cache lines */
+
+/* How much of a thread's share of the items is handed out: number of the loop << 32 | items. Of an older loop: nothing. */
+typedef struct { atomic_ullong taken; } __attribute__((aligned(LINE))) Share;
 
 struct Pool {
     int n;                       /* threads, the caller included */
     int wanted;                  /* sleepers to wake for a loop: no more than cores are left for */
     int spins;                   /* looks at `ticket` before sleeping; few when cores are short */
     pthread_t thread[MAX_THREADS];
-    atomic_ullong ticket;        /* number of the loop << 32 | items not yet handed out */
-    atomic_int done;             /* items finished */
-    atomic_int sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    int items;                   /* of this loop, as are fn and arg: read only by those who hold one of its items */
-    void (*fn)(void *arg, int item, int thread);
+    void (*fn)(void *arg, int item, int thread); /* of this loop, as is arg: read only by those who hold one of its items */
     void *arg;
     atomic_bool quit;
+    atomic_ullong ticket __attribute__((aligned(LINE))); /* number of the loop << 32 | its items */
+    atomic_int sleepers;
+    atomic_int done __attribute__((aligned(LINE)));      /* items finished */
+    Share share[MAX_THREADS];
 };
 
 /* How many threads work on a loop. */
@@ -3182,35 +3185,45 @@ static void cpu_relax(void)
 #endif
 }
 
-/* Take items until there are none left: runs of neighbours, long at first, so that a thread reads long stretches of
- * memory; short in the end, so that all finish together. Items in hand keep the loop, and with it fn and arg, alive. */
-static void pool_work(Pool *p, int thread)
+/* Take items of share i of the loop on this ticket and run them, until it has none left; returns how many. Own: long runs at
+ * first. Items in hand keep the loop, and with it fn and arg, alive. */
+static int pool_take(Pool *p, unsigned long long ticket, int i, int thread)
 {
-    unsigned long long t = atomic_load(&p->ticket);
-    while ((uint32_t)t) {
-        int left = (int)(uint32_t)t, run = max_int(1, left / (2 * p->n));
-        if (!atomic_compare_exchange_weak(&p->ticket, &t, t - (unsigned)run)) continue;
-        int first = p->items - left;
-        for (int i = first; i < first + run; i++) p->fn(p->arg, i, thread);
-        atomic_fetch_add_explicit(&p->done, run, memory_order_release);
-        t = atomic_load(&p->ticket);
+    int64_t items = (uint32_t)ticket;
+    int first = (int)(items * i / p->n), count = (int)(items * (i + 1) / p->n) - first, done = 0;
+    unsigned long long loop = ticket >> 32, seen = atomic_load(&p->share[i].taken);
+    for (;;) {
+        int taken = seen >> 32 == loop ? (int)(uint32_t)seen : 0, run = max_int(1, (count - taken) / (i == thread ? 2 : 4));
+        if (taken >= count || (int32_t)((seen >> 32) - loop) > 0) return done; /* a newer loop: this one is over */
+        if (!atomic_compare_exchange_weak(&p->share[i].taken, &seen, loop << 32 | (unsigned)(taken + run))) continue;
+        for (int k = taken; k < taken + run; k++) p->fn(p->arg, first + k, thread);
+        done += run;
+        seen = loop << 32 | (unsigned)(taken + run);
     }
 }
 
-/* Wait for another loop than number `seen`: spin, then sleep. Returns its number. */
-static uint32_t pool_wait(Pool *p, uint32_t seen)
+/* Work on the loop of this ticket, first on the thread's own share. */
+static void pool_work(Pool *p, unsigned long long ticket, int thread)
 {
-    uint32_t loop;
+    int done = 0;
+    for (int i = 0; i < p->n; i++) done += pool_take(p, ticket, (thread + i) % p->n, thread);
+    if (done) atomic_fetch_add_explicit(&p->done, done, memory_order_release);
+}
+
+/* Wait for another loop than number `seen`: spin, then sleep. Returns its ticket. */
+static unsigned long long pool_wait(Pool *p, unsigned long long seen)
+{
+    unsigned long long ticket;
     for (int i = 0; i < p->spins; i++) {
-        if ((loop = (uint32_t)(atomic_load_explicit(&p->ticket, memory_order_acquire) >> 32)) != seen) return loop;
+        if ((ticket = atomic_load_explicit(&p->ticket, memory_order_acquire)) >> 32 != seen) return ticket;
         cpu_relax();
     }
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleepers, 1);
-    while ((loop = (uint32_t)(atomic_load(&p->ticket) >> 32)) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    while ((ticket = atomic_load(&p->ticket)) >> 32 == seen) pthread_cond_wait(&p->wake, &p->mutex);
     atomic_fetch_sub(&p->sleepers, 1);
     pthread_mutex_unlock(&p->mutex);
-    return loop;
+    return ticket;
 }
 
 typedef struct { Pool *pool; int thread; } Worker;
@@ -3220,10 +3233,10 @@ static void *pool_thread(void *arg)
 {
     Worker w = *(Worker *)arg;
     free(arg);
-    for (uint32_t seen = 0;;) {
-        seen = pool_wait(w.pool, seen);
+    for (unsigned long long ticket = 0;;) {
+        ticket = pool_wait(w.pool, ticket >> 32);
         if (w.pool->quit) return NULL;
-        pool_work(w.pool, w.thread);
+        pool_work(w.pool, ticket, w.thread);
     }
 }
 
@@ -3254,8 +3267,7 @@ static int physical_cores(void)
 /* Start n - 1 workers; the caller is the n-th. Ends with a message when a thread cannot be started. */
 static Pool *pool_create(int n)
 {
-    Pool *p = grow(NULL, 1, sizeof *p);
-    memset(p, 0, sizeof *p);
+    Pool *p = (Pool *)reserve(sizeof *p / sizeof(float), "threads"); /* begins a page: its parts are aligned */
     int cores = physical_cores();
     p->n = n;
     p->wanted = min_int(n, max_int(cores, 2)) - 1;
@@ -3271,15 +3283,16 @@ static Pool *pool_create(int n)
     return p;
 }
 
-/* Open the next loop, and wake sleepers for it. */
-static void pool_open(Pool *p, int items, int wanted)
+/* Open the next loop, and wake sleepers for it. Returns its ticket. */
+static unsigned long long pool_open(Pool *p, int items, int wanted)
 {
-    unsigned long long loop = (atomic_load(&p->ticket) >> 32) + 1;
-    atomic_store(&p->ticket, loop << 32 | (unsigned)items);
-    if (!atomic_load(&p->sleepers)) return;
+    unsigned long long ticket = ((atomic_load(&p->ticket) >> 32) + 1) << 32 | (unsigned)items;
+    atomic_store(&p->ticket, ticket);
+    if (!atomic_load(&p->sleepers)) return ticket;
     pthread_mutex_lock(&p->mutex);
     for (int i = 0; i < wanted; i++) pthread_cond_signal(&p->wake);
     pthread_mutex_unlock(&p->mutex);
+    return ticket;
 }
 
 /* Stop and join the workers. */
@@ -3288,7 +3301,7 @@ static void pool_free(Pool *p)
     p->quit = true;
     pool_open(p, 0, p->n);
     for (int i = 1; i < p->n; i++) pthread_join(p->thread[i], NULL);
-    free(p);
+    munmap(p, sizeof *p);
 }
 
 /* Call fn(arg, item, thread) for every item, spread over the pool; thread < pool_threads tells whose scratch to use. */
@@ -3298,12 +3311,10 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
         for (int i = 0; i < items; i++) fn(arg, i, 0);
         return;
     }
-    p->items = items;
     p->fn = fn;
     p->arg = arg;
     atomic_store_explicit(&p->done, 0, memory_order_relaxed);
-    pool_open(p, items, min_int(p->wanted, items - 1));
-    pool_work(p, 0);
+    pool_work(p, pool_open(p, items, min_int(p->wanted, items - 1)), 0);
     for (int i = 0; atomic_load_explicit(&p->done, memory_order_acquire) < items; i++) {
         if (i < p->spins) cpu_relax();
         else sched_yield();
@@ -3613,6 +3624,13 @@ static void experts_stop(ExpertCache *c)
     pthread_mutex_unlock(&c->mutex);
     for (int i = 0; i < READERS; i++) pthread_join(c->reader[i], NULL);
     close(c->fd);
+}
+
+/* Begin the statistics anew. */
+static void experts_count_anew(ExpertCache *c)
+{
+    c->wanted = c->missing = 0;
+    c->bytes_read = 0;
 }
 
 /* The first number in a file, SIZE_MAX without one. name: if not NULL, the number that follows this word. */
@@ -4516,8 +4534,7 @@ static void report_experts(Run *r)
     if (!c || !c->wanted || !r->args.verbose) return;
     fprintf(stderr, "experts: %lld used, %.1f %% of them found in memory; %.3f GB read from disk\n", (long long)c->wanted,
             100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), (double)c->bytes_read / 1e9);
-    c->wanted = c->missing = 0;
-    c->bytes_read = 0;
+    experts_count_anew(c);
 }
 
 /* One line of statistics on stderr, then start counting anew. */
@@ -5952,8 +5969,7 @@ static void bench_disk(ExpertCache *c, const char *name, double tokens, double s
     printf("%s_found %.1f %%\n%s_from_disk %.4f GB/token\n%s_reading %.3f GB/s\ndisk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name,
            100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds, median(disk), name,
            100 * gb / seconds / median(disk));
-    c->wanted = c->missing = 0;
-    c->bytes_read = 0;
+    experts_count_anew(c);
 }
 
 /* Prompts of n tokens, each from the same state, and between them the arithmetic's peak: the best seen counts.
@@ -5969,7 +5985,7 @@ static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
         snapshot_restore(start, &r->engine);
         if (cache) sample_add(&disk, read_disk(m));
         if (i == 0) memset(r->engine.seconds, 0, sizeof r->engine.seconds);
-        if (i == 0 && cache) cache->wanted = cache->missing = cache->bytes_read = 0;
+        if (i == 0 && cache) experts_count_anew(cache);
         double took = bench_tokens(r, n, false);
         if (i >= 0) sample_add(&speed, n / took), seconds += took;
     }

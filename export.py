@@ -148,15 +148,26 @@ def written(path):
 
 
 # ---- 2. The source of tensors ------------------------------------------------------------------------------------
-# A source has names(), shape(name), where(name) for messages, and rows(name, first, count) -> float32 [count, C], the
-# tensor seen as a matrix of its last axis. Another container (GGUF) is another class with these four methods.
+# A source has names(), shape(name), where(name) for messages, check_type(name), which fails unless the tensor can be
+# read, and rows(name, first, count) -> float32 [count, C], the tensor seen as a matrix of its last axis. Another
+# container (GGUF) is another class with these five methods.
 
 Entry = namedtuple("Entry", "file dtype shape offset")   # offset in bytes from the start of the file
 
 
-class Safetensors:
-    """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small."""
+def memory_bytes():
+    """The machine's memory; infinite where that cannot be learnt."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
+
+class Safetensors:
+    """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small. Files
+    larger than half the machine's memory leave the page cache once read, and do not push all else out of it."""
+
+    MAX_HEADER = 100_000_000                                # bytes, as in the safetensors library
     DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
     def __init__(self, paths):
@@ -166,13 +177,19 @@ class Safetensors:
                 self.files[path] = os.open(path, os.O_RDONLY)
             except OSError as e:
                 fail(path, f"cannot be read: {e.strerror}")
-            self.entries.update(self._header(path))
+            for name, entry in self._header(path).items():
+                if self.entries.setdefault(name, entry) is not entry:
+                    fail(path, f"{name} is in another file as well", "one tensor of a name", self.entries[name].file)
+        self.cached, self.most_cached = 0, memory_bytes() / 4
+        self.drop = hasattr(os, "posix_fadvise") and sum(map(os.path.getsize, self.files)) > 2 * self.most_cached
 
     def _header(self, path):
         """Entries of one file. Format: u64 length of the header, the header (JSON), the data."""
         fd = self.files[path]
         size = os.fstat(fd).st_size
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        if length > self.MAX_HEADER:
+            fail(path, "safetensors header is damaged, length", f"at most {self.MAX_HEADER} bytes", length)
         if size < 8 or length > size - 8:
             fail(path, "file is cut short, safetensors header", f"{8 + length} bytes", f"{size} bytes")
         try:
@@ -201,11 +218,16 @@ class Safetensors:
     def where(self, name):
         return self.entries[name].file
 
+    def check_type(self, name):
+        """Refuses what rows() cannot read."""
+        entry = self.entries[name]
+        if entry.dtype not in self.DTYPES:
+            fail(entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
+
     def rows(self, name, first, count):
         """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and infinity are refused."""
         entry = self.entries[name]
-        dtype = self.DTYPES.get(entry.dtype) or fail(
-            entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
+        dtype = self.DTYPES[entry.dtype]
         columns = entry.shape[-1]
         size = count * columns * dtype.itemsize
         try:
@@ -214,12 +236,22 @@ class Safetensors:
             fail(entry.file, f"{name}: cannot be read: {e.strerror}")
         if len(raw) != size:
             fail(entry.file, f"{name}: file is cut short")
+        self._forget(size)
         raw = np.frombuffer(raw, dtype).reshape(count, columns)
         with np.errstate(over="ignore"):
             x = from_bf16(raw) if entry.dtype == "BF16" else raw.astype(np.float32)
         if not np.abs(x).max(initial=0) <= BF16_MAX:        # so NaN is refused too
             fail(entry.file, f"{name}: a value is not finite in bf16", "finite weights", "NaN or infinity")
         return x
+
+    def _forget(self, size):
+        """Called for `size` bytes read: now and then, what the page cache holds of the files is dropped. Not at once,
+        for the system reads ahead of what is asked for, and experts are read in two rounds: gate and up, then down."""
+        self.cached += size
+        if self.drop and self.cached > self.most_cached:
+            self.cached = 0
+            for fd in self.files.values():
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Merged:
@@ -238,27 +270,39 @@ class Merged:
     def where(self, name):
         return self.sources[name].where(name)
 
+    def check_type(self, name):
+        self.sources[name].check_type(name)
+
     def rows(self, name, first, count):
         return self.sources[name].rows(name, first, count)
 
 
-def safetensors_files(path):
-    """The weight files of a directory: model.safetensors, else the shards that the index names, else all there are."""
-    if path.is_file():
-        return [path]
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        return sorted(path.glob("*.safetensors")) or fail(path, "no weights", "*.safetensors", "none")
-    weight_map = read_json(index).get("weight_map")
+def read_index(path):
+    """{tensor: file} of a model.safetensors.index.json; all the files are there."""
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        fail(index, "weight_map", "an object", type(weight_map).__name__)
-    shards = [path / name for name in sorted(set(weight_map.values()))]
-    for shard in shards:
+        fail(path, "weight_map", "an object", type(weight_map).__name__)
+    with well_formed(path):
+        files = {name: path.parent / name for name in sorted(set(weight_map.values()))}
+    for shard in files.values():
         if not shard.exists():
             fail(shard, "shard named by the index is missing")
-    return shards
+    return {name: files[file] for name, file in weight_map.items()}
+
+
+def open_safetensors(path):
+    """A file, or of a directory model.safetensors, else the shards that the index names, else all *.safetensors."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if path.is_file() or single.exists():
+        return Safetensors([path if path.is_file() else single])
+    if not index.exists():
+        return Safetensors(sorted(path.glob("*.safetensors")) or fail(path, "no weights", "*.safetensors", "none"))
+    weight_map = read_index(index)
+    source = Safetensors(sorted(set(weight_map.values())))
+    for name, shard in weight_map.items():
+        if name not in source.names() or source.where(name) != shard:
+            fail(shard, f"{name} is not in it, though {index.name} says so")
+    return source
 
 
 def open_source(path):
@@ -266,7 +310,7 @@ def open_source(path):
     path = Path(path)
     if not path.exists():
         fail(path, "no such file or directory")
-    source = Safetensors(safetensors_files(path))
+    source = open_safetensors(path)
     if not source.entries:
         fail(path, "holds no tensors")
     return source
@@ -529,6 +573,7 @@ class Plan:
                 fail(path, f"{name} is missing", list(shape), "none")
             if tuple(source.shape(name)) != shape:
                 fail(source.where(name), f"{name}: shape", list(shape), list(source.shape(name)))
+            source.check_type(name)
         for name in names:
             if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
                 fail(source.where(name), f"{name} is not a tensor of this model")
@@ -1032,6 +1077,7 @@ def write_model(path, meta, tensors, make, threads, check=None):
     if free < directory.size:
         fail(path, "disk space", f"{directory.size} bytes free", free)
     with written(path) as f, tqdm(total=directory.size, unit="B", unit_scale=True, desc=path.name) as bar:
+        f.truncate(directory.size)                          # a limit on the size of files shows now, not after hours
         blocks = Blocks(f)
         blocks.write(bytes(HEADER.size) + directory.head)
         for chunk, (raw, error, square) in in_order(make, chunks(tensors), threads):

@@ -18,6 +18,7 @@ layer, dk/dv their sizes, Kd = nk*dk, Vd = nv*dv, E experts, I intermediate size
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -74,12 +75,26 @@ def align(n, a):
     return -(-n // a) * a
 
 
+def keep_freed_memory():
+    """Have the C library keep what arrays give back. By default glibc returns it to the system, from which the next
+    array gets it anew, page by page and zeroed: half the time of the simpler conversions, more with many threads."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3             # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return                                              # not glibc: slower, no more
+    mallopt(M_MMAP_THRESHOLD, 1 << 25)                      # 32 MB, the most that glibc takes
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
 BF16_MAX = np.float32(3.3895314e38)
 
 
 def from_bf16(bits):
     """uint16 bit patterns -> float32, exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def to_bf16(x):
@@ -133,15 +148,26 @@ def written(path):
 
 
 # ---- 2. The source of tensors ------------------------------------------------------------------------------------
-# A source has names(), shape(name), where(name) for messages, and rows(name, first, count) -> float32 [count, C], the
-# tensor seen as a matrix of its last axis. Another container (GGUF) is another class with these four methods.
+# A source has names(), shape(name), where(name) for messages, check_type(name), which fails unless the tensor can be
+# read, and rows(name, first, count) -> float32 [count, C], the tensor seen as a matrix of its last axis. Another
+# container (GGUF) is another class with these five methods.
 
 Entry = namedtuple("Entry", "file dtype shape offset")   # offset in bytes from the start of the file
 
 
-class Safetensors:
-    """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small."""
+def memory_bytes():
+    """The machine's memory; infinite where that cannot be learnt."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
+
+class Safetensors:
+    """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small. Files
+    larger than half the machine's memory leave the page cache once read, and do not push all else out of it."""
+
+    MAX_HEADER = 100_000_000                                # bytes, as in the safetensors library
     DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
     def __init__(self, paths):
@@ -151,13 +177,19 @@ class Safetensors:
                 self.files[path] = os.open(path, os.O_RDONLY)
             except OSError as e:
                 fail(path, f"cannot be read: {e.strerror}")
-            self.entries.update(self._header(path))
+            for name, entry in self._header(path).items():
+                if self.entries.setdefault(name, entry) is not entry:
+                    fail(path, f"{name} is in another file as well", "one tensor of a name", self.entries[name].file)
+        self.cached, self.most_cached = 0, memory_bytes() / 4
+        self.drop = hasattr(os, "posix_fadvise") and sum(map(os.path.getsize, self.files)) > 2 * self.most_cached
 
     def _header(self, path):
         """Entries of one file. Format: u64 length of the header, the header (JSON), the data."""
         fd = self.files[path]
         size = os.fstat(fd).st_size
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        if length > self.MAX_HEADER:
+            fail(path, "safetensors header is damaged, length", f"at most {self.MAX_HEADER} bytes", length)
         if size < 8 or length > size - 8:
             fail(path, "file is cut short, safetensors header", f"{8 + length} bytes", f"{size} bytes")
         try:
@@ -186,11 +218,16 @@ class Safetensors:
     def where(self, name):
         return self.entries[name].file
 
+    def check_type(self, name):
+        """Refuses what rows() cannot read."""
+        entry = self.entries[name]
+        if entry.dtype not in self.DTYPES:
+            fail(entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
+
     def rows(self, name, first, count):
         """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and infinity are refused."""
         entry = self.entries[name]
-        dtype = self.DTYPES.get(entry.dtype) or fail(
-            entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
+        dtype = self.DTYPES[entry.dtype]
         columns = entry.shape[-1]
         size = count * columns * dtype.itemsize
         try:
@@ -199,12 +236,22 @@ class Safetensors:
             fail(entry.file, f"{name}: cannot be read: {e.strerror}")
         if len(raw) != size:
             fail(entry.file, f"{name}: file is cut short")
+        self._forget(size)
         raw = np.frombuffer(raw, dtype).reshape(count, columns)
         with np.errstate(over="ignore"):
             x = from_bf16(raw) if entry.dtype == "BF16" else raw.astype(np.float32)
         if not np.abs(x).max(initial=0) <= BF16_MAX:        # so NaN is refused too
             fail(entry.file, f"{name}: a value is not finite in bf16", "finite weights", "NaN or infinity")
         return x
+
+    def _forget(self, size):
+        """Called for `size` bytes read: now and then, what the page cache holds of the files is dropped. Not at once,
+        for the system reads ahead of what is asked for, and experts are read in two rounds: gate and up, then down."""
+        self.cached += size
+        if self.drop and self.cached > self.most_cached:
+            self.cached = 0
+            for fd in self.files.values():
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Merged:
@@ -223,27 +270,39 @@ class Merged:
     def where(self, name):
         return self.sources[name].where(name)
 
+    def check_type(self, name):
+        self.sources[name].check_type(name)
+
     def rows(self, name, first, count):
         return self.sources[name].rows(name, first, count)
 
 
-def safetensors_files(path):
-    """The weight files of a directory: model.safetensors, else the shards that the index names, else all there are."""
-    if path.is_file():
-        return [path]
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        return sorted(path.glob("*.safetensors")) or fail(path, "no weights", "*.safetensors", "none")
-    weight_map = read_json(index).get("weight_map")
+def read_index(path):
+    """{tensor: file} of a model.safetensors.index.json; all the files are there."""
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        fail(index, "weight_map", "an object", type(weight_map).__name__)
-    shards = [path / name for name in sorted(set(weight_map.values()))]
-    for shard in shards:
+        fail(path, "weight_map", "an object", type(weight_map).__name__)
+    with well_formed(path):
+        files = {name: path.parent / name for name in sorted(set(weight_map.values()))}
+    for shard in files.values():
         if not shard.exists():
             fail(shard, "shard named by the index is missing")
-    return shards
+    return {name: files[file] for name, file in weight_map.items()}
+
+
+def open_safetensors(path):
+    """A file, or of a directory model.safetensors, else the shards that the index names, else all *.safetensors."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if path.is_file() or single.exists():
+        return Safetensors([path if path.is_file() else single])
+    if not index.exists():
+        return Safetensors(sorted(path.glob("*.safetensors")) or fail(path, "no weights", "*.safetensors", "none"))
+    weight_map = read_index(index)
+    source = Safetensors(sorted(set(weight_map.values())))
+    for name, shard in weight_map.items():
+        if name not in source.names() or source.where(name) != shard:
+            fail(shard, f"{name} is not in it, though {index.name} says so")
+    return source
 
 
 def open_source(path):
@@ -251,7 +310,7 @@ def open_source(path):
     path = Path(path)
     if not path.exists():
         fail(path, "no such file or directory")
-    source = Safetensors(safetensors_files(path))
+    source = open_safetensors(path)
     if not source.entries:
         fail(path, "holds no tensors")
     return source
@@ -514,6 +573,7 @@ class Plan:
                 fail(path, f"{name} is missing", list(shape), "none")
             if tuple(source.shape(name)) != shape:
                 fail(source.where(name), f"{name}: shape", list(shape), list(source.shape(name)))
+            source.check_type(name)
         for name in names:
             if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
                 fail(source.where(name), f"{name} is not a tensor of this model")
@@ -533,12 +593,25 @@ class Plan:
 #         where book is the lowest bit of the scale's 16
 # Columns are padded to whole pairs or 64s with zeros; in q4, which has no 0, a begun block ends in smallest levels.
 TILE = 16
+PORTION = 1 << 16                                           # weights encoded at once: their arrays stay in the cache
 Type = namedtuple("Type", "name code tile_bytes encode decode")
-# encode: float32 [T, 16, C] -> uint8 [T, tile_bytes(C)]; decode: that and C -> float32 [T, 16, C], scales or None
+# encode: float32 [T, 16, C] -> uint8 [T, tile_bytes(C)], sum of squared rounding errors (0 unless quantized);
+# decode: those bytes and C -> float32 [T, 16, C], scales or None
+
+
+def portions(count, C):
+    """Slices of 0..count tiles of C columns, each of about PORTION weights."""
+    step = max(1, PORTION // (TILE * C))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def squares(x):
+    """Sum of the squares of a float32 array. Not np.vdot: on long vectors that is BLAS with threads of its own."""
+    return float(np.vecdot(x, x).sum(dtype=np.float64))
 
 
 def encode_f32(x):
-    return np.ascontiguousarray(x.transpose(0, 2, 1)).view(np.uint8).reshape(len(x), -1)
+    return np.ascontiguousarray(x.transpose(0, 2, 1)).view(np.uint8).reshape(len(x), -1), 0.0
 
 
 def decode_f32(tiles, C):
@@ -546,8 +619,8 @@ def decode_f32(tiles, C):
 
 
 def encode_bf16(x):
-    pairs = to_bf16(pad_columns(x, 2)).reshape(len(x), TILE, -1, 2)
-    return np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).view(np.uint8).reshape(len(x), -1)
+    pairs = to_bf16(pad_columns(x, 2)).view(np.uint32)      # two at once
+    return np.ascontiguousarray(pairs.transpose(0, 2, 1)).view(np.uint8).reshape(len(x), -1), 0.0
 
 
 def decode_bf16(tiles, C):
@@ -559,14 +632,6 @@ def pad_columns(x, multiple):
     """[T, 16, C] -> the same with C zero padded to a multiple."""
     extra = -x.shape[2] % multiple
     return np.pad(x, ((0, 0), (0, 0), (0, extra))) if extra else x
-
-
-def superblocks(x, quantize):
-    """[T, 16, C] -> scales uint16 [T, S, 2, 16], codes uint8 [T, 16, S, 64]; quantize works on [N, 32]."""
-    x = pad_columns(x, 64)
-    T, S = len(x), x.shape[2] // 64
-    scales, codes = quantize(np.ascontiguousarray(x).reshape(-1, 32))
-    return np.ascontiguousarray(scales.reshape(T, TILE, S, 2).transpose(0, 2, 3, 1)), codes.reshape(T, TILE, S, 64)
 
 
 def join(scales, packed):
@@ -588,18 +653,35 @@ def values(scales, levels, C):
     return each * levels.reshape(*levels.shape[:2], -1)[:, :, :C], each
 
 
-def quantize_q8(w):
-    """[N, 32] -> scale bits [N], q+128 [N, 32]. The scale is max|w|/127 rounded up to bf16, so that |q| <= 127."""
-    bits = to_bf16_up(np.abs(w).max(1) / np.float32(127))
-    scale = from_bf16(bits)[:, None]
-    q = np.divide(w, scale, out=np.zeros_like(w), where=scale > 0)
-    return bits, (np.clip(np.rint(q), -127, 127) + 128).astype(np.uint8)
+def quantize_even(x, most, unit):
+    """[T, 16, C] -> scales uint16 [T, S, 2, 16], codes uint8 [T, S, 2, 8, 64], squared error. A weight is
+    scale * unit * q, q = -most..most, stored as q + most + 1 in the order of the tile: block, 4 columns, row. The scale
+    is max|w| / (unit * most) rounded up to bf16, so that q stays in its range."""
+    x = pad_columns(x, 64)
+    T, S = len(x), x.shape[2] // 64
+    fours = np.ascontiguousarray(x).view(np.complex128)     # 16 bytes, moved as one
+    w = np.ascontiguousarray(fours.transpose(0, 2, 1)).view(np.float32).reshape(-1, 8, 4 * TILE)
+    largest = np.abs(w)
+    for half in (4, 2, 1):                                  # halved again and again, as numpy is slow at short maxima
+        largest = np.maximum(largest[:, :half], largest[:, half:])
+    for _ in range(2):
+        largest = np.maximum(largest[:, 0, 0::2], largest[:, 0, 1::2])[:, None]
+    largest = largest[:, 0]
+    bits = to_bf16_up(largest / np.float32(unit * most))
+    step = from_bf16(bits) * np.float32(unit)
+    step[step == 0] = 1                                     # weights that are all zero, or too small for any scale
+    step = np.repeat(step, 4, axis=1)[:, None]
+    q = w / step
+    np.rint(q, out=q)
+    codes = (q + np.float32(most + 1)).astype(np.uint8).reshape(T, S, 2, 8, -1)
+    q *= step
+    q -= w
+    return bits.reshape(T, S, 2, TILE), codes, squares(q.reshape(len(q), -1))
 
 
 def encode_q8(x):
-    scales, codes = superblocks(x, quantize_q8)
-    T, S = scales.shape[:2]
-    return join(scales, codes.reshape(T, TILE, S, 16, 4).transpose(0, 2, 3, 1, 4))
+    scales, codes, error = quantize_even(x, most=127, unit=1)
+    return join(scales, codes), error
 
 
 def decode_q8(tiles, C):
@@ -608,21 +690,13 @@ def decode_q8(tiles, C):
     return values(scales, q.reshape(*q.shape[:3], 64), C)
 
 
-def quantize_q6(w):
-    """[N, 32] -> scale bits [N], codes [N, 32]: weight = scale * (4 code - 128). The scale is max|w|/124 rounded up."""
-    bits = to_bf16_up(np.abs(w).max(1) / np.float32(124))
-    step = from_bf16(bits)[:, None] * np.float32(4)
-    q = np.divide(w, step, out=np.zeros_like(w), where=step > 0)
-    return bits, (np.clip(np.rint(q), -31, 31) + 32).astype(np.uint8)
-
-
 def encode_q6(x):
-    scales, codes = superblocks(x, quantize_q6)
+    scales, codes, error = quantize_even(x, most=31, unit=4)
     T, S = scales.shape[:2]
-    codes = codes.reshape(T, TILE, S, 2, 2, 4, 4).transpose(4, 5, 0, 2, 3, 1, 6)   # half, j, tile, superblock, block, row, i
-    two = np.stack([sum((half[j] & 3) << 2 * j for j in range(4)) for half in codes], 3)     # [T, S, 2, 2, 16, 4]
-    four = np.stack([codes[0, j] >> 2 | codes[1, j] >> 2 << 4 for j in range(4)], 3)         # [T, S, 2, 4, 16, 4]
-    return join(scales, np.concatenate([two, four], 3))
+    codes = np.moveaxis(codes.reshape(T, S, 2, 2, 4, -1), (3, 4), (0, 1))    # half, j, tile, superblock, block, lane
+    two = np.stack([sum((half[j] & 3) << 2 * j for j in range(4)) for half in codes], 3)     # [T, S, 2, 2, 64]
+    four = np.stack([codes[0, j] >> 2 | codes[1, j] >> 2 << 4 for j in range(4)], 3)         # [T, S, 2, 4, 64]
+    return join(scales, np.concatenate([two, four], 3)), error
 
 
 def decode_q6(tiles, C):
@@ -649,15 +723,75 @@ Q4_INDEX = Q4_INDEX.astype(np.uint8)
 Q4_NEAREST = np.take_along_axis(Q4_LEVELS, Q4_INDEX.astype(int), 1)
 
 
-def q4_places(w, inverse):
-    """[N, 32] weights and [N] 1/scale -> int16 places in the tables above."""
-    return (w * (2 * inverse)[:, None] + np.float32(512)).astype(np.int16)
+def dot(a, b):
+    """[8, 4, N] each -> their products summed over a block, [N]: four sums of every fourth column, then those."""
+    sums = np.einsum("kx,kx->x", a.reshape(8, -1), b.reshape(8, -1)).reshape(4, -1)
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
-def q4_fit(w, inverse, book):
-    """A book's levels nearest to w/scale for each block; the products <w, levels> and <levels, levels>, [N] each."""
-    levels = Q4_NEAREST[book].take(q4_places(w, inverse), mode="clip")
-    return np.einsum("ij,ij->i", w, levels), np.einsum("ij,ij->i", levels, levels)
+class Q4Blocks:
+    """N blocks of 32 weights on their way to q4. Column by column, [8, 4, N], so that every pass runs along the blocks.
+    The columns come in the order 12..15, 8..11, 4..7, 0..3, then the same + 16, in which dot() adds them up: any order
+    would do, but another one would round otherwise now and then, and change the files."""
+
+    def __init__(self, x):
+        """x: float32 [T, 16, C], C a multiple of 64. Blocks are numbered tile, block of the row, row."""
+        T, _, C = x.shape
+        fours = x.reshape(T, TILE, C // 32, 2, 4, 4)[:, :, :, :, ::-1].transpose(3, 4, 5, 0, 2, 1)
+        self.w = np.ascontiguousarray(fours).reshape(8, 4, -1)
+        # What the passes write again and again.
+        self.product, self.levels = np.empty_like(self.w), np.empty_like(self.w)
+        self.places = np.empty(self.w.shape, np.int16)
+
+    def largest(self):
+        """[N]: each block's weight of largest magnitude, with its sign; of several the first."""
+        w = self.w.reshape(32, -1)
+        high, low = w.max(0), w.min(0)
+        largest = np.where(high >= -low, high, low)
+        tied = np.flatnonzero(high == -low)
+        if len(tied):
+            columns = self.w.reshape(2, 4, 4, -1)[:, ::-1, :, tied].reshape(32, -1)
+            largest[tied] = np.take_along_axis(columns, np.abs(columns).argmax(0)[None], 0)[0]
+        largest[np.abs(largest) < Q4_TINY] = 0
+        return largest
+
+    def find_places(self, w, inverse):
+        """Sets self.places of weights w under 1/scale, a number or [N], in the tables above."""
+        np.multiply(w, 2 * inverse, out=self.product)
+        self.product += np.float32(512)
+        np.copyto(self.places, self.product, casting="unsafe")
+
+    def fit(self, w, inverse, book):
+        """With a book's levels nearest to w/scale, [N] each: the products <w, levels> and <levels, levels>."""
+        self.find_places(w, inverse)
+        Q4_NEAREST[book].take(self.places, mode="clip", out=self.levels)
+        return dot(w, self.levels), dot(self.levels, self.levels)
+
+    def scales(self):
+        """Scale bits [N], whose lowest is the book, of least squared error among the scales tried. Given the levels l
+        nearest to w/scale, the best scale is <w,l>/<l,l> and its error <w,w> - <w,l>^2/<l,l>: two such steps a target."""
+        largest = self.largest()
+        unit = self.w * reciprocal(largest)                 # the search sees weights of magnitude 0..1
+        gains, scales = np.empty((2, len(Q4_TARGETS), len(largest)), np.float32)
+        for i, (book, target) in enumerate(Q4_TARGETS):
+            wl, ll = self.fit(unit, np.float32(target), book)
+            wl, ll = self.fit(unit, ll * reciprocal(wl), book)
+            gains[i], scales[i] = wl * wl / ll, wl / ll
+        best = gains.argmax(0)
+        books = np.array([book for book, _ in Q4_TARGETS], np.uint32)[best]
+        return to_bf16_with_book(np.take_along_axis(scales, best[None], 0)[0] * largest, books)
+
+    def indices(self, bits):
+        """Level indices uint8 [8, 4, N] under the scales, and the squared error."""
+        scale = from_bf16(bits)
+        self.find_places(self.w, reciprocal(scale))
+        np.clip(self.places, 0, 1023, out=self.places)
+        self.places += (bits & 1).astype(np.int16) << 10    # the book
+        places = self.places.astype(np.intp)
+        difference = Q4_NEAREST.reshape(-1).take(places)
+        difference *= scale
+        difference -= self.w
+        return Q4_INDEX.reshape(-1).take(places), squares(difference)
 
 
 def to_bf16_with_book(x, book):
@@ -672,39 +806,14 @@ def reciprocal(x):
     return np.divide(np.float32(1), x, out=np.zeros_like(x), where=x != 0)
 
 
-def quantize_q4_blocks(w):
-    """[N, 32] -> scale bits [N], level indices [N, 32], of least squared error among the scales tried. Given the
-    levels l nearest to w/scale, the best scale is <w,l>/<l,l> and its error <w,w> - <w,l>^2/<l,l>: two such steps
-    a target."""
-    largest = np.take_along_axis(w, np.abs(w).argmax(1)[:, None], 1)[:, 0]
-    largest[np.abs(largest) < Q4_TINY] = 0
-    unit = w * reciprocal(largest)[:, None]                 # the search sees weights of magnitude 0..1
-    best_gain, best = np.full((2, len(w)), -1, np.float32)
-    books = np.zeros(len(w), np.uint32)
-    for book, target in Q4_TARGETS:
-        wl, ll = q4_fit(unit, np.full(len(w), target, np.float32), book)
-        wl, ll = q4_fit(unit, ll * reciprocal(wl), book)
-        gain = wl * wl / ll
-        better = gain > best_gain
-        np.copyto(best_gain, gain, where=better)
-        np.copyto(best, wl / ll, where=better)
-        np.copyto(books, np.uint32(book), where=better)
-    bits = to_bf16_with_book(best * largest, books)
-    places = q4_places(w, reciprocal(from_bf16(bits)))
-    return bits, Q4_INDEX.reshape(-1).take(np.clip(places, 0, 1023) + (books.astype(np.int16) << 10)[:, None])
-
-
-def quantize_q4(w, step=2048):
-    """quantize_q4_blocks in portions that stay in the cache."""
-    parts = [quantize_q4_blocks(w[i:i + step]) for i in range(0, len(w), step)]
-    return tuple(np.concatenate(part) for part in zip(*parts))
-
-
 def encode_q4(x):
-    scales, codes = superblocks(x, quantize_q4)
-    T, S = scales.shape[:2]
-    codes = codes.reshape(T, TILE, S, 2, 2, 4, 4)           # tile, row, superblock, block, half, j, i
-    return join(scales, (codes[:, :, :, :, 0] | codes[:, :, :, :, 1] << 4).transpose(0, 2, 3, 4, 1, 5))
+    x = pad_columns(x, 64)
+    T, S = len(x), x.shape[2] // 64
+    blocks = Q4Blocks(x)
+    bits = blocks.scales()
+    index, error = blocks.indices(bits)
+    codes = (index[:4] | index[4:] << 4)[::-1].reshape(4, 4, T, S, 2, TILE)  # j, i, tile, superblock, block, row
+    return join(bits.reshape(T, S, 2, TILE), codes.transpose(2, 3, 4, 0, 5, 1)), error
 
 
 def q4_book(scales):
@@ -716,8 +825,8 @@ def decode_q4(tiles, C):
     scales, codes = split(tiles, 512)
     codes = codes.reshape(*codes.shape[:2], 2, 4, TILE, 4).transpose(0, 4, 1, 2, 3, 5)
     index = np.stack([codes & 15, codes >> 4], 4)           # tile, row, superblock, block, half, j, i
-    book = q4_book(scales)[..., None, None, None]
-    return values(scales, Q4_LEVELS[book, index].reshape(*index.shape[:3], 64), C)
+    index += (q4_book(scales) << 4).astype(np.uint8)[..., None, None, None]
+    return values(scales, Q4_LEVELS.reshape(-1).take(index).reshape(*index.shape[:3], 64), C)
 
 
 F32 = Type("f32", 1, lambda C: C * 64, encode_f32, decode_f32)
@@ -891,12 +1000,12 @@ def chunks(tensors):
 
 
 def in_order(work, jobs, threads):
-    """(job, work(job)) for all jobs, in order, worked on by threads a few jobs ahead."""
+    """(job, work(job)) for all jobs, in order, worked on by threads that run ahead of what was asked for."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = []
         for job in jobs:
             waiting.append((job, pool.submit(work, job)))
-            if len(waiting) > threads:
+            if len(waiting) > 2 * threads:                  # enough to go on with while the oldest is written
                 job, future = waiting.pop(0)
                 yield job, future.result()
         for job, future in waiting:
@@ -926,14 +1035,14 @@ def encode_chunk(source, chunk):
     t = chunk.tensor
     if t.type is FLOAT:
         return float_values(source, t).view(np.uint8).reshape(-1), 0.0, 1.0
-    tiles, error, square = [], 0.0, 0.0
-    for x in read_tiles(source, chunk):
-        tiles.append(t.type.encode(x))
-        if t.type in QUANTIZED:
-            difference = t.type.decode(tiles[-1], x.shape[2])[0] - x
-            error += float(np.vdot(difference, difference))
-            square += float(np.vdot(x, x))
-    return np.stack(tiles, 1).reshape(-1), error, square
+    C, parts, error, square = t.shape[-1], len(t.data[chunk.matrix]), 0.0, 0.0
+    tiles = np.empty((chunk.count, parts, t.type.tile_bytes(C)), np.uint8)
+    for part, x in enumerate(read_tiles(source, chunk)):
+        for portion in portions(chunk.count, C):
+            tiles[portion, part], e = t.type.encode(x[portion])
+            error += e
+        square += squares(x)
+    return tiles.reshape(-1), error, square
 
 
 class Blocks:
@@ -968,6 +1077,7 @@ def write_model(path, meta, tensors, make, threads, check=None):
     if free < directory.size:
         fail(path, "disk space", f"{directory.size} bytes free", free)
     with written(path) as f, tqdm(total=directory.size, unit="B", unit_scale=True, desc=path.name) as bar:
+        f.truncate(directory.size)                          # a limit on the size of files shows now, not after hours
         blocks = Blocks(f)
         blocks.write(bytes(HEADER.size) + directory.head)
         for chunk, (raw, error, square) in in_order(make, chunks(tensors), threads):
@@ -1032,13 +1142,14 @@ def allowed_error(type, x, scales):
     if type is Q6:
         return np.abs(scales) * np.float32(2.00004)
     if type is Q4:                                          # half the widest gap; beyond the ends, up to 0.35 max|w|
-        ends = Q4_LEVELS[q4_book(scales)][..., [0, -1]] * scales[..., None]
-        low, high = ends.min(-1), ends.max(-1)
-        beyond = np.maximum(np.maximum(x - high, low - x), 0)
-        blocks = pad_columns(np.abs(x), 32).reshape(*x.shape[:2], -1, 32).max(3)
-        largest = np.repeat(blocks, 32, axis=2)[:, :, :x.shape[2]]
-        return Q4_TINY + np.where(beyond > 0, np.where(beyond <= 0.35 * largest, beyond * np.float32(1.0001), 0),
-                                  np.abs(scales) * np.float32(np.diff(Q4_LEVELS, axis=1).max() * 0.50001))
+        columns = lambda block: np.repeat(block, 32, axis=2)[:, :, :x.shape[2]]
+        scale = scales[:, :, ::32]                          # of a block
+        ends = Q4_LEVELS[q4_book(scale)][..., [0, -1]] * scale[..., None]
+        beyond = np.maximum(np.maximum(x - columns(ends.max(-1)), columns(ends.min(-1)) - x), 0)
+        largest = pad_columns(np.abs(x), 32).reshape(*x.shape[:2], -1, 32).max(3)
+        far = np.where(beyond <= columns(0.35 * largest), beyond * np.float32(1.0001), 0)
+        gap = columns(np.abs(scale) * np.float32(np.diff(Q4_LEVELS, axis=1).max() * 0.50001))
+        return Q4_TINY + np.where(beyond > 0, far, gap)
     return np.zeros_like(x)
 
 
@@ -1053,11 +1164,13 @@ def check_chunk(source, fd, offset, chunk):
     start = offset + (chunk.matrix * tiles_of(t) + chunk.first) * parts * tile
     raw = np.frombuffer(os.pread(fd, chunk.count * parts * tile, start), np.uint8).reshape(chunk.count, parts, tile)
     worst, bad = 0.0, False
-    for part, x in enumerate(read_tiles(source, chunk)):
-        found, scales = t.type.decode(np.ascontiguousarray(raw[:, part]), t.shape[-1])
-        error = np.abs(found - x)
-        worst = max(worst, float(error.max()))
-        bad |= not (error <= allowed_error(t.type, x, scales)).all()
+    for part, whole in enumerate(read_tiles(source, chunk)):
+        for portion in portions(chunk.count, t.shape[-1]):
+            x = whole[portion]
+            found, scales = t.type.decode(np.ascontiguousarray(raw[portion, part]), t.shape[-1])
+            error = np.abs(found - x)
+            worst = max(worst, float(error.max()))
+            bad |= not (error <= allowed_error(t.type, x, scales)).all()
     return worst, bad
 
 
@@ -1114,7 +1227,7 @@ class RandomWeights:
         else:                                               # padding: through the encoder, which knows it
             x = self.normals(chunk, count * TILE * C, std).reshape(chunk.count, parts, TILE, C)
             row = (chunk.first * TILE + np.arange(chunk.count * TILE)).reshape(chunk.count, 1, TILE, 1)
-            tiles = t.type.encode((x * (row < t.shape[-2])).reshape(count, TILE, C))
+            tiles, _ = t.type.encode((x * (row < t.shape[-2])).reshape(count, TILE, C))
         return tiles.reshape(-1), 0.0, 1.0
 
     def quantized(self, chunk, count, C, std):
@@ -1697,6 +1810,7 @@ def refuse_output_among_inputs(args):
 
 def main(argv=None):
     args = arguments(argv)
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # both leave no half file
     try:
         refuse_output_among_inputs(args)

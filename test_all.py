@@ -473,6 +473,26 @@ def save_like_the_hub(model, directory, dtype=torch.bfloat16, shards=3):
     return directory
 
 
+def divided(tensors, count):
+    """`count` shards as the release has them: the tensors in the model's order, cut in runs of about one length."""
+    items = list(tensors.items())
+    return [dict(items[i * len(items) // count:(i + 1) * len(items) // count]) for i in range(count)]
+
+
+def write_shards(shards, directory, write):
+    """Files named as in the release, by write(tensors, path), and the index. Returns their paths."""
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        write(shard, directory / file)
+    index = {name: file for file, shard in zip(files, shards) for name in shard}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return [directory / file for file in files]
+
+
+def write_weights(tensors, path):
+    save_file(tensors, path, {"format": "pt"})
+
+
 def write_config(model, directory, dtype=torch.float32):
     config = model.config.to_dict()
     config.update(architectures=["Qwen3NextForCausalLM"], dtype=str(dtype).removeprefix("torch."))
@@ -2357,6 +2377,79 @@ def test_mtp_head_comes_along_and_changes_nothing():
 
 
 @pytest.mark.parametrize("weights", TYPES)
+def test_41_shards_export_to_the_bytes_of_one_file(weights):
+    """The released files' layout, layers and experts torn apart between shards: nothing of it shows in the result."""
+    model = rounded_to_bf16(random_model(5))
+    mtp = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in mtp_tensors(model).items()}
+    one, many = (WORK / "hf" / f"{weights} {name}" for name in ("of one", "of 41"))
+    save_packed(model, one, torch.bfloat16)
+    save_file({**load_file(one / "model.safetensors"), **mtp}, one / "model.safetensors", {"format": "pt"})
+    many.mkdir()
+    write_config(model, many, torch.bfloat16)
+    files = write_shards([*divided(per_expert(model, torch.bfloat16), 40), mtp], many, write_weights)
+    assert files[40].name == "model-00041-of-00041.safetensors"
+    a = export(one, WORK / f"of-one-{weights}.bin", "--type", weights)
+    b = export(many, WORK / f"of-41-{weights}.bin", "--type", weights, "--check")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def write_sparse(tensors, path):
+    """A safetensors file of the tensors' shapes in BF16: the header, then a hole."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    raw = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(file.tell() + at)
+
+
+# Runs a command, then prints the KB of memory it took at most. In between since a child begins with its parent's size.
+PEAK = """import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs sparse files, and ru_maxrss in KB")
+def test_full_size_is_planned_and_what_headers_tell_is_told_at_once(report):
+    """The released model's 75,944 tensors in 41 shards of 163 GB, all of it holes: what is wrong with one of them is
+    told within seconds, in little memory, before anything is written."""
+    folder = WORK / "hf" / "full size"
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        model = Qwen3NextForCausalLM(Qwen3NextConfig())          # whose defaults are the released model's sizes
+        head = MtpModule(model.config)
+        head.config = model.config
+    mtp = {f"mtp.{name}": tensor for name, tensor in per_expert(head, torch.bfloat16).items()}
+    shards = [*divided(per_expert(model, torch.bfloat16), 40), mtp]
+    assert sum(map(len, shards)) == 75_944 and sum(t.numel() for s in shards for t in s.values()) == 81_324_862_720
+    files = write_shards(shards, folder, write_sparse)
+    write_config(model, folder, torch.bfloat16)
+    last = "mtp.layers.0.mlp.shared_expert_gate.weight"          # the plan comes to it when all else is in place
+    cut, wrong = files[36], files[40]
+
+    def refusal():
+        """(standard error, seconds, MB) of an export that has to fail before it writes."""
+        start = time.time()
+        result = run(sys.executable, "-c", PEAK, *EXPORT, folder, "-o", WORK / "full.bin", "--type", "q4", timeout=60)
+        message, megabytes = result.stderr.decode(), int(result.stdout) / 1024
+        report(f"{message.strip()[-100:]}: {time.time() - start:.1f} s, {megabytes:.0f} MB")
+        assert result.returncode == 1 and message.count("\n") == 1 and "%|" not in message, message
+        assert not list(WORK.glob("*full.bin*")) and time.time() - start < 20 and megabytes < 600
+        return message
+
+    write_sparse({**mtp, last: torch.empty(2, 2048, dtype=torch.bfloat16, device="meta")}, wrong)
+    message = refusal()
+    assert last in message and wrong.name in message and "[1, 2048]" in message and "[2, 2048]" in message
+    write_sparse(mtp, wrong)
+    os.truncate(cut, cut.stat().st_size - 1)
+    message = refusal()
+    assert cut.name in message and "cut short" in message
+
+
+@pytest.mark.parametrize("weights", TYPES)
 def test_random_checkpoint_runs_and_is_its_seed_s(weights):
     """--random: the same bytes for the same seed, others for another; the engine runs it and learns nothing odd."""
     config = WORK / "random.json"
@@ -2400,10 +2493,42 @@ def broken_sources():
     def edit_rope(**changes):
         return edit_config(rope_parameters={**TINY["rope_parameters"], **changes})
 
+    def monstrous(folder):
+        with open(folder / "model.safetensors", "r+b") as file:
+            file.write(struct.pack("<Q", 1 << 30))
+            file.truncate(1 << 31)
+
     def lost_shard(folder):
         (folder / "model.safetensors").unlink()
         index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def sharded(edit):
+        """Three shards and an index instead of the one file, changed by edit(folder, shards, weight_map)."""
+        def change(folder):
+            tensors = load_file(folder / "model.safetensors")
+            (folder / "model.safetensors").unlink()
+            shards = write_shards(divided(tensors, 3), folder, write_weights)
+            index = folder / "model.safetensors.index.json"
+            weight_map = json.loads(index.read_text())["weight_map"]
+            edit(folder, shards, weight_map)
+            index.write_text(json.dumps({"weight_map": weight_map}))
+        return change
+
+    def cut_shard(folder, shards, weight_map):
+        os.truncate(shards[-1], shards[-1].stat().st_size - 1)
+
+    def name_absent(folder, shards, weight_map):
+        weight_map["model.layers.0.absent.weight"] = shards[1].name
+
+    def name_elsewhere(folder, shards, weight_map):
+        assert weight_map["model.embed_tokens.weight"] != shards[-1].name
+        weight_map["model.embed_tokens.weight"] = shards[-1].name
+
+    def hold_twice(folder, shards, weight_map):
+        tensors = load_file(shards[-1])
+        save_file({**tensors, "model.norm.weight": torch.zeros(64)}, shards[-1], {"format": "pt"})
+        save_file({**load_file(shards[0]), "model.norm.weight": torch.zeros(64)}, shards[0], {"format": "pt"})
 
     q_proj, down = "model.layers.3.self_attn.q_proj.weight", "model.layers.1.mlp.experts.down_proj"
     out_proj, weights = "model.layers.0.linear_attn.out_proj.weight", "model.safetensors"
@@ -2415,7 +2540,7 @@ def broken_sources():
         ("wrong rank", edit_tensor("model.norm.weight", lambda t: t[None]), ["model.norm.weight"]),
         ("NaN", edit_tensor(out_proj, with_nan), [out_proj]),
         ("NaN in experts", edit_tensor(down, with_nan), ["model.layers.1.mlp.experts"]),
-        ("integers", edit_tensor("model.norm.weight", lambda t: t.to(torch.int32)), ["model.norm.weight"]),
+        ("integers", edit_tensor("model.norm.weight", lambda t: t.to(torch.int32)), ["model.norm.weight", "I32"]),
         ("another model_type", edit_config(model_type="llama"), ["llama"]),
         ("no model_type", edit_config(model_type="remove"), ["model_type"]),
         ("missing key", edit_config(hidden_size="remove"), ["2048"]),     # the class's default, as in transformers
@@ -2434,6 +2559,11 @@ def broken_sources():
         ("weights empty", lambda folder: os.truncate(folder / weights, 0), [weights]),
         ("weights are text", lambda folder: (folder / weights).write_text("hello" * 100), [weights]),
         ("index names a missing shard", lost_shard, ["gone.safetensors"]),
+        ("last shard cut", sharded(cut_shard), ["cut short", "model-00003-of-00003"]),
+        ("index names what its shard lacks", sharded(name_absent), ["layers.0.absent.weight", "model-00002-of-00003"]),
+        ("index names the wrong shard", sharded(name_elsewhere), ["model.embed_tokens.weight", "model-00003-of-00003"]),
+        ("tensor in two shards", sharded(hold_twice), ["model.norm.weight", "model-00003-of-00003"]),
+        ("header of a monstrous length", monstrous, [weights, "header"]),
         ("tokenizer larger than the vocabulary", lambda folder: with_tokenizer(folder, real_tokenizer()), ["tokenizer"]),
     ]
 
@@ -2447,6 +2577,17 @@ def test_export_refuses(what, breakage, words):
     folder.mkdir()
     message = export_fails(source, folder / "model.bin", "--type", "q8")
     assert all(word in message for word in words), message
+
+
+def test_limit_on_the_size_of_files_is_told_at_once():
+    """As by a limit of the shell or a file system whose files end at 4 GB: one line, and no work before it."""
+    source = save_packed(kind_model("plain"), WORK / "hf" / "limited")
+    (WORK / "limited").mkdir()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    result = run(*EXPORT, source, "-o", WORK / "limited" / "model.bin", preexec_fn=limit)
+    message = result.stderr.decode()
+    assert result.returncode == 1 and "cannot be written" in message and "Traceback" not in message, message
+    assert " 0%|" in message and not re.search(r"[1-9][0-9]*%[|]", message) and not list((WORK / "limited").iterdir())
 
 
 def test_export_refuses_before_the_work():

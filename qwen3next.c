@@ -3185,20 +3185,20 @@ static void cpu_relax(void)
 #endif
 }
 
-/* Take items of share i of the loop on this ticket and run them, until it has none left; returns how many. Own: long runs at
- * first. Items in hand keep the loop, and with it fn and arg, alive. */
+/* Take items of share i of the loop on this ticket, one by one, and run them, until it has none left; returns how many.
+ * An item in hand keeps the loop, and with it fn and arg, alive. */
 static int pool_take(Pool *p, unsigned long long ticket, int i, int thread)
 {
     int64_t items = (uint32_t)ticket;
     int first = (int)(items * i / p->n), count = (int)(items * (i + 1) / p->n) - first, done = 0;
     unsigned long long loop = ticket >> 32, seen = atomic_load(&p->share[i].taken);
     for (;;) {
-        int taken = seen >> 32 == loop ? (int)(uint32_t)seen : 0, run = max_int(1, (count - taken) / (i == thread ? 2 : 4));
+        int taken = seen >> 32 == loop ? (int)(uint32_t)seen : 0;
         if (taken >= count || (int32_t)((seen >> 32) - loop) > 0) return done; /* a newer loop: this one is over */
-        if (!atomic_compare_exchange_weak(&p->share[i].taken, &seen, loop << 32 | (unsigned)(taken + run))) continue;
-        for (int k = taken; k < taken + run; k++) p->fn(p->arg, first + k, thread);
-        done += run;
-        seen = loop << 32 | (unsigned)(taken + run);
+        if (!atomic_compare_exchange_weak(&p->share[i].taken, &seen, loop << 32 | (unsigned)(taken + 1))) continue;
+        p->fn(p->arg, first + taken, thread);
+        done++;
+        seen = loop << 32 | (unsigned)(taken + 1);
     }
 }
 

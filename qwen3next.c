@@ -72,6 +72,9 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#ifdef __linux__
+#include <sys/vfs.h>
+#endif
 #include <time.h>
 #include <unistd.h>
 #if defined __x86_64__ && !defined PLAIN_ONLY
@@ -6318,6 +6321,17 @@ static void read_always_used(const Model *m)
     }
 }
 
+/* Whether a file lies in memory already (in Linux's tmpfs), so that mapping it takes no more. */
+static bool file_in_memory(const char *path)
+{
+#ifdef __linux__
+    struct statfs info;
+    return !statfs(path, &info) && info.f_type == 0x01021994; /* TMPFS_MAGIC */
+#else
+    return (void)path, false;
+#endif
+}
+
 /* Decide what of the weights is kept in memory: all, mapped, when they fit into what is free (--memory: into that many
  * bytes); else what every token uses, mapped, and as many experts as there is room for. Returns the batch for prompts:
  * with experts from disk a large one, as each batch reads them anew. */
@@ -6331,7 +6345,7 @@ static int plan_memory(Run *r)
     int batch = a->batch ? (int)a->batch : DEFAULT_BATCH;
     size_t other = spare + 2 * e->state.recurrent_len * sizeof(float) + token * (size_t)batch;
     r->snapshot_bytes = SNAPSHOT_BYTES;
-    if (a->memory ? a->memory >= file : file + other <= available) return batch;
+    if (a->memory ? a->memory >= file : file + other <= available || file_in_memory(a->model)) return batch;
     ExpertCache *cache = experts_plan(m);
     size_t experts = 0, least = (size_t)max_int(2, c->num_experts_per_tok) * cache->slot_bytes;
     for (int i = 0; i < cache->n_layers; i++)

@@ -44,6 +44,10 @@ BENCH_CONFIG = {"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size":
   "num_experts_per_tok": 10, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, \
   "intermediate_size": 5120, "rope_theta": 10000000, "partial_rotary_factor": 0.25, "max_position_embeddings": 262144}
 
+# `$(PYTHON) demo/plots.py measure MODEL` adds your machine's numbers to the table.
+plots: .venv/installed                    ## draw demo/*.svg from demo/measured.tsv
+	$(PYTHON) demo/plots.py draw
+
 # Finds memory errors and undefined behaviour at the place where they happen. Slow; the tests use it on damaged files.
 debug: qwen3next-debug                    ## build with AddressSanitizer and UndefinedBehaviorSanitizer
 qwen3next-debug: qwen3next.c Makefile
@@ -73,4 +77,4 @@ help:                                     ## list these targets
 clean:                                    ## remove everything that was built
 	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain build
 
-.PHONY: run test bench debug tsan plain help clean
+.PHONY: run test bench plots debug tsan plain help clean

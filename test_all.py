@@ -22,6 +22,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    14 chat       /undo, /regen, edits: nothing is read twice
    15 saved      conversations go on in another process; bad files are refused
    16 disk       with experts from disk: the same bits, and no more is read than is missing
+   17 plots      of the numbers that the engine printed; the same bytes every time
 """
 
 import atexit
@@ -46,6 +47,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from xml.etree import ElementTree
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -3513,3 +3515,107 @@ def test_bench_with_experts_from_disk():
     for name in ("prefill_from_disk", "prefill_found", "decode_from_disk", "decode_found", "disk_speed", "decode_of_disk"):
         assert found[name] >= 0, name
     assert 0 < found["decode_from_disk"] < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 17 Plots
+# ----------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def plots_folder():
+    """demo/plots.py beside an engine that writes what it is asked, and what it prints, to a log of its own."""
+    folder = WORK / "plots"
+    (folder / "demo").mkdir(parents=True)
+    for name in "export.py", "demo/plots.py":
+        shutil.copy(ROOT / name, folder / name)
+    wrapper = folder / "qwen3next"
+    wrapper.write_text(f'#!/bin/sh\nout=$("{ENGINE}" "$@")\nstatus=$?\n'
+                       f'printf "%s\\n" "> $*" "$out" >> "{folder}/log"\nprintf "%s\\n" "$out"\nexit $status\n')
+    wrapper.chmod(0o755)
+    return folder
+
+
+def plots(*options):
+    """Run the copy of demo/plots.py, whatever its status."""
+    return run(sys.executable, plots_folder() / "demo" / "plots.py", *options)
+
+
+def measure(*options, table):
+    """A quick `plots.py measure` of a tiny model: the result, and for each run of the engine its words and {name: number}."""
+    log = plots_folder() / "log"
+    log.unlink(missing_ok=True)
+    quick = ["--threads", 1, "--prompt", 16, "--tokens", 8]
+    result = plots("measure", model_of_large_experts(), "-o", table, *quick, *options)
+    runs = [run.split("\n") for run in log.read_text().split("> ")[1:]]
+    return result, [(asked.split(), dict(line.split()[:2] for line in lines if line)) for asked, *lines in runs]
+
+
+def read_rows(table):
+    """The rows of a table of plots.py: dicts of str by column."""
+    names, *rows = [line.split("\t") for line in table.read_text().splitlines()]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_plots_are_of_the_numbers_that_the_engine_printed(tmp_path):
+    table, model = tmp_path / "measured.tsv", model_of_large_experts()
+    size, least, label = model.stat().st_size, least_memory(model), "tiny <$5> & é"
+    result, runs = measure("--depths", "0,40", "--memory", "1,60,100", "--label", label, table=table)
+    assert result.returncode == 0 and f"{least} bytes".encode() in result.stderr, result.stderr
+    rows, runs = read_rows(table), [run for run in runs if run[1]]
+    assert [(row["axis"], row["x"]) for row in rows] == [
+        ("depth", "0"), ("depth", "40"), ("memory", f"{100 * least / size:.4g}"), ("memory", "60"), ("memory", "100")]
+    assert [row["limit"] for row in rows] == ["", "", str(least), str(round(0.6 * size)), str(size)]
+    for row, (asked, found) in zip(rows, runs, strict=True):
+        assert (row["label"], row["model"], row["file_bytes"], row["threads"]) == (label, model.name, str(size), "1")
+        assert (row["prefill"], row["decode"]) == (found["prefill_16"], found["decode_8"])
+        for name in "decode_found", "decode_from_disk", "disk_speed", "read_bandwidth", "peak_memory":
+            assert row[name] == found.get(name, "")
+        assert (row["x"] if row["axis"] == "depth" else row["limit"]) in asked
+    assert [bool(row["decode_found"]) for row in rows] == [False, False, True, True, False]
+
+    before = table.read_text().splitlines()                     # the same again takes its place, another label does not
+    assert measure("--depths", "40", "--memory", "", "--label", label, table=table)[0].returncode == 0
+    assert measure("--depths", "40", "--memory", "", table=table)[0].returncode == 0
+    after = table.read_text().splitlines()
+    assert len(after) == len(before) + 1 and after[:2] + after[3:6] == before[:2] + before[3:]
+    result, _ = measure("--depths", "0,100000", "--memory", "", table=table)      # what was measured before stays
+    assert result.returncode == 1 and b"-c 100016" in result.stderr.splitlines()[-1]
+    assert read_rows(table)[-1]["x"] == "0" and len(read_rows(table)) == len(after)
+
+    pictures = []
+    for folder in tmp_path / "once", tmp_path / "twice":
+        folder.mkdir()
+        assert plots("draw", "-i", table, "-o", folder).returncode == 0
+        assert {path.name for path in folder.iterdir()} == {"depth.svg", "memory.svg"}
+        pictures.append([(folder / name).read_bytes() for name in ("depth.svg", "memory.svg")])
+    assert pictures[0] == pictures[1]
+    wanted = [label, model.stem, "decode, tokens/s", "32"], [label, "prefill, tokens/s"]
+    for picture, words in zip(pictures[0], wanted):
+        texts = list(ElementTree.fromstring(picture).itertext())
+        assert len(picture) < 60_000 and all(word in texts for word in words), texts
+
+
+def test_plots_of_what_is_not_there(tmp_path):
+    """One line, status 1, and nothing is written: no model, no table, and tables that are none."""
+    table, text, drawn = tmp_path / "measured.tsv", tmp_path / "text", tmp_path / "drawn"
+    text.write_text("no model")
+    drawn.mkdir()
+    script = [sys.executable, plots_folder() / "demo" / "plots.py"]
+    draw = [*script, "draw", "-i", table, "-o", drawn]
+    problems = [complaint(draw, FAILED, ["measured.tsv"])]
+    for model in tmp_path / "no.bin", text:
+        problems.append(complaint([*script, "measure", model, "-o", table], FAILED, [model.name]))
+    assert problems == [None] * 3 and not table.exists(), problems
+
+    names = (ROOT / "demo" / "measured.tsv").read_text().split("\n")[0]
+    good = dict.fromkeys(names.split("\t"), "") | dict(label="l", model="m", axis="depth")
+    good |= dict.fromkeys(("file_bytes", "threads", "x", "prefill", "decode"), "1")
+    bad = {"empty": b"", "names": f"{names}\tmore\n".encode(), "UTF-8": b"\xff\xfe", "fields": f"{names}\na\n".encode()}
+    for column, value in ("decode", "fast"), ("decode", ""), ("x", "nan"), ("axis", "time"), ("label", "a\x07"):
+        bad[column, value] = "\n".join([names, "\t".join((good | {column: value}).values()), ""]).encode()
+    for what, content in bad.items():
+        table.write_bytes(content)
+        problem = complaint(draw, FAILED, ["measured.tsv: "])
+        assert problem is None and not list(drawn.iterdir()), (what, problem)
+    problem = complaint([*script, "measure", model_of_large_experts(), "-o", table], FAILED, ["measured.tsv: "])
+    assert problem is None and table.read_bytes() == content, problem

@@ -36,7 +36,7 @@
  *     II   6 small blocks   7 Gated DeltaNet   8 gated attention   9 mixture of experts
  *          10 forward, 10a multi-token prediction   11 state
  *     III  12 tokenizer   13 sampler
- *     IV   14 threads   15 kernels (this part is compiled once for each instruction set)
+ *     IV   14 threads, 14a experts from disk   15 kernels (compiled once for each instruction set)
  *     V    16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat   19 other modes
  *          20 benchmark   21 command line
  *
@@ -45,8 +45,8 @@
  * One forward serves any number of tokens, and a token's result has the same bits whatever the batch
  * it came in, the thread that made it and the number of threads: every sum has one fixed order.
  *
- * The checkpoint (made by export.py, described in README.md) is mapped, never copied: matrices lie in
- * tiles of 16 rows in the order in which the kernels stream them. */
+ * The checkpoint (made by export.py, described in README.md) is mapped, never copied; of one that is larger than memory,
+ * experts are read as they are needed (14a). Matrices lie in tiles of 16 rows in the order in which the kernels stream them. */
 #ifndef KERNEL_PASS /* ---------- everything but part IV.15 is compiled once ---------- */
 
 /* ============================== Part I: data ============================== */
@@ -102,7 +102,9 @@ enum {
     FFN_CHUNK = 64,     /* tokens that share one scratch of intermediate values */
     HEAD_ROWS = 16,     /* rows of logits made at a time */
     MAX_BATCH = 8192,   /* tokens of one forward at most */
-    DEFAULT_BATCH = 1024, /* when all weights are in memory */
+    DEFAULT_BATCH = 1024, /* when all weights are in memory; else up to ... */
+    LARGE_BATCH = 4096,   /* ... so many: each batch reads most experts, but nothing is heard of it until it is done */
+    PLANNED_CTX = 32768,  /* positions whose keys and values shall have room beside weights in memory */
     MAX_DRAFT = 8,      /* tokens drafted for one forward at most */
     AUTO_DRAFT = 4,     /* ... when the program chooses how many */
     CONFIDENCES = 8,    /* classes of a draft's probability */
@@ -118,10 +120,13 @@ _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can add
 
 /* ---- 2. Utilities ---- */
 
-/* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. */
+/* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. Of several threads that come
+ * here, one speaks. */
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
 {
+    static atomic_flag dying = ATOMIC_FLAG_INIT;
     va_list args;
+    while (atomic_flag_test_and_set(&dying)) pause();
     va_start(args, format);
     fflush(stdout);
     fputs(PROGRAM ": ", stderr);
@@ -185,6 +190,13 @@ static float *reserve(size_t count, const char *what)
     if (p == MAP_FAILED) die("cannot reserve %zu MB for the %s: %s", bytes >> 20, what, strerror(errno));
     if (bytes >= (size_t)16 << 20) want_huge_pages(p, bytes); /* less would cost small models memory they never use */
     return p;
+}
+
+/* Give the whole pages of a piece of anonymous memory back to the system; what was there is lost. */
+static void give_back(uint8_t *p, size_t bytes)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), first = (page - (uintptr_t)p % page) % page;
+    if (bytes > first) madvise(p + first, (bytes - first) / page * page, MADV_DONTNEED);
 }
 
 static double now(void) /* seconds */
@@ -279,7 +291,7 @@ static bool read_file(const char *path, Str *s)
 }
 
 /* A file mapped for reading, shared with the page cache. */
-typedef struct { const uint8_t *data; size_t size; const char *path; } Mapping;
+typedef struct { const uint8_t *data; size_t size; const char *path; dev_t device; ino_t inode; } Mapping;
 
 /* Map a whole file: a regular one of at least 64 bytes. False after a message. */
 static bool map_file(const char *path, Mapping *m)
@@ -295,7 +307,7 @@ static bool map_file(const char *path, Mapping *m)
     if (fd >= 0) close(fd);
     if (p == MAP_FAILED) return false;
     want_huge_pages(p, (size_t)info.st_size);
-    *m = (Mapping){p, (size_t)info.st_size, path};
+    *m = (Mapping){p, (size_t)info.st_size, path, info.st_dev, info.st_ino};
     return true;
 }
 
@@ -1047,7 +1059,7 @@ static void bind_layers(Reader *r, Model *m)
         if (l->full_attention) bind_attention(r, c, layer, &l->attn);
         else bind_linear(r, c, layer, &l->linear);
         bind_mlp(r, c, layer, sparse, &l->mlp);
-        l->mlp.index = c->has_sparse - 1;
+        if (sparse) l->mlp.index = c->has_sparse - 1;
     }
 }
 
@@ -3152,7 +3164,8 @@ static int sample(Sampler *s, const float *logits)
 /* ---- 14. Threads: a pool that spins briefly, then sleeps ----
  * parallel_for cuts a loop's items into one share a thread: neighbours, so that a thread reads long stretches of memory, and
  * no two threads meet. Who is done with its own helps with the others' shares. Which thread makes an item changes no bit.
- * A loop ends when its items are done, not when every thread has been there: threads without a core to run on delay nobody. */
+ * A loop ends when its items are done, not when every thread has been there: one that has taken nothing, for want of a core
+ * to run on, delays nobody. */
 
 enum { LINE = 128 }; /* bytes that processors pass from core to core at a time: a pair of cache lines */
 
@@ -3197,7 +3210,7 @@ static int pool_take(Pool *p, unsigned long long ticket, int i, int thread)
     unsigned long long loop = ticket >> 32, seen = atomic_load(&p->share[i].taken);
     for (;;) {
         int taken = seen >> 32 == loop ? (int)(uint32_t)seen : 0;
-        if (taken >= count || (int32_t)((seen >> 32) - loop) > 0) return done; /* a newer loop: this one is over */
+        if (taken >= count || (seen >> 32 != loop && atomic_load(&p->ticket) >> 32 != loop)) return done; /* or a newer loop has begun */
         if (!atomic_compare_exchange_weak(&p->share[i].taken, &seen, loop << 32 | (unsigned)(taken + 1))) continue;
         p->fn(p->arg, first + taken, thread);
         done++;
@@ -3331,7 +3344,7 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
  * and clear out by age (measured at full size with half of it in memory: 3.8 tokens/s like this, 1.9 to 3 when the page
  * cache is asked for the same pieces, 0.3 by mapping alone).
  * Who has to leave: of some drawn by lot the one with the least *heat*, the number of its tokens, halved every HALF_LIFE
- * tokens. A large batch is a *scan*: layer by layer it takes nearly every expert. Those of layers already passed are then
+ * forwards. A large batch is a *scan*: layer by layer it takes nearly every expert. Those of layers already passed are then
  * needed again last, so they go first, and the next layer's are asked for before they are known to be wanted. */
 
 enum {
@@ -3339,13 +3352,13 @@ enum {
     READ_BYTES = 512 << 10,   /* of one request at most */
     DIRECT_ALIGN = 4096,      /* what O_DIRECT wants offsets, sizes and addresses to be multiples of */
     LOTS = 64,                /* slots drawn, of which one is emptied */
-    HALF_LIFE = 128           /* tokens */
+    HALF_LIFE = 128           /* forwards */
 };
 
 /* Room for one expert's weights. */
 typedef struct Slot {
     int expert;               /* layer * num_experts + its number; -1: empty */
-    unsigned needed;          /* until this fetch is over it stays */
+    uint64_t needed;          /* until this fetch is over it stays */
     atomic_int left[2];       /* requests for each part not yet answered */
 } Slot;
 
@@ -3354,6 +3367,8 @@ typedef struct { int slot, part; } Job; /* a part to be read, request by request
 struct ExpertCache {
     const char *path;
     const uint8_t *file;      /* the mapping, which tells where in the file a tensor lies */
+    dev_t device;             /* which file that is, ... */
+    ino_t inode;              /* ... for sure */
     int fd;
     bool direct;              /* reads go past the page cache; else it is told to forget them */
     const Mlp **layer;        /* [n_layers] those with experts */
@@ -3362,11 +3377,12 @@ struct ExpertCache {
     size_t slot_bytes, part_at[2];
     Slot *slot;               /* [n_slots] */
     int n_slots, n_used;      /* slots; those from n_used on were never filled */
+    int least;                /* slots it needs: a token's experts of a layer */
     size_t room;              /* bytes for slots and for keys and values together; 0: n_slots stays */
     int *slot_of;             /* [n_layers][num_experts] or -1 */
     float *heat;              /* [n_layers][num_experts], ... */
-    unsigned *heat_at;        /* ... as of this fetch */
-    unsigned fetch;           /* number of the fetch whose experts are in use */
+    uint64_t *heat_at;        /* ... as of this fetch */
+    uint64_t fetch;           /* number of the fetch whose experts are in use */
     uint64_t lot;             /* random numbers */
     Job *jobs;                /* [max_jobs] a ring: what is to be read, in order */
     int64_t job_head, job_tail, max_jobs; /* the first of them and the one after the last, counted on */
@@ -3454,8 +3470,8 @@ static Slot *free_slot(ExpertCache *c, int layer)
     for (int i = 0; i < LOTS; i++) {
         c->lot = c->lot * 6364136223846793005u + 1442695040888963407u;
         Slot *s = &c->slot[(c->lot >> 33) % (uint64_t)c->n_slots];
-        bool wait = layer >= 0 && s->expert / c->num_experts > layer; /* the scan still comes there */
-        float heat = heat_now(c, s->expert) + (wait ? 1e30f : 0);
+        bool soon = c->heat_at[s->expert] == c->fetch || (layer >= 0 && s->expert / c->num_experts > layer); /* or the scan comes there yet */
+        float heat = heat_now(c, s->expert) + (soon ? 1e30f : 0);
         if (heat < least && slot_idle(c, s)) best = s, least = heat;
     }
     for (int i = 0; !best && i < c->n_slots; i++)
@@ -3465,7 +3481,7 @@ static Slot *free_slot(ExpertCache *c, int layer)
 
 /* Give an expert a slot and ask for its gate_up, unless it has one; it stays until fetch `needed` is over. Returns the
  * slot, or NULL when all others are in use. Holds the mutex. */
-static Slot *expert_slot(ExpertCache *c, int expert, unsigned needed, int layer)
+static Slot *expert_slot(ExpertCache *c, int expert, uint64_t needed, int layer)
 {
     bool there = c->slot_of[expert] >= 0;
     Slot *s = there ? &c->slot[c->slot_of[expert]] : free_slot(c, layer);
@@ -3507,6 +3523,10 @@ static int experts_fetch(ExpertCache *c, const Mlp *layer, Ffn *ffn, int n, bool
     pthread_mutex_lock(&c->mutex);
     int64_t first = c->job_tail;
     c->fetch++;
+    for (int k = 0; k < n; k++) { /* none shall make room for another one of them */
+        int expert = layer->index * c->num_experts + ffn[k].expert;
+        if (ffn[k].gate_up == &layer->gate_up_proj) c->heat[expert] = heat_now(c, expert), c->heat_at[expert] = c->fetch;
+    }
     for (; i < n; i++) {
         if (ffn[i].gate_up != &layer->gate_up_proj) continue; /* the shared expert */
         int expert = layer->index * c->num_experts + ffn[i].expert;
@@ -3515,8 +3535,7 @@ static int experts_fetch(ExpertCache *c, const Mlp *layer, Ffn *ffn, int n, bool
             pthread_cond_wait(&c->done, &c->mutex); /* what is on its way into a slot was not needed after all */
         if (!s) break;
         c->wanted++;
-        c->heat[expert] = heat_now(c, expert) + (float)ffn[i].count;
-        c->heat_at[expert] = c->fetch;
+        c->heat[expert] += (float)ffn[i].count;
         use_slot(c, &ffn[i], s);
     }
     ask_for_downs(c, first);
@@ -3542,19 +3561,21 @@ static void experts_wait(ExpertCache *c, const Ffn *f, int part)
     pthread_mutex_unlock(&c->mutex);
 }
 
-/* Keys and values take so many bytes by now: slots at the end make way for them. */
+/* Called between forwards, when nothing is in use: slots at the end make way, down to the least there must be. */
 static void experts_make_way(ExpertCache *c, size_t bytes)
 {
-    while (c->room && c->n_slots > 2 * c->num_experts && (size_t)c->n_slots * c->slot_bytes + bytes > c->room) {
+    if (!c->room || (size_t)c->n_slots * c->slot_bytes + bytes <= c->room) return;
+    pthread_mutex_lock(&c->mutex);
+    c->fetch++;
+    for (; c->n_slots > c->least && (size_t)c->n_slots * c->slot_bytes + bytes > c->room; c->n_slots--) {
         Slot *s = &c->slot[c->n_slots - 1];
-        if (c->n_used == c->n_slots) {
-            if (!slot_idle(c, s)) return; /* next time */
-            c->slot_of[s->expert] = -1;
-            c->n_used--;
-        }
-        c->n_slots--;
-        madvise(c->arena + (size_t)c->n_slots * c->slot_bytes, c->slot_bytes, MADV_DONTNEED);
+        if (c->n_used < c->n_slots) continue; /* was never filled */
+        while (!slot_idle(c, s)) pthread_cond_wait(&c->done, &c->mutex); /* read ahead, in vain */
+        c->slot_of[s->expert] = -1;
+        c->n_used--;
+        give_back(c->arena + (size_t)(c->n_slots - 1) * c->slot_bytes, c->slot_bytes);
     }
+    pthread_mutex_unlock(&c->mutex);
 }
 
 /* Bytes of a slot: the largest gate_up and the largest down, in whole pages; part_at: where each begins. */
@@ -3577,6 +3598,9 @@ static ExpertCache *experts_plan(const Model *m)
     memset(c, 0, sizeof *c);
     c->path = m->file.path;
     c->file = m->file.data;
+    c->device = m->file.device;
+    c->inode = m->file.inode;
+    c->least = max_int(2, m->config.num_experts_per_tok);
     c->num_experts = m->config.num_experts;
     c->layer = grow(NULL, (size_t)m->config.has_sparse + 1, sizeof *c->layer);
     for (int i = 0; i < m->config.num_hidden_layers; i++)
@@ -3586,7 +3610,28 @@ static ExpertCache *experts_plan(const Model *m)
     return c;
 }
 
-/* Give it n slots and start its readers. */
+/* Open the file once more, past the page cache if the file system can; else the cache shall read nothing ahead and keep
+ * nothing. Ends the program with a message when this fails or finds another file. */
+static void open_for_readers(ExpertCache *c)
+{
+    int flags = O_RDONLY | O_CLOEXEC;
+    struct stat info;
+#ifdef O_DIRECT
+    c->fd = open(c->path, flags | O_DIRECT);
+    c->direct = c->fd >= 0 && pread(c->fd, c->arena, DIRECT_ALIGN, 0) >= 0; /* some file systems open it so and then cannot */
+    if (c->fd >= 0 && !c->direct) close(c->fd);
+#endif
+    if (!c->direct) c->fd = open(c->path, flags);
+    if (c->fd < 0 || fstat(c->fd, &info)) die("%s: %s", c->path, strerror(errno));
+    if (info.st_dev != c->device || info.st_ino != c->inode) die("%s: another file has taken its place meanwhile", c->path);
+#if defined F_NOCACHE
+    fcntl(c->fd, F_NOCACHE, 1);
+#elif defined POSIX_FADV_RANDOM
+    if (!c->direct) posix_fadvise(c->fd, 0, 0, POSIX_FADV_RANDOM);
+#endif
+}
+
+/* Give it n slots and start its readers. Ends the program with a message when it cannot. */
 static void experts_start(ExpertCache *c, size_t n)
 {
     size_t all = (size_t)c->n_layers * (size_t)c->num_experts;
@@ -3602,13 +3647,7 @@ static void experts_start(ExpertCache *c, size_t n)
     memset(c->heat_at, 0, all * sizeof *c->heat_at);
     c->max_jobs = 2 * c->n_slots; /* no slot is asked for again while something is on its way into it */
     c->jobs = grow(NULL, (size_t)c->max_jobs, sizeof *c->jobs);
-    int flags = O_RDONLY | O_CLOEXEC;
-#ifdef O_DIRECT
-    c->fd = open(c->path, flags | O_DIRECT);
-    c->direct = c->fd >= 0;
-#endif
-    if (!c->direct) c->fd = open(c->path, flags);
-    if (c->fd < 0) die("%s: %s", c->path, strerror(errno));
+    open_for_readers(c);
     pthread_mutex_init(&c->mutex, NULL);
     pthread_cond_init(&c->more, NULL);
     pthread_cond_init(&c->done, NULL);
@@ -3649,14 +3688,16 @@ static size_t number_in(const char *dir, const char *path, const char *file, con
     return found;
 }
 
-/* Bytes that a control group (cgroup, version 1 or 2) lets its processes still take: what it holds of files can be given back. */
+/* Bytes that a control group (cgroup, version 1 or 2) lets its processes still take: what it holds of files on disks can be given back. */
 static size_t group_room(const char *root, const char *path, bool two)
 {
     size_t limit = number_in(root, path, two ? "memory.max" : "memory.limit_in_bytes", NULL);
     size_t used = number_in(root, path, two ? "memory.current" : "memory.usage_in_bytes", NULL);
     size_t files = number_in(root, path, "memory.stat", two ? "file " : "total_cache ");
+    size_t shared = number_in(root, path, "memory.stat", two ? "shmem " : "total_shmem "); /* among them, but stays */
+    if (two) limit = min_size(limit, number_in(root, path, "memory.high", NULL));
     if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX; /* no such group, or no limit */
-    if (files != SIZE_MAX) used -= min_size(used, files);
+    if (files != SIZE_MAX) used -= min_size(used, files - (shared != SIZE_MAX ? min_size(shared, files) : 0));
     return limit - min_size(limit, used);
 }
 
@@ -5864,6 +5905,8 @@ static void read_piece(void *arg, int item, int thread)
 /* Read the next pieces of the weights in memory with all threads; returns the speed in GB/s, 0 for a file too small. */
 static double read_some(Machine *m)
 {
+    const ExpertCache *c = m->r->engine.experts;
+    if (c) m->total = min_size(READ_WINDOW, (size_t)c->n_used * c->slot_bytes / READ_PIECE);
     if (!m->total) return 0;
     int pieces = min_int(READ_PIECES, (int)m->total);
     double start = now();
@@ -5967,10 +6010,10 @@ static void bench_parts(const Run *r, const char *name, double seconds)
 /* What a benchmark called `name` read from the disk in `seconds`, counted anew from now on: lines NAME_... */
 static void bench_disk(ExpertCache *c, const char *name, double tokens, double seconds, const Sample *disk)
 {
-    if (!c) return;
+    if (!c || median(disk) <= 0) return; /* too small a file */
     double gb = (double)c->bytes_read / 1e9;
-    printf("%s_found %.1f %%\n%s_from_disk %.4f GB/token\n%s_reading %.3f GB/s\ndisk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name,
-           100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds, median(disk), name,
+    printf("%s_found %.1f %%\n%s_from_disk %.6f GB/token\n%s_reading %.3f GB/s\n%s_disk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name,
+           100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds, name, median(disk), name,
            100 * gb / seconds / median(disk));
     experts_count_anew(c);
 }
@@ -6095,7 +6138,7 @@ static int mode_bench(Run *r)
     Snapshot deep = {0};
     const ExpertCache *cache = r->engine.experts;
     Machine m = {.r = r, .weights = cache ? cache->arena : r->engine.model.file.data};
-    m.total = (cache ? (size_t)cache->n_slots * cache->slot_bytes : r->engine.model.file.size) / READ_PIECE;
+    m.total = cache ? 0 : r->engine.model.file.size / READ_PIECE;
     if (m.total > READ_WINDOW) m.total = READ_WINDOW;
     for (size_t i = 0; i < m.total; i += READ_PIECES) read_some(&m); /* not counted: brings the pages in */
     snapshot_take(&deep, &r->engine);
@@ -6144,7 +6187,7 @@ static const Option OPTIONS[] = {
     {"save", NULL, TEXT, AT(save), 0, 0, "FILE", "save the conversation at the end"},
     {"reasoning", "r", WHOLE, AT(thinking), 0, 1, "0|1", "chat: hide or show (default) what the model thinks before it answers"},
     {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
-    {"memory", NULL, BYTES, AT(memory), 1, 1e15, "N", "bytes of weights to keep in memory, suffix M or G; default: what is free"},
+    {"memory", NULL, BYTES, AT(memory), 1, 1e15, "N", "bytes of weights to keep in memory, suffix M or G (2^20, 2^30); default: what is free"},
     {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
     {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
     {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models), f32 or q8"},
@@ -6211,7 +6254,7 @@ static void set_option(Args *args, const Option *o, const char *arg, const char 
         double x = strtod(value, &end);
         x *= *end == 'M' ? 0x1p20 : *end == 'G' ? 0x1p30 : 1;
         if (end == value || (*end && end[1]) || (*end && !strchr("MG", *end)) || !(x >= o->lo && x <= o->hi))
-            usage_error("%s: wanted a number of bytes, or with M or G after it, found \"%s\"", arg, value);
+            usage_error("%s: wanted a number of bytes above 0, or of M or G, found \"%s\"", arg, value);
         *(uint64_t *)(void *)field = (uint64_t)x;
     }
     if (o->kind == REAL) {
@@ -6315,9 +6358,10 @@ static void read_always_used(const Model *m)
 {
     const Header *h = (const Header *)m->file.data;
     const TensorRecord *t = (const TensorRecord *)(m->file.data + 64 + 64 * (size_t)h->n_meta);
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
     for (uint32_t i = 0; i < h->n_tensors; i++) {
-        size_t page = t[i].offset / DIRECT_ALIGN * DIRECT_ALIGN; /* madvise wants whole pages */
-        if (!strstr(t[i].name, "mlp.experts.")) madvise((void *)(m->file.data + page), t[i].offset + t[i].size - page, MADV_WILLNEED);
+        size_t skip = t[i].offset % page; /* madvise wants whole pages */
+        if (!strstr(t[i].name, "mlp.experts.")) madvise((void *)(m->file.data + t[i].offset - skip), t[i].size + skip, MADV_WILLNEED);
     }
 }
 
@@ -6332,43 +6376,57 @@ static bool file_in_memory(const char *path)
 #endif
 }
 
+/* Bytes of memory to leave to everything but weights, keys and values: a margin of 1/32 of what is available, the recurrent
+ * state twice, scratch for batches of so many tokens, and a chat's snapshots. */
+static size_t memory_besides(const Run *r, size_t available, int batch)
+{
+    const State *s = &r->engine.state;
+    size_t scratch = scratch_per_token(&r->engine.model.config) * (size_t)min_int(batch, s->ctx);
+    return available / 32 + 2 * s->recurrent_len * sizeof(float) + scratch + (strcmp(r->args.mode, "chat") ? 0 : r->snapshot_bytes);
+}
+
+/* Bytes of the tensors that are not experts. */
+static size_t always_used(const ExpertCache *c, size_t file)
+{
+    for (int i = 0; i < c->n_layers; i++)
+        file -= (c->layer[i]->gate_up_proj.matrix_bytes + c->layer[i]->down_proj.matrix_bytes) * (size_t)c->num_experts;
+    return file;
+}
+
 /* Decide what of the weights is kept in memory: all, mapped, when they fit into what is free (--memory: into that many
  * bytes); else what every token uses, mapped, and as many experts as there is room for. Returns the batch for prompts:
  * with experts from disk a large one, as each batch reads them anew. */
 static int plan_memory(Run *r)
 {
     Engine *e = &r->engine;
-    const Model *m = &e->model;
     const Args *a = &r->args;
-    const Config *c = &m->config;
-    size_t file = m->file.size, available = memory_available(), token = scratch_per_token(c), spare = available / 32;
+    const Config *c = &e->model.config;
+    size_t file = e->model.file.size, available = memory_available();
     int batch = a->batch ? (int)a->batch : DEFAULT_BATCH;
-    size_t other = spare + 2 * e->state.recurrent_len * sizeof(float) + token * (size_t)batch;
     r->snapshot_bytes = SNAPSHOT_BYTES;
-    if (a->memory ? a->memory >= file : file + other <= available || file_in_memory(a->model)) return batch;
-    ExpertCache *cache = experts_plan(m);
-    size_t experts = 0, least = (size_t)max_int(2, c->num_experts_per_tok) * cache->slot_bytes;
-    for (int i = 0; i < cache->n_layers; i++)
-        experts += (cache->layer[i]->gate_up_proj.matrix_bytes + cache->layer[i]->down_proj.matrix_bytes) * (size_t)c->num_experts;
-    if (!a->batch) batch = min_int(MAX_BATCH, max_int(DEFAULT_BATCH, (int)(available / 16 / token)));
+    size_t all = file + memory_besides(r, available, batch) + kv_bytes(&e->state, c, min_int(e->state.ctx, PLANNED_CTX));
+    if (a->memory ? a->memory >= file : all <= available || file_in_memory(a->model)) return batch;
+
+    ExpertCache *cache = experts_plan(&e->model);
+    int large = a->batch ? batch : min_int(LARGE_BATCH, max_int(DEFAULT_BATCH, (int)(available / 16 / scratch_per_token(c))));
     r->snapshot_bytes = min_size(SNAPSHOT_BYTES, available / 32);
-    bool keeps = !strcmp(a->mode, "chat");
-    other = spare + 2 * e->state.recurrent_len * sizeof(float) + token * (size_t)min_int(batch, e->state.ctx) + (keeps ? r->snapshot_bytes : 0);
-    size_t keep = a->memory ? a->memory : available - min_size(available, other);
-    bool enough = cache->n_layers && keep >= file - experts + least;
-    if (a->memory && !enough)
-        die("--memory: wanted at least %zu bytes for what every token of %s uses and %d experts, found %llu", file - experts + least, a->model,
-            max_int(2, c->num_experts_per_tok), (unsigned long long)a->memory);
-    if (!enough) return warn("%s: larger than the memory that is free, %zu MB: this will be slow", a->model, available >> 20), batch;
-    experts_start(cache, (keep - (file - experts)) / cache->slot_bytes);
-    cache->room = a->memory ? 0 : keep - (file - experts);
+    size_t fixed = always_used(cache, file), least = fixed + (size_t)cache->least * cache->slot_bytes;
+    size_t keep = a->memory ? a->memory : available - min_size(available, memory_besides(r, available, large));
+    if (keep < least || !cache->n_layers) {
+        if (a->memory)
+            die("--memory: wanted at least %zu bytes for what every token of %s uses and %d experts, found %llu", least, a->model,
+                cache->n_layers ? cache->least : 0, (unsigned long long)a->memory);
+        warn("%s: %zu MB are free, it takes %zu to run well: this will be slow", a->model, available >> 20, all >> 20);
+        return batch;
+    }
+    cache->room = a->memory ? 0 : keep - fixed; /* --memory: exactly so many, whatever keys and values take */
+    experts_start(cache, (keep - fixed) / cache->slot_bytes);
     e->experts = cache;
-    read_always_used(m);
+    read_always_used(&e->model);
     if (a->memory ? a->verbose : !a->quiet)
-        fprintf(stderr, "%s, %.1f GB, is larger than %s, %.1f GB: %d of %d experts are kept there, others read from disk\n", a->model, (double)file / 1e9,
-                a->memory ? "--memory" : "the memory that is free", (double)(a->memory ? a->memory : available) / 1e9, cache->n_slots,
-                cache->n_layers * cache->num_experts);
-    return batch;
+        fprintf(stderr, "%s, %zu MB, does not fit into %s, %zu MB: %d of %d experts are kept in memory, others read from disk\n", a->model, file >> 20,
+                a->memory ? "--memory" : "what is free", (a->memory ? a->memory : available) >> 20, cache->n_slots, cache->n_layers * cache->num_experts);
+    return large;
 }
 
 /* Threads, kernels, state and scratch for the modes that run the model. */

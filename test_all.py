@@ -3512,7 +3512,7 @@ def test_bench_with_experts_from_disk():
     model = model_of_large_experts()
     lines = engine(model, "-m", "bench", "-c", 512, "-n", 16, "-q", "--memory", memories(model)[2]).decode().splitlines()
     found = {line.split()[0]: float(line.split()[1]) for line in lines}
-    for name in ("prefill_from_disk", "prefill_found", "decode_from_disk", "decode_found", "disk_speed", "decode_of_disk"):
+    for name in ("prefill_from_disk", "prefill_found", "decode_from_disk", "decode_found", "decode_disk_speed", "decode_of_disk"):
         assert found[name] >= 0, name
     assert 0 < found["decode_from_disk"] < 0.01
 
@@ -3568,7 +3568,7 @@ def test_plots_are_of_the_numbers_that_the_engine_printed(tmp_path):
     for row, (asked, found) in zip(rows, runs, strict=True):
         assert (row["label"], row["model"], row["file_bytes"], row["threads"]) == (label, model.name, str(size), "1")
         assert (row["prefill"], row["decode"]) == (found["prefill_16"], found["decode_8"])
-        for name in "decode_found", "decode_from_disk", "disk_speed", "read_bandwidth", "peak_memory":
+        for name in "decode_found", "decode_from_disk", "decode_disk_speed", "read_bandwidth", "peak_memory":
             assert row[name] == found.get(name, "")
         assert (row["x"] if row["axis"] == "depth" else row["limit"]) in asked
     assert [bool(row["decode_found"]) for row in rows] == [False, False, True, True, False]

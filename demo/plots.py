@@ -32,7 +32,7 @@ METRICS = {
     "prefill": "tok/s", "decode": "tok/s",
     "prefill_found": "%", "decode_found": "%",                        # of the experts used, found in memory
     "prefill_from_disk": "GB/token", "decode_from_disk": "GB/token",
-    "prefill_reading": "GB/s", "decode_reading": "GB/s", "disk_speed": "GB/s",
+    "prefill_reading": "GB/s", "decode_reading": "GB/s", "decode_disk_speed": "GB/s",
     "decode_bytes": "GB/token", "read_bandwidth": "GB/s", "decode_of_bandwidth": "%",
     "peak_memory": "MB",
 }

@@ -2663,7 +2663,7 @@ def readme_commands():
 
 
 # What a test does not run: what runs this test, what takes long, what needs the network or the real model's files.
-NOT_RUN = re.compile(r"git clone|make (test|bench|run)|^cd |pip |hf download|huggingface|80B|Qwen3-Next|sudo|apt|curl"
+NOT_RUN = re.compile(r"git clone|make (test|bench|run|plots)|^cd |pip |hf download|huggingface|80B|Qwen3-Next|sudo|apt|curl"
                      r"|wget|SOURCE|MODEL|\.\.\.")
 
 
@@ -2694,8 +2694,9 @@ def test_readme_options_exist():
     if not path.exists():
         pytest.skip("no README yet")
     known = run(ENGINE, "-h").stdout.decode() + run(*EXPORT, "-h").stdout.decode()
+    known += run(sys.executable, ROOT / "demo" / "plots.py", "measure", "-h").stdout.decode()
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text())):
-        assert option in known or option in ("--local-dir", "--include"), option
+        assert option in known or option in ("--local-dir", "--include", "--interleave"), option
 
 
 # ----------------------------------------------------------------------------------------------------------------

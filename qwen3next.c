@@ -6010,11 +6010,12 @@ static void bench_parts(const Run *r, const char *name, double seconds)
 /* What a benchmark called `name` read from the disk in `seconds`, counted anew from now on: lines NAME_... */
 static void bench_disk(ExpertCache *c, const char *name, double tokens, double seconds, const Sample *disk)
 {
-    if (!c || median(disk) <= 0) return; /* too small a file */
+    if (!c) return;
     double gb = (double)c->bytes_read / 1e9;
-    printf("%s_found %.1f %%\n%s_from_disk %.6f GB/token\n%s_reading %.3f GB/s\n%s_disk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name,
-           100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds, name, median(disk), name,
-           100 * gb / seconds / median(disk));
+    printf("%s_found %.1f %%\n%s_from_disk %.6f GB/token\n%s_reading %.3f GB/s\n", name,
+           100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds);
+    if (median(disk) > 0) /* 0: the file is smaller than a piece */
+        printf("%s_disk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name, median(disk), name, 100 * gb / seconds / median(disk));
     experts_count_anew(c);
 }
 
@@ -6416,9 +6417,13 @@ static int plan_memory(Run *r)
         if (a->memory)
             die("--memory: wanted at least %zu bytes for what every token of %s uses and %d experts, found %llu", least, a->model,
                 cache->n_layers ? cache->least : 0, (unsigned long long)a->memory);
-        warn("%s: %zu MB are free, it takes %zu to run well: this will be slow", a->model, available >> 20, all >> 20);
+        warn("%s: %zu MB are free, it takes %zu to run well: this will be slow, or end for want of memory", a->model, available >> 20, all >> 20);
         return batch;
     }
+    size_t context = kv_bytes(&e->state, c, e->state.ctx);
+    if (a->memory > available) warn("--memory: %zu MB are more than the %zu MB that are free", (size_t)a->memory >> 20, available >> 20);
+    if (!a->memory && least + context > keep)
+        warn("a context of %d positions, %zu MB, is more than what is free beside the weights (-c limits it)", e->state.ctx, context >> 20);
     cache->room = a->memory ? 0 : keep - fixed; /* --memory: exactly so many, whatever keys and values take */
     experts_start(cache, (keep - fixed) / cache->slot_bytes);
     e->experts = cache;

@@ -157,9 +157,13 @@ def measure(args):
         fail(args.model, f"cannot be read: {e.strerror}")
     rows = read_table(args.table) if args.table.exists() else []
     runs = []
+    trained = re.search(r"^max_position_embeddings (\d+)$", engine(args.model, "-m", "inspect").stdout, re.MULTILINE)
     for depth in args.depths:
         # A context no longer than needed: what it takes is missing for experts, where they come from disk.
         context = depth + max(args.prompt, args.tokens)
+        if trained and context > int(trained[1]):
+            say(f"{args.model.name}: depth {depth} is left out, the model was made for {trained[1]} positions")
+            continue
         runs.append(("depth", str(depth), "", ["--depth", depth, "-c", context]))
     least = least_memory(args) if args.memory else 0
     for limit in dict.fromkeys(max(least, round(size * share / 100)) for share in args.memory):

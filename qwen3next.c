@@ -602,7 +602,7 @@ static int pool_threads(const Pool *pool);
 
 /* Ask for the weights of the layer's networks ffn[0..n), as many as there is room for; those are used next. Returns how many. */
 static int experts_fetch(ExpertCache *c, const Mlp *layer, Ffn *ffn, int n, bool scan);
-/* Ask for all experts of the layer that comes next. */
+/* Ask for experts of the layer that comes next, before it is known which are wanted: as many as an eighth of the slots. */
 static void experts_ahead(ExpertCache *c, const Mlp *layer);
 /* Wait until a part of a network's weights is there. */
 static void experts_wait(ExpertCache *c, const Ffn *f, int part);
@@ -3342,7 +3342,7 @@ static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int
  * but used by few tokens each, come through a cache of slots. After routing, all missing ones of a layer are asked for at
  * once; threads of their own read them, past the page cache: the kernel would read ahead what nobody asked for, copy it,
  * and clear out by age (measured at full size with half of it in memory: 3.8 tokens/s like this, 1.9 to 3 when the page
- * cache is asked for the same pieces, 0.3 by mapping alone).
+ * cache is asked for the same pieces, 0.8 by mapping alone).
  * Who has to leave: of some drawn by lot the one with the least *heat*, the number of its tokens, halved every HALF_LIFE
  * forwards. A large batch is a *scan*: layer by layer it takes nearly every expert. Those of layers already passed are then
  * needed again last, so they go first, and the next layer's are asked for before they are known to be wanted. */
@@ -3359,7 +3359,7 @@ enum {
 typedef struct Slot {
     int expert;               /* layer * num_experts + its number; -1: empty */
     uint64_t needed;          /* until this fetch is over it stays */
-    atomic_int left[2];       /* requests for each part not yet answered */
+    atomic_int left[2];       /* requests for each part not yet answered: readers count down */
 } Slot;
 
 typedef struct { int slot, part; } Job; /* a part to be read, request by request */
@@ -3388,14 +3388,14 @@ struct ExpertCache {
     int64_t job_head, job_tail, max_jobs; /* the first of them and the one after the last, counted on */
     size_t job_done;          /* bytes of the first one that have been asked for */
     bool quit;
-    pthread_mutex_t mutex;    /* of jobs, job_*, quit */
+    pthread_mutex_t mutex;    /* of jobs, job_*, quit; all else is the main thread's alone */
     pthread_cond_t more, done; /* jobs; a part that has arrived */
     pthread_t reader[READERS];
-    int64_t wanted, missing;  /* experts used, and those that had to be read */
-    atomic_llong bytes_read;
+    int64_t wanted, missing;  /* experts used, and experts that were read, in vain too */
+    atomic_llong bytes_read;  /* whole pages */
 };
 
-/* The bytes of an expert's part in the file: from the page in which it begins to the end of the page in which it ends. */
+/* Where an expert's part lies in the file, in whole pages: from the one in which it begins to the end of the one in which it ends. */
 typedef struct { size_t offset, bytes, skip, need; } Pages; /* skip: where in its first page it begins; need: up to its end */
 
 static Pages expert_pages(const ExpertCache *c, int expert, int part)

@@ -291,7 +291,7 @@ static bool read_file(const char *path, Str *s)
 }
 
 /* A file mapped for reading, shared with the page cache. */
-typedef struct { const uint8_t *data; size_t size; const char *path; dev_t device; ino_t inode; } Mapping;
+typedef struct { const uint8_t *data; size_t size; const char *path; dev_t device; ino_t inode; } Mapping; /* size: bytes */
 
 /* Map a whole file: a regular one of at least 64 bytes. False after a message. */
 static bool map_file(const char *path, Mapping *m)
@@ -1900,7 +1900,8 @@ static void ffn_up_item(void *arg, int item, int thread)
     const Engine *e = p->e;
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
-    const Ffn *f = ffn_of_item(w, item += w->ffn[w->ffn_from].first_item);
+    item += w->ffn[w->ffn_from].first_item; /* counted from the first network of the list */
+    const Ffn *f = ffn_of_item(w, item);
     const Matrix *m = f->gate_up;
     int unit0 = (item - f->first_item) * SUPER; /* its first intermediate unit */
     int pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE; /* of a gate and an up tile */
@@ -3365,10 +3366,7 @@ typedef struct Slot {
 typedef struct { int slot, part; } Job; /* a part to be read, request by request */
 
 struct ExpertCache {
-    const char *path;
-    const uint8_t *file;      /* the mapping, which tells where in the file a tensor lies */
-    dev_t device;             /* which file that is, ... */
-    ino_t inode;              /* ... for sure */
+    const Mapping *file;      /* tells where in the file a tensor lies */
     int fd;
     bool direct;              /* reads go past the page cache; else it is told to forget them */
     const Mlp **layer;        /* [n_layers] those with experts */
@@ -3402,7 +3400,7 @@ static Pages expert_pages(const ExpertCache *c, int expert, int part)
 {
     const Mlp *layer = c->layer[expert / c->num_experts];
     const Matrix *m = part == DOWN ? &layer->down_proj : &layer->gate_up_proj;
-    size_t at = (size_t)(m->data - c->file) + (size_t)(expert % c->num_experts) * m->matrix_bytes, skip = at % DIRECT_ALIGN;
+    size_t at = (size_t)(m->data - c->file->data) + (size_t)(expert % c->num_experts) * m->matrix_bytes, skip = at % DIRECT_ALIGN;
     return (Pages){at - skip, round_up(skip + m->matrix_bytes, DIRECT_ALIGN), skip, skip + m->matrix_bytes};
 }
 
@@ -3413,8 +3411,8 @@ static void read_pages(ExpertCache *c, uint8_t *to, size_t offset, size_t bytes,
     for (size_t done = 0; done < need;) {
         ssize_t n = pread(c->fd, to + done, bytes - done, (off_t)(offset + done));
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) die("%s: cannot read at %zu: %s", c->path, offset + done, strerror(errno));
-        if (n == 0) die("%s: wanted %zu bytes at %zu, found the end of the file: cut off while in use?", c->path, need, offset);
+        if (n < 0) die("%s: cannot read at %zu: %s", c->file->path, offset + done, strerror(errno));
+        if (n == 0) die("%s: wanted %zu bytes at %zu, found the end of the file: cut off while in use?", c->file->path, need, offset);
         done += (size_t)n;
         atomic_fetch_add_explicit(&c->bytes_read, n, memory_order_relaxed);
     }
@@ -3596,10 +3594,7 @@ static ExpertCache *experts_plan(const Model *m)
 {
     ExpertCache *c = grow(NULL, 1, sizeof *c);
     memset(c, 0, sizeof *c);
-    c->path = m->file.path;
-    c->file = m->file.data;
-    c->device = m->file.device;
-    c->inode = m->file.inode;
+    c->file = &m->file;
     c->least = max_int(2, m->config.num_experts_per_tok);
     c->num_experts = m->config.num_experts;
     c->layer = grow(NULL, (size_t)m->config.has_sparse + 1, sizeof *c->layer);
@@ -3617,13 +3612,13 @@ static void open_for_readers(ExpertCache *c)
     int flags = O_RDONLY | O_CLOEXEC;
     struct stat info;
 #ifdef O_DIRECT
-    c->fd = open(c->path, flags | O_DIRECT);
+    c->fd = open(c->file->path, flags | O_DIRECT);
     c->direct = c->fd >= 0 && pread(c->fd, c->arena, DIRECT_ALIGN, 0) >= 0; /* some file systems open it so and then cannot */
     if (c->fd >= 0 && !c->direct) close(c->fd);
 #endif
-    if (!c->direct) c->fd = open(c->path, flags);
-    if (c->fd < 0 || fstat(c->fd, &info)) die("%s: %s", c->path, strerror(errno));
-    if (info.st_dev != c->device || info.st_ino != c->inode) die("%s: another file has taken its place meanwhile", c->path);
+    if (!c->direct) c->fd = open(c->file->path, flags);
+    if (c->fd < 0 || fstat(c->fd, &info)) die("%s: %s", c->file->path, strerror(errno));
+    if (info.st_dev != c->file->device || info.st_ino != c->file->inode) die("%s: another file has taken its place meanwhile", c->file->path);
 #if defined F_NOCACHE
     fcntl(c->fd, F_NOCACHE, 1);
 #elif defined POSIX_FADV_RANDOM
@@ -3666,6 +3661,12 @@ static void experts_stop(ExpertCache *c)
     pthread_mutex_unlock(&c->mutex);
     for (int i = 0; i < READERS; i++) pthread_join(c->reader[i], NULL);
     close(c->fd);
+}
+
+/* Percent of the experts used that were found in memory. */
+static double experts_found(const ExpertCache *c)
+{
+    return 100 * fmax(0, 1 - (double)c->missing / (double)c->wanted);
 }
 
 /* Begin the statistics anew. */
@@ -3715,7 +3716,7 @@ static size_t memory_available(void)
         path[strcspn(path, "\n")] = 0;
         bool two = !kinds[1];
         if (!two && !strstr(kinds, "memory")) continue;
-        for (char *slash = path; slash; *slash = 0) { /* the group, then those around it */
+        for (char *slash;; *slash = 0) { /* the group, then those around it */
             room = min_size(room, group_room(two ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory", path, two));
             if (!(slash = strrchr(path, '/'))) break;
         }
@@ -4577,7 +4578,7 @@ static void report_experts(Run *r)
     ExpertCache *c = r->engine.experts;
     if (!c || !c->wanted || !r->args.verbose) return;
     fprintf(stderr, "experts: %lld used, %.1f %% of them found in memory; %.3f GB read from disk\n", (long long)c->wanted,
-            100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), (double)c->bytes_read / 1e9);
+            experts_found(c), (double)c->bytes_read / 1e9);
     experts_count_anew(c);
 }
 
@@ -6012,8 +6013,8 @@ static void bench_disk(ExpertCache *c, const char *name, double tokens, double s
 {
     if (!c) return;
     double gb = (double)c->bytes_read / 1e9;
-    printf("%s_found %.1f %%\n%s_from_disk %.6f GB/token\n%s_reading %.3f GB/s\n", name,
-           100 * fmax(0, 1 - (double)c->missing / (double)c->wanted), name, gb / tokens, name, gb / seconds);
+    printf("%s_found %.1f %%\n%s_from_disk %.6f GB/token\n%s_reading %.3f GB/s\n", name, experts_found(c), name,
+           gb / tokens, name, gb / seconds);
     if (median(disk) > 0) /* 0: the file is smaller than a piece */
         printf("%s_disk_speed %.3f GB/s\n%s_of_disk %.1f %%\n", name, median(disk), name, 100 * gb / seconds / median(disk));
     experts_count_anew(c);

@@ -51,7 +51,7 @@ plots: .venv/installed                    ## draw demo/*.svg from demo/measured.
 # Finds memory errors and undefined behaviour at the place where they happen. Slow; the tests use it on damaged files.
 debug: qwen3next-debug                    ## build with AddressSanitizer and UndefinedBehaviorSanitizer
 qwen3next-debug: qwen3next.c Makefile
-	$(BUILD) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $< -lm
+	$(BUILD) -g -O1 -DFAULTS -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $< -lm
 
 # Finds data races between the threads of the pool.
 tsan: qwen3next-tsan                      ## build with ThreadSanitizer

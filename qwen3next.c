@@ -71,6 +71,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/select.h>
 #include <sys/stat.h>
 #ifdef __linux__
 #include <sys/vfs.h>
@@ -120,6 +121,20 @@ _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can add
 
 /* ---- 2. Utilities ---- */
 
+static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon, and SIGTERM or SIGHUP */
+static volatile sig_atomic_t leaving;     /* which of the latter has come, or 0: the program is to save what it should and end */
+static const char *volatile unfinished;   /* the temporary file being written, or NULL */
+
+/* The status of a run that a signal has ended. */
+static int signal_status(void) { return 128 + (leaving ? leaving : SIGINT); }
+
+/* A file that was to appear whole shall not stay behind in part. Safe in a signal handler. */
+static void discard_unfinished(void)
+{
+    const char *path = unfinished;
+    if (path) unlink(path);
+}
+
 /* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. Of several threads that come
  * here, one speaks. */
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
@@ -133,6 +148,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *form
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    discard_unfinished();
     exit(1);
 }
 
@@ -163,10 +179,24 @@ static size_t mul(size_t a, size_t b)
     return product;
 }
 
+/* Whether what is about to be asked of the system shall fail: in the debug build (-DFAULTS) QWEN3NEXT_FAULT=N fails the
+ * N-th request for memory, a file or a thread, so that tests can see what follows. */
+static bool fault(void)
+{
+#ifdef FAULTS
+    static atomic_long requests;
+    const char *n = getenv("QWEN3NEXT_FAULT");
+    errno = ENOMEM;
+    return n && atomic_fetch_add(&requests, 1) + 1 == atol(n);
+#else
+    return false;
+#endif
+}
+
 /* realloc for count x size bytes that never returns NULL: ends the program when memory is short. */
 static void *grow(void *old, size_t count, size_t size)
 {
-    void *p = realloc(old, mul(count ? count : 1, size));
+    void *p = fault() ? NULL : realloc(old, mul(count ? count : 1, size));
     if (!p) die("out of memory: wanted %zu bytes", count * size);
     return p;
 }
@@ -186,7 +216,7 @@ static void want_huge_pages(void *p, size_t bytes)
 static float *reserve(size_t count, const char *what)
 {
     size_t bytes = round_up(mul(count ? count : 1, sizeof(float)), 4096);
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p = fault() ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) die("cannot reserve %zu MB for the %s: %s", bytes >> 20, what, strerror(errno));
     if (bytes >= (size_t)16 << 20) want_huge_pages(p, bytes); /* less would cost small models memory they never use */
     return p;
@@ -238,6 +268,15 @@ static void tokens_add(Tokens *t, int id)
     t->id[t->len++] = id;
 }
 
+#define FNV_BASIS 0xcbf29ce484222325u
+
+/* 64-bit FNV-1a of n bytes, going on from h (FNV_BASIS at first). */
+static uint64_t fnv1a(const uint8_t *bytes, size_t n, uint64_t h)
+{
+    for (size_t i = 0; i < n; i++) h = (h ^ bytes[i]) * 0x100000001b3u;
+    return h;
+}
+
 /* bf16 is the upper half of a float. */
 static float bf16_to_float(uint16_t h)
 {
@@ -276,10 +315,25 @@ static uint16_t float_to_f16(float f)
     return (uint16_t)(sign | ((bits >> 13) - (112 << 10)));
 }
 
+static int output_error; /* errno of the first write to standard output that failed, or 0: main tells it at the end */
+
+/* Pass on what was printed. */
+static void flush_output(void)
+{
+    if (fflush(stdout) && !output_error) output_error = errno;
+}
+
+/* Nothing more will be printed: ends the program with a message when not all could be. */
+static void end_output(void)
+{
+    flush_output();
+    if (ferror(stdout)) die("standard output: %s", strerror(output_error ? output_error : EIO));
+}
+
 /* The whole of a file, or of standard input for "-", into an empty string. False after a message. */
 static bool read_file(const char *path, Str *s)
 {
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    FILE *f = fault() ? NULL : strcmp(path, "-") ? fopen(path, "rb") : stdin;
     if (!f) return warn("%s: %s", path, strerror(errno));
     char buffer[1 << 16];
     for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
@@ -293,22 +347,55 @@ static bool read_file(const char *path, Str *s)
 /* A file mapped for reading, shared with the page cache. */
 typedef struct { const uint8_t *data; size_t size; const char *path; dev_t device; ino_t inode; } Mapping; /* size: bytes */
 
+/* The mapped files, for the handler of SIGBUS: model, tokenizer, a conversation being loaded. data NULL: none. */
+static Mapping mapped[4];
+
 /* Map a whole file: a regular one of at least 64 bytes. False after a message. */
 static bool map_file(const char *path, Mapping *m)
 {
     struct stat info;
     void *p = MAP_FAILED;
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* O_NONBLOCK: do not wait on a FIFO */
+    int fd = fault() ? -1 : open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* O_NONBLOCK: do not wait on a FIFO */
     if (fd < 0 || fstat(fd, &info)) warn("%s: %s", path, strerror(errno));
     else if (!S_ISREG(info.st_mode)) warn("%s: wanted a regular file", path);
     else if (info.st_size < 64) warn("%s: wanted a header of 64 bytes, found a file of %lld", path, (long long)info.st_size);
-    else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
+    else if (fault() || (p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
         warn("%s: cannot map: %s", path, strerror(errno));
     if (fd >= 0) close(fd);
     if (p == MAP_FAILED) return false;
     want_huge_pages(p, (size_t)info.st_size);
     *m = (Mapping){p, (size_t)info.st_size, path, info.st_dev, info.st_ino};
+    for (size_t i = 0; i < sizeof mapped / sizeof *mapped; i++)
+        if (!mapped[i].data) {
+            mapped[i] = *m;
+            break;
+        }
     return true;
+}
+
+/* Undo map_file. */
+static void unmap_file(const Mapping *m)
+{
+    for (size_t i = 0; i < sizeof mapped / sizeof *mapped; i++)
+        if (mapped[i].data == m->data) mapped[i].data = NULL;
+    munmap((void *)(uintptr_t)m->data, m->size);
+}
+
+/* SIGBUS: a page of a mapped file cannot be had: it was cut off meanwhile, or its disk fails. Says which, and leaves with
+ * status 1; any other SIGBUS does what it always does. */
+static void on_bus_error(int sig, siginfo_t *info, void *context)
+{
+    (void)context;
+    for (size_t i = 0; i < sizeof mapped / sizeof *mapped; i++) {
+        size_t offset = (size_t)((const uint8_t *)info->si_addr - mapped[i].data);
+        if (!mapped[i].data || offset >= mapped[i].size) continue;
+        const char *parts[] = {PROGRAM ": ", mapped[i].path, ": cannot be read any more: cut off while in use, or its disk fails\n"};
+        for (size_t k = 0; k < 3; k++)
+            if (write(2, parts[k], strlen(parts[k])) < 0) break; /* printf is not allowed in a handler */
+        discard_unfinished();
+        _exit(1);
+    }
+    signal(sig, SIG_DFL); /* the faulting instruction runs again */
 }
 
 /* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
@@ -329,9 +416,11 @@ static bool out_open(OutFile *o, const char *name)
     if (!old || !realpath(name, o->target)) snprintf(o->target, sizeof o->target, "%s", name);
     size_t n = strlen(o->target);
     memcpy(o->path, o->target, n + 1);
-    if (o->temporary) snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid());
-    o->file = fopen(o->path, "wb");
-    if (!o->file) return warn("%s: %s", name, strerror(errno));
+    if (o->temporary && snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid()) >= (int)(sizeof o->path - n))
+        return warn("%s: %s", name, strerror(ENAMETOOLONG));
+    o->file = fault() ? NULL : fopen(o->path, o->temporary ? "wbx" : "wb"); /* x: a new file, not what a link leads to */
+    if (!o->file) return warn("%s: %s", errno == EEXIST ? o->path : name, strerror(errno));
+    if (o->temporary) unfinished = o->path;
     if (old && o->temporary && fchmod(fileno(o->file), info.st_mode & 0777)) warn("%s: its rights are not kept: %s", name, strerror(errno));
     return true;
 }
@@ -345,6 +434,7 @@ static bool out_close(OutFile *o, bool whole, bool durable)
     if (fclose(o->file) && !error) error = errno;
     if (!error && whole && o->temporary && rename(o->path, o->target)) error = errno;
     if (o->temporary && (error || !whole)) unlink(o->path);
+    unfinished = NULL;
     if (error) warn("%s: %s", o->name, strerror(error));
     return whole && !error;
 }
@@ -1081,6 +1171,22 @@ static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
     mtp->layer.mlp.index = c->has_sparse;
 }
 
+/* The hash of a checkpoint: of all up to the first tensor, and of the first 64 bytes of each. Damage further on in the
+ * weights goes unseen: reading them all would take longer than the first answer. */
+static uint64_t directory_hash(const Reader *r)
+{
+    static const uint8_t zeros[64];
+    uint64_t tensors = FNV_BASIS;
+    size_t first = r->file.size;
+    for (uint32_t i = 0; i < r->header->n_tensors; i++) {
+        const TensorRecord *t = &r->tensors[i];
+        size_t n = min_size(64, t->size);
+        tensors = fnv1a(zeros, 64 - n, fnv1a(r->file.data + t->offset, n, tensors));
+        first = min_size(first, t->offset);
+    }
+    return fnv1a(r->file.data + 64, first - 64, FNV_BASIS) ^ tensors;
+}
+
 /* Open a checkpoint: afterwards every pointer of the model points into the mapping and is safe to follow. */
 static Model open_model(const char *path)
 {
@@ -1103,6 +1209,8 @@ static Model open_model(const char *path)
     }
     if (r.bound != r.header->n_tensors)
         die("%s: n_tensors: this model has %u, found %u", path, r.bound, r.header->n_tensors);
+    if (directory_hash(&r) != r.header->hash)
+        die("%s: hash: wanted %016llx, found %016llx: damaged", path, (unsigned long long)r.header->hash, (unsigned long long)directory_hash(&r));
     return m;
 }
 
@@ -1368,8 +1476,10 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
     fwrite(header, 1, sizeof header, f);
     fseek(f, 0, SEEK_END);
     for (int t = 0; t < n; t++) fwrite(data + (size_t)t * ld, sizeof(float), (size_t)cols, f);
-    bool failed = ferror(f);
-    if (fclose(f) || failed) die("%s: %s", path, strerror(errno));
+    int error = ferror(f) ? errno : 0;
+    if (fclose(f) && !error) error = errno;
+    if (error) unlink(path);
+    if (error) die("%s: %s", path, strerror(error));
 }
 
 /* ---- 7. Gated DeltaNet (arXiv 2412.06464) ----
@@ -2059,19 +2169,23 @@ static void decoder_layer(Pass *p, bool add_out)
     mlp_block(p);
 }
 
+/* What becomes of a forward's tokens. TRIAL: n <= MAX_TRIAL, and state_keep says afterwards how many of them stay. STOPPABLE:
+ * an interrupt ends it before its next layer, and the caller gives the state up or takes one that was remembered. */
+typedef enum { KEPT, TRIAL, STOPPABLE } Forward;
+
 /* Run n <= work.batch tokens through all layers, extending the state by them. Afterwards work.xn holds the rows
- * after the final norm. The caller has made sure that n more positions fit into the context.
- * trial: n <= MAX_TRIAL, and state_keep says afterwards how many of them stay. */
-static void forward(Engine *e, const int *tokens, int n, bool trial)
+ * after the final norm. The caller has made sure that n more positions fit into the context. False when it was stopped. */
+static bool forward(Engine *e, const int *tokens, int n, Forward kind)
 {
     State *s = &e->state;
     const Model *m = &e->model;
     if (s->mtp && s->tokens.len - s->mtp_len + n > e->work.pair_rows) mtp_fill(e);
     if (e->experts) experts_make_way(e->experts, kv_bytes(s, &m->config, s->tokens.len + n));
-    Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len, .trial = trial};
+    Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len, .trial = kind == TRIAL};
     fill_rope(m, e->work.rope, p.pos, n);
     parallel_for(e->pool, n, embed_item, &p);
     for (int i = 0; i < m->config.num_hidden_layers; i++) {
+        if (kind == STOPPABLE && interrupted) return false;
         p.layer = &m->layers[i];
         decoder_layer(&p, i > 0);
     }
@@ -2080,8 +2194,9 @@ static void forward(Engine *e, const int *tokens, int n, bool trial)
     dump(&p, "norm", e->work.xn.f, n, m->config.hidden_size, e->work.xn.ld);
     if (s->mtp) parallel_for(e->pool, n, mtp_wait_item, &p);
     for (int t = 0; t < n; t++) tokens_add(&s->tokens, tokens[t]);
-    s->tape_len = trial ? n : 0;
+    s->tape_len = p.trial ? n : 0;
     memcpy(s->h, e->work.xn.f + (size_t)(n - 1) * e->work.xn.ld, (size_t)m->config.hidden_size * sizeof(float));
+    return true;
 }
 
 /* Logits of rows [first, first + n) of the last forward, n <= HEAD_ROWS: work.logits[i][vocab]. */
@@ -2551,6 +2666,9 @@ static Tokenizer *open_tokenizer(const char *path)
     check_sorted(t, t->comp, t->n_comp, false, 0x10ffff, "composition");
     index_tokens(t, classes, h->n_classes);
     index_merges(t);
+    uint64_t hash = fnv1a(t->file.data + sizeof *h, t->file.size - sizeof *h, FNV_BASIS);
+    if (hash != h->hash)
+        die("%s: hash: wanted %016llx, found %016llx: damaged", path, (unsigned long long)h->hash, (unsigned long long)hash);
     return t;
 }
 
@@ -2950,7 +3068,7 @@ static void printer_flush(Printer *p, bool all)
     }
     if (!done) return;
     fwrite(s, 1, done, stdout);
-    fflush(stdout);
+    flush_output();
     memmove(p->held.data, s + done, p->held.len - done);
     p->held.len -= done;
 }
@@ -3281,6 +3399,26 @@ static int physical_cores(void)
     return min_int(max_int(count, 1), MAX_THREADS);
 }
 
+/* Keep signals that may end a run out; *before: what was let in, to go back to. Threads are started like this: signals are
+ * the main thread's, which may be waiting to be woken by one. */
+static void hold_signals(sigset_t *before)
+{
+    sigset_t stop;
+    sigemptyset(&stop);
+    sigaddset(&stop, SIGINT), sigaddset(&stop, SIGTERM), sigaddset(&stop, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &stop, before);
+}
+
+/* Start a thread. Ends the program with a message when it cannot. what: for the message */
+static void start_thread(pthread_t *thread, void *(*run)(void *), void *arg, const char *what)
+{
+    sigset_t before;
+    hold_signals(&before);
+    int error = fault() ? EAGAIN : pthread_create(thread, NULL, run, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error) die("cannot start a thread that %s: %s", what, strerror(error));
+}
+
 /* Start n - 1 workers; the caller is the n-th. Ends with a message when a thread cannot be started. */
 static Pool *pool_create(int n)
 {
@@ -3294,8 +3432,7 @@ static Pool *pool_create(int n)
     for (int i = 1; i < n; i++) {
         Worker *w = grow(NULL, 1, sizeof *w);
         *w = (Worker){p, i};
-        int error = pthread_create(&p->thread[i], NULL, pool_thread, w);
-        if (error) die("cannot start thread %d of %d: %s", i + 1, n, strerror(error));
+        start_thread(&p->thread[i], pool_thread, w, "computes (-j says how many do)");
     }
     return p;
 }
@@ -3646,10 +3783,7 @@ static void experts_start(ExpertCache *c, size_t n)
     pthread_mutex_init(&c->mutex, NULL);
     pthread_cond_init(&c->more, NULL);
     pthread_cond_init(&c->done, NULL);
-    for (int i = 0; i < READERS; i++) {
-        int error = pthread_create(&c->reader[i], NULL, read_experts, c);
-        if (error) die("cannot start a thread that reads: %s", strerror(error));
-    }
+    for (int i = 0; i < READERS; i++) start_thread(&c->reader[i], read_experts, c, "reads");
 }
 
 /* Stop the readers. */
@@ -4259,13 +4393,42 @@ static const Kernels *choose_kernels(const char *name)
 
 /* ============================== Part V: the program ============================== */
 
-static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon */
+/* Ctrl-C has been acted upon; SIGTERM holds until the end. */
+static void forget_interrupts(void) { interrupted = leaving != 0; }
 
-/* SIGINT handler of modes that look at the flag between steps: only counts. */
-static void on_interrupt(int sig) { (void)sig; interrupted++; }
+static volatile sig_atomic_t watching; /* a mode is at work that looks at `interrupted` between steps */
 
-/* SIGINT handler of the others. */
-static void on_interrupt_leave(int sig) { (void)sig; _exit(130); }
+/* SIGINT, SIGTERM, SIGHUP: whoever watches stops soon, and what was to be saved is saved. When nobody does, at the third
+ * SIGINT that nobody has acted upon and at the second of the others the program ends here and now. */
+static void on_interrupt(int sig)
+{
+    bool again = sig == SIGINT ? interrupted >= 2 : leaving != 0;
+    if (sig != SIGINT) leaving = sig;
+    interrupted++;
+    if (watching && !again) return;
+    discard_unfinished();
+    _exit(128 + sig);
+}
+
+/* What signals do from here on. No SA_RESTART: they end a read. */
+static void catch_signals(void)
+{
+    struct sigaction stop = {.sa_handler = on_interrupt}, bus = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
+    struct sigaction ignored;
+    sigaction(SIGINT, &stop, NULL);
+    sigaction(SIGTERM, &stop, NULL);
+    if (!sigaction(SIGHUP, NULL, &ignored) && ignored.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL); /* nohup */
+    sigaction(SIGBUS, &bus, NULL);
+    signal(SIGXFSZ, SIG_IGN); /* a file beyond a limit is a failed write with a message, like a full disk; ... */
+    signal(SIGPIPE, SIG_IGN); /* ... and so is an output that was closed */
+}
+
+/* Files opened later must not become standard input, output or error where these are closed: what is missing shall fail. */
+static void fill_standard_files(void)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) exit(1);
+}
 
 /* What the command line asked for. */
 typedef struct {
@@ -4340,14 +4503,15 @@ static void ledger_add(Ledger *l, int pos, int id, bool made)
     l->again += again && !made;
 }
 
-/* Feed tokens to the model in batches. Stops early at an interrupt if it may. Returns how many it fed. */
+/* Feed tokens to the model in batches. Returns how many it fed: fewer than n at an interrupt, if it may stop then; the
+ * state is of no use any more. */
 static int feed(Run *r, const int *ids, int n, bool may_stop)
 {
     double start = now();
     int done = 0;
-    while (done < n && !(may_stop && interrupted)) {
+    while (done < n) {
         int batch = min_int(n - done, r->engine.work.batch), pos = r->engine.state.tokens.len;
-        forward(&r->engine, ids + done, batch, false);
+        if (!forward(&r->engine, ids + done, batch, may_stop ? STOPPABLE : KEPT)) break;
         for (int i = 0; i < batch; i++) {
             sampler_saw(&r->sampler, ids[done + i], false);
             if (r->engine.state.mtp) shortlist_add(&r->drafter.list, ids[done + i]);
@@ -4490,7 +4654,7 @@ static void step_begin(Run *r, Step *step, int id, int most)
     *step = (Step){.id = {id}, .start = now()};
     if (e->state.mtp) step_draft(r, step, min_int(MAX_DRAFT, min_int(most, room)));
     step->drafted = now();
-    forward(e, step->id, 1 + step->n_guesses, step->n_guesses > 0);
+    forward(e, step->id, 1 + step->n_guesses, step->n_guesses > 0 ? TRIAL : KEPT);
     head_logits(e, 0, 1 + step->n_guesses);
 }
 
@@ -4544,7 +4708,7 @@ static int generate(Run *r, int limit, Printer *printer)
         int id = sample(&r->sampler, logits);
         bool stop = is_stop(&e->model, id);
         r->answer_tokens++;
-        if (r->args.ids) printf(count > 1 ? " %d" : "%d", id), fflush(stdout);
+        if (r->args.ids) printf(count > 1 ? " %d" : "%d", id), flush_output();
         else if (!stop || r->args.verbose) print_token(printer, id, !stop);
         if (stop) {
             unfed = ENDED;
@@ -4552,7 +4716,7 @@ static int generate(Run *r, int limit, Printer *printer)
         }
         sampler_saw(&r->sampler, id, true);
         unfed = id;
-        if (count == limit) break;
+        if (count == limit || ferror(stdout)) break; /* nobody hears it any more */
         if (step.right < step.n_guesses && id == step.id[1 + step.right]) {
             step.right++;
         } else {
@@ -4662,7 +4826,10 @@ static Str prompt_text(const Run *r)
 {
     Str s = {0};
     const char *file = r->args.file ? r->args.file : r->args.text && strcmp(r->args.text, "-") ? NULL : "-";
-    if (file && !read_file(file, &s)) exit(interrupted ? 130 : 1);
+    sig_atomic_t was = watching;
+    watching = false; /* a signal ends the program here and now: nothing is there to save, and reading may take for ever */
+    if (file && !read_file(file, &s)) exit(1);
+    watching = was;
     if (!file) str_add(&s, r->args.text, strlen(r->args.text));
     return s;
 }
@@ -4823,7 +4990,7 @@ static void answer(Conversation *c, Printer *printer, bool fresh)
     c->unfed = max_int(unfed, -1);
     c->unfinished = unfed != ENDED;
     printer_flush(printer, true);
-    fflush(stdout);
+    flush_output();
     str_set(&turn->answer, printer->all.data, printer->all.len);
     free(printer->held.data), free(printer->all.data);
 }
@@ -5137,7 +5304,7 @@ static bool conversation_load(Conversation *c, const char *path, bool chat)
         r->sampler.set = h->sampling;
         r->sampler.rng = h->rng;
     }
-    munmap((void *)(uintptr_t)file.data, file.size);
+    unmap_file(&file);
     return fine;
 }
 
@@ -5230,8 +5397,8 @@ static int mode_generate(Run *r)
     if (r->args.ids || isatty(1)) putchar('\n');
     report_speed(r);
     if (r->args.save && !whole) warn("%s: not written: the prompt was not read to its end", r->args.save);
-    if (r->args.save && whole && !conversation_save(&c, r->args.save)) return 1;
-    return interrupted ? 130 : 0;
+    if (r->args.save && whole && !conversation_save(&c, r->args.save) && !interrupted) return 1;
+    return interrupted ? signal_status() : 0;
 }
 
 /* ---- 18. Chat ---- */
@@ -5350,7 +5517,7 @@ static void chat_answer(Conversation *c, bool fresh)
     answer(c, &printer, fresh);
     free(none.data);
     putchar('\n');
-    fflush(stdout);
+    flush_output();
     report_speed(c->run);
 }
 
@@ -5429,7 +5596,7 @@ static void chat_undo(Conversation *c)
     }
     Turn *turn = &c->turns[c->n_turns - 1];
     go_back(c, turn->start.n_tokens);
-    interrupted = 0;
+    forget_interrupts();
     c->place = turn->before;
     fprintf(stderr, "forgotten: %.60s%s\n", turn->user.data, turn->user.len > 60 ? " ..." : "");
     pop_turn(c);
@@ -5458,23 +5625,48 @@ static void chat_regen(Conversation *c)
         free_prompt(&p), free(cue.id);
         if (!fits) return;
     }
-    interrupted = 0;
+    forget_interrupts();
     chat_answer(c, true);
 }
 
 typedef enum { GOT, FENCED, END, BREAK } Input;
 
+/* What has been read of standard input. */
+typedef struct { char data[4096]; size_t at, len; } InputBuffer;
+
+/* The next byte of standard input. Signals are let in only while it waits, so that none comes between a look at
+ * `interrupted` and falling asleep. */
+static Input read_byte(InputBuffer *in, char *byte)
+{
+    while (in->at == in->len) {
+        sigset_t before;
+        fd_set ready;
+        FD_ZERO(&ready);
+        FD_SET(0, &ready);
+        hold_signals(&before);
+        if (!interrupted) pselect(1, &ready, NULL, NULL, NULL, &before);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        if (interrupted) return BREAK;
+        ssize_t n = read(0, in->data, sizeof in->data);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) warn("standard input: %s", strerror(errno));
+        if (n <= 0) return END;
+        in->at = 0, in->len = (size_t)n;
+    }
+    *byte = in->data[in->at++];
+    return GOT;
+}
+
 /* One line from standard input, without its newline; END: no more; BREAK: Ctrl-C. */
 static Input read_line(Str *line)
 {
+    static InputBuffer in;
     str_set(line, "", 0);
-    for (char ch;;) {
-        ssize_t n = read(0, &ch, 1);
-        if (n < 0 && errno == EINTR && interrupted) return BREAK;
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return line->len ? GOT : END;
-        if (ch == '\n') return GOT;
-        str_add(line, &ch, 1);
+    for (char byte;;) {
+        Input got = read_byte(&in, &byte);
+        if (got == END && line->len) return GOT;
+        if (got != GOT || byte == '\n') return got;
+        str_add(line, &byte, 1);
     }
 }
 
@@ -5483,7 +5675,7 @@ static Input read_message(bool prompt, Str *message)
 {
     static const char fence[] = "\"\"\"";
     Str line = {0};
-    interrupted = 0;
+    forget_interrupts();
     if (prompt) fputs("> ", stderr);
     Input got = read_line(message);
     if (got != GOT || message->len < 3 || memcmp(message->data, fence, 3)) return got;
@@ -5625,22 +5817,24 @@ static bool chat_command(Conversation *c, Str *line)
 }
 
 /* Turns from standard input until it ends. An answer that was loaded unfinished is gone on with, unless a message comes
- * first (from a terminal none can). */
-static void chat_loop(Conversation *c)
+ * first (from a terminal none can). False when a signal ended it, or a second Ctrl-C. */
+static bool chat_loop(Conversation *c)
 {
     bool go_on = c->unfinished;
     const Run *r = c->run;
     Str message = {0};
     bool prompt = !r->args.quiet && isatty(0);
     if (prompt) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
-    for (int breaks = 0; breaks < 2;) {
+    int breaks = 0; /* Ctrl-C in a row */
+    while (breaks < 2 && !ferror(stdout)) {
         Input got = go_on && isatty(0) ? END : read_message(prompt, &message);
         if (got == END && go_on) chat_answer(c, false);
         if (got == END && !(go_on && isatty(0))) break;
         go_on = false;
         if (got == END) continue;
         if (got == BREAK) {
-            fputs(breaks++ ? "\n" : "\n(Ctrl-C again, Ctrl-D or /exit leaves)\n", stderr);
+            fputs(breaks++ || leaving ? "\n" : "\n(Ctrl-C again, Ctrl-D or /exit leaves)\n", stderr);
+            if (leaving) break;
             continue;
         }
         breaks = 0;
@@ -5649,9 +5843,10 @@ static void chat_loop(Conversation *c)
         } else if (message.len) {
             chat_turn(c, &message);
         }
-        if (interrupted > 1) break; /* a second Ctrl-C during the answer */
+        if (interrupted > 1 || leaving) break; /* a second Ctrl-C during the answer */
     }
     free(message.data);
+    return breaks < 2 && interrupted < 2 && !leaving;
 }
 
 /* -m chat: one turn for a given prompt, else turns from standard input until it ends. */
@@ -5663,18 +5858,18 @@ static int mode_chat(Run *r)
     need_tokenizer(r);
     if (r->args.thinking >= 0 && !r->engine.model.chat.thinking) warn("-r: this model does not think: there is nothing to hide");
     if (r->args.load && !load_first(&c, true)) return 1;
-    if (interrupted) return 130;
+    if (interrupted) return signal_status();
     if (r->args.system) str_add(&c.system, r->args.system, strlen(r->args.system));
     if (r->args.save && !can_save(&c)) return 1;
     bool given = r->args.text || r->args.file;
     if (given) {
         Str message = prompt_text(r);
         status = !chat_turn(&c, &message);
-        if (interrupted) status = 130;
-    } else {
-        chat_loop(&c);
+        if (interrupted) status = signal_status();
+    } else if (!chat_loop(&c)) {
+        status = signal_status();
     }
-    if (r->args.save && !conversation_save(&c, r->args.save)) return 1;
+    if (r->args.save && !conversation_save(&c, r->args.save) && !status) status = 1;
     return status;
 }
 
@@ -5712,9 +5907,9 @@ static int mode_tokenize(Run *r)
 static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, int pos, const float *logits), void *arg)
 {
     Engine *e = &r->engine;
-    for (int done = 0; done < prompt->len && !interrupted;) {
+    for (int done = 0; done < prompt->len;) {
         int batch = min_int(prompt->len - done, e->work.batch);
-        forward(e, prompt->id + done, batch, false);
+        if (!forward(e, prompt->id + done, batch, STOPPABLE)) return;
         for (int row = 0; row < batch; row += HEAD_ROWS) {
             int n = min_int(HEAD_ROWS, batch - row);
             const float *logits = head_logits(e, row, n);
@@ -5771,7 +5966,7 @@ static int mode_logits(Run *r)
     each_logits(r, &prompt, write_logits, &l);
     if (!interrupted && r->args.dump) dump_drafts(r, (int)r->args.draft);
     bool written = out_close(&l.file, !interrupted, false);
-    return interrupted ? 130 : !written;
+    return interrupted ? signal_status() : !written;
 }
 
 typedef struct { const int *ids; int n, vocab; double nll; } Score;
@@ -5795,7 +5990,7 @@ static int mode_perplexity(Run *r)
     if (prompt.len < 2) die("prompt: wanted at least two tokens, found %d", prompt.len);
     Score s = {prompt.id, prompt.len, r->engine.model.config.vocab_size, 0};
     each_logits(r, &prompt, score_logits, &s);
-    if (interrupted) return 130;
+    if (interrupted) return signal_status();
     double nll = s.nll / (prompt.len - 1);
     printf("tokens %d\nnll %.9g\nperplexity %.9g\n", prompt.len - 1, nll, exp(nll));
     return 0;
@@ -5994,7 +6189,7 @@ static double bench_tokens(Run *r, int n, bool one_by_one)
     for (int i = 0; i < n; i++) ids[i] = bench_random(r->engine.model.config.tokenizer_size);
     double start = now();
     if (one_by_one)
-        for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1, false), head_logits(&r->engine, 0, 1);
+        for (int i = 0; i < n; i++) forward(&r->engine, ids + i, 1, KEPT), head_logits(&r->engine, 0, 1);
     else if (feed(r, ids, n, true)) last_logits(&r->engine);
     free(ids);
     return now() - start;
@@ -6087,7 +6282,7 @@ static int bench_steps(Run *r, int drafts, int percent, int steps, double *secon
         double p;
         for (int k = 0; k < drafts; k++) ids[1 + k] = mtp_guess(e, ids[k], k, &r->drafter.list, &p);
         for (int k = 1; k <= drafts; k++) ids[k] = bench_random(e->model.config.tokenizer_size); /* so that routing varies */
-        forward(e, ids, 1 + drafts, true);
+        forward(e, ids, 1 + drafts, TRIAL);
         *experts += e->work.n_ffn - 1;
         head_logits(e, 0, 1 + drafts);
         while (kept <= drafts && bench_random(100) < percent) kept++;
@@ -6149,7 +6344,7 @@ static int mode_bench(Run *r)
     if (!interrupted) bench_decode(r, &m, decode);
     if (!interrupted && a->draft > 0) bench_drafts(r, (int)a->draft, decode);
     printf("peak_memory %ld MB\n", peak_memory_mb());
-    return interrupted ? 130 : 0;
+    return interrupted ? signal_status() : 0;
 }
 
 /* ---- 21. Command line ---- */
@@ -6474,23 +6669,22 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 int main(int argc, char **argv)
 {
+    fill_standard_files();
     Run r = {.args = parse_args(argc, argv)};
-    if (r.args.help) return print_help(), 0;
-    if (r.args.version) return puts(PROGRAM " " VERSION), 0;
+    if (r.args.help) return print_help(), end_output(), 0;
+    if (r.args.version) return puts(PROGRAM " " VERSION), end_output(), 0;
     const Mode *mode = choose_mode(&r.args);
     check_args(&r.args);
-    struct sigaction action = {.sa_handler = mode->watches ? on_interrupt : on_interrupt_leave}; /* no SA_RESTART: Ctrl-C ends a read */
-    sigaction(SIGINT, &action, NULL);
-    signal(SIGXFSZ, SIG_IGN); /* a file beyond a limit is a failed write with a message, like a full disk */
+    catch_signals();
     r.engine.model = open_model(r.args.model);
     if (mode->engine) start_engine(&r);
+    watching = mode->watches;
     int status = mode->run(&r);
-    if (fflush(stdout)) die("standard output: %s", strerror(errno));
-    if (ferror(stdout)) die("standard output: not all could be written");
+    end_output();
     report_experts(&r);
     if (r.engine.pool) pool_free(r.engine.pool);
     if (r.engine.experts) experts_stop(r.engine.experts);
-    return status;
+    return leaving ? signal_status() : status;
 }
 
 #endif /* KERNEL_PASS */

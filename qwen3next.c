@@ -3099,7 +3099,7 @@ static void print_token(Printer *p, int id, bool keep)
     bool special = id < p->t->n_tokens && p->t->special[id];
     if (special && !p->show_special) return;
     str_add(&p->held, bytes, n);
-    if (keep && !special) str_add(&p->all, bytes, n);
+    str_add(&p->all, bytes, keep && !special ? n : 0);
     if (p->thinking) p->thinking = still_thinking(p);
     if (p->thinking) return;
     while (p->trim && p->held.len && isspace((unsigned char)p->held.data[0])) {

@@ -90,6 +90,42 @@
 #endif
 #endif
 
+#if !defined __SANITIZE_ADDRESS__ && defined __has_feature /* clang's way to say it */
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+#ifdef FUZZ /* section 22 runs the program again and again in one process: nothing may end it, pile up, or touch a user's files */
+#define main(...) program(__VA_ARGS__)
+int program(int argc, char **argv);
+#define exit(status) fuzz_exit(status)
+#define realloc(p, bytes) fuzz_realloc(p, bytes)
+#define free(p) fuzz_free(p)
+#define mmap(at, bytes, ...) fuzz_mmap(at, bytes, __VA_ARGS__)
+#define munmap(p, bytes) (fuzz_free(p), (void)(bytes))
+#define open(path, ...) open(fuzz_path(path), __VA_ARGS__)
+#define fopen(path, mode) fopen(fuzz_path(path), mode)
+#define stat(path, info) stat(fuzz_path(path), info)
+#define rename(from, to) rename(fuzz_path(from), fuzz_path(to))
+#define unlink(path) unlink(fuzz_path(path))
+__attribute__((noreturn)) static void fuzz_exit(int status);
+static void *fuzz_realloc(void *old, size_t bytes);
+static void *fuzz_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
+static void fuzz_free(void *p);
+static const char *fuzz_path(const char *path);
+#endif
+enum {
+#ifdef FUZZ
+    FUZZING = true
+#else
+    FUZZING = false
+#endif
+};
+
 #define VERSION "0.1.0"
 #define PROGRAM "qwen3next"
 
@@ -135,11 +171,12 @@ static void discard_unfinished(void)
     if (path) unlink(path);
 }
 
+static atomic_flag dying = ATOMIC_FLAG_INIT;
+
 /* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. Of several threads that come
  * here, one speaks. */
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
 {
-    static atomic_flag dying = ATOMIC_FLAG_INIT;
     va_list args;
     while (atomic_flag_test_and_set(&dying)) pause();
     va_start(args, format);
@@ -277,6 +314,9 @@ static uint64_t fnv1a(const uint8_t *bytes, size_t n, uint64_t h)
     return h;
 }
 
+/* Whether a file is as its hash says. A fuzzer, which cannot guess hashes, is to reach what lies behind them. */
+static bool same_hash(uint64_t wanted, uint64_t found) { return wanted == found || FUZZING; }
+
 /* bf16 is the upper half of a float. */
 static float bf16_to_float(uint16_t h)
 {
@@ -350,6 +390,18 @@ typedef struct { const uint8_t *data; size_t size; const char *path; dev_t devic
 /* The mapped files, for the handler of SIGBUS: model, tokenizer, a conversation being loaded. data NULL: none. */
 static Mapping mapped[4];
 
+/* AddressSanitizer, where it is built in: the rest of a mapped file's last page is not to be read (or is of no concern again). */
+static void guard_rest(const Mapping *m, bool on)
+{
+#ifdef __SANITIZE_ADDRESS__
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), rest = round_up(m->size, page) - m->size;
+    if (on) __asan_poison_memory_region(m->data + m->size, rest);
+    else __asan_unpoison_memory_region(m->data + m->size, rest);
+#else
+    (void)m, (void)on;
+#endif
+}
+
 /* Map a whole file: a regular one of at least 64 bytes. False after a message. */
 static bool map_file(const char *path, Mapping *m)
 {
@@ -365,6 +417,7 @@ static bool map_file(const char *path, Mapping *m)
     if (p == MAP_FAILED) return false;
     want_huge_pages(p, (size_t)info.st_size);
     *m = (Mapping){p, (size_t)info.st_size, path, info.st_dev, info.st_ino};
+    guard_rest(m, true);
     for (size_t i = 0; i < sizeof mapped / sizeof *mapped; i++)
         if (!mapped[i].data) {
             mapped[i] = *m;
@@ -378,6 +431,7 @@ static void unmap_file(const Mapping *m)
 {
     for (size_t i = 0; i < sizeof mapped / sizeof *mapped; i++)
         if (mapped[i].data == m->data) mapped[i].data = NULL;
+    guard_rest(m, false);
     munmap((void *)(uintptr_t)m->data, m->size);
 }
 
@@ -1209,8 +1263,9 @@ static Model open_model(const char *path)
     }
     if (r.bound != r.header->n_tensors)
         die("%s: n_tensors: this model has %u, found %u", path, r.bound, r.header->n_tensors);
-    if (directory_hash(&r) != r.header->hash)
-        die("%s: hash: wanted %016llx, found %016llx: damaged", path, (unsigned long long)r.header->hash, (unsigned long long)directory_hash(&r));
+    uint64_t hash = directory_hash(&r);
+    if (!same_hash(r.header->hash, hash))
+        die("%s: hash: wanted %016llx, found %016llx: damaged", path, (unsigned long long)r.header->hash, (unsigned long long)hash);
     return m;
 }
 
@@ -2667,7 +2722,7 @@ static Tokenizer *open_tokenizer(const char *path)
     index_tokens(t, classes, h->n_classes);
     index_merges(t);
     uint64_t hash = fnv1a(t->file.data + sizeof *h, t->file.size - sizeof *h, FNV_BASIS);
-    if (hash != h->hash)
+    if (!same_hash(h->hash, hash))
         die("%s: hash: wanted %016llx, found %016llx: damaged", path, (unsigned long long)h->hash, (unsigned long long)hash);
     return t;
 }
@@ -3016,6 +3071,7 @@ static void encode(const Tokenizer *t, const Prompt *p, Tokens *out)
     const uint8_t *s = (const uint8_t *)p->bytes.data;
     size_t n = p->bytes.len, plain = 0;
     bool starts[256] = {0};
+    if (!n) return;
     for (uint32_t i = 0; i < t->n_added; i++) starts[t->bytes[t->offsets[t->added[i][0]]]] = true;
     Merger m = {0};
     for (size_t i = 0, len; i < n; i++) {
@@ -4415,6 +4471,7 @@ static void catch_signals(void)
 {
     struct sigaction stop = {.sa_handler = on_interrupt}, bus = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     struct sigaction ignored;
+    if (FUZZING) return; /* the fuzzer has its own */
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGTERM, &stop, NULL);
     if (!sigaction(SIGHUP, NULL, &ignored) && ignored.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL); /* nohup */
@@ -4796,7 +4853,7 @@ static Tokenizer *need_tokenizer(Run *r)
     const Model *m = &r->engine.model;
     if (m->file.data && r->tokenizer->n_tokens > m->config.vocab_size)
         die("%s: n_tokens: the model's vocabulary wants at most %d, found %d", path, m->config.vocab_size, r->tokenizer->n_tokens);
-    if (m->tokenizer_hash && m->tokenizer_hash != r->tokenizer->hash)
+    if (m->tokenizer_hash && !same_hash(m->tokenizer_hash, r->tokenizer->hash))
         die("%s: hash: the model was exported with tokenizer %016llx, found %016llx", path,
             (unsigned long long)m->tokenizer_hash, (unsigned long long)r->tokenizer->hash);
     return r->tokenizer;
@@ -5183,13 +5240,13 @@ static bool check_saved(const Run *r, const Mapping *file, const SavedHeader *h)
     if (h->version != 1) return warn("%s: version: wanted 1, found %u", path, h->version);
     if (h->file_size != file->size)
         return warn("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (u64)h->file_size, file->size);
-    if (h->model_hash != model->hash || h->model_size != e->model.file.size)
+    if (!same_hash(h->model_hash, model->hash) || h->model_size != e->model.file.size)
         return warn("%s: model: this one is %016llx of %zu bytes, found %016llx of %llu", path, (u64)model->hash,
                     e->model.file.size, (u64)h->model_hash, (u64)h->model_size);
     SavedHeader copy = *h;
     copy.hash = 0;
     uint64_t hash = hash_bytes(hash_bytes(0, file->data + sizeof *h, file->size - sizeof *h), &copy, sizeof copy);
-    if (hash != h->hash)
+    if (!same_hash(h->hash, hash))
         return warn("%s: hash: wanted %016llx, found %016llx: damaged", path, (u64)h->hash, (u64)hash);
     const char *type = h->kv_type >= 0 && h->kv_type < N_KV ? KV_NAMES[h->kv_type] : "an unknown type";
     if (h->kv_type != (int)e->state.kv_type)
@@ -5658,12 +5715,11 @@ static Input read_byte(InputBuffer *in, char *byte)
 }
 
 /* One line from standard input, without its newline; END: no more; BREAK: Ctrl-C. */
-static Input read_line(Str *line)
+static Input read_line(InputBuffer *in, Str *line)
 {
-    static InputBuffer in;
     str_set(line, "", 0);
     for (char byte;;) {
-        Input got = read_byte(&in, &byte);
+        Input got = read_byte(in, &byte);
         if (got == END && line->len) return GOT;
         if (got != GOT || byte == '\n') return got;
         str_add(line, &byte, 1);
@@ -5671,19 +5727,19 @@ static Input read_line(Str *line)
 }
 
 /* A user's message: a line, or what stands between two """, over as many lines as it takes. */
-static Input read_message(bool prompt, Str *message)
+static Input read_message(InputBuffer *in, bool prompt, Str *message)
 {
     static const char fence[] = "\"\"\"";
     Str line = {0};
     forget_interrupts();
     if (prompt) fputs("> ", stderr);
-    Input got = read_line(message);
+    Input got = read_line(in, message);
     if (got != GOT || message->len < 3 || memcmp(message->data, fence, 3)) return got;
     str_set(message, message->data + 3, message->len - 3);
     bool first = !message->len; /* nothing behind the fence: the message begins with the next line */
     while (got == GOT && (message->len < 3 || memcmp(message->data + message->len - 3, fence, 3))) {
         if (prompt) fputs(". ", stderr);
-        got = read_line(&line);
+        got = read_line(in, &line);
         if (got == GOT && !first) str_add(message, "\n", 1);
         if (got == GOT) str_add(message, line.data, line.len);
         first = false;
@@ -5823,11 +5879,12 @@ static bool chat_loop(Conversation *c)
     bool go_on = c->unfinished;
     const Run *r = c->run;
     Str message = {0};
+    InputBuffer in = {.len = 0};
     bool prompt = !r->args.quiet && isatty(0);
     if (prompt) fprintf(stderr, "%s, context %d. /help lists commands.\n", r->args.model, r->engine.state.ctx);
     int breaks = 0; /* Ctrl-C in a row */
     while (breaks < 2 && !ferror(stdout)) {
-        Input got = go_on && isatty(0) ? END : read_message(prompt, &message);
+        Input got = go_on && isatty(0) ? END : read_message(&in, prompt, &message);
         if (got == END && go_on) chat_answer(c, false);
         if (got == END && !(go_on && isatty(0))) break;
         go_on = false;
@@ -6687,4 +6744,158 @@ int main(int argc, char **argv)
     return leaving ? signal_status() : status;
 }
 
+#ifdef FUZZ
+
+/* ---- 22. Fuzzing: `make fuzz` ----
+ * libFuzzer calls LLVMFuzzerTestOneInput with bytes of its making. They stand for one of the program's inputs, which one is
+ * for QWEN3NEXT_FUZZ to say, and the program runs on it from the first line of main to its end. */
+
+#include <setjmp.h>
+
+enum { MAX_LIVE = 1 << 16 };
+
+/* What a run is given and what it leaves behind. */
+static struct {
+    char input[64], model[PATH_MAX], tokenizer[PATH_MAX]; /* the files it may read; of all others there is but one: */
+    char scratch[64], temporary[80];                      /* ... whatever their names are, and what becomes it */
+    int fd;                                               /* of the input, which lies in memory */
+    struct { void *p; size_t mapped; } live[MAX_LIVE];    /* memory it has: from malloc, or so many bytes mapped */
+    int n_live;
+    jmp_buf end;
+} fuzz;
+
+/* In place of exit. */
+static void fuzz_exit(int status) { longjmp(fuzz.end, status + 1); }
+
+/* Note memory; ends the process when there is no place for that. */
+static void *fuzz_keep(void *p, size_t bytes)
+{
+    if (fuzz.n_live == MAX_LIVE) abort();
+    fuzz.live[fuzz.n_live].p = p;
+    fuzz.live[fuzz.n_live++].mapped = bytes;
+    return p;
+}
+
+/* In place of free and munmap. */
+static void fuzz_free(void *p)
+{
+    int i = fuzz.n_live - 1;
+    while (i >= 0 && fuzz.live[i].p != p) i--;
+    if (!p) return;
+    if (i < 0) abort(); /* not ours, or not any more */
+    if (!fuzz.live[i].mapped) (free)(p);
+    else guard_rest(&(Mapping){.data = p, .size = fuzz.live[i].mapped}, false), (munmap)(p, fuzz.live[i].mapped);
+    fuzz.live[i] = fuzz.live[--fuzz.n_live];
+}
+
+/* In place of realloc: 256 MB are all there is. */
+static void *fuzz_realloc(void *old, size_t bytes)
+{
+    if (bytes > (size_t)1 << 28) return NULL;
+    for (int i = fuzz.n_live - 1; i >= 0; i--)
+        if (fuzz.live[i].p == old) return fuzz.live[i].p = (realloc)(old, bytes);
+    return fuzz_keep((realloc)(NULL, bytes), 0);
+}
+
+/* In place of mmap. */
+static void *fuzz_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset)
+{
+    void *p = (mmap)(at, bytes, protection, flags, fd, offset);
+    return p == MAP_FAILED ? p : fuzz_keep(p, bytes);
+}
+
+/* The file that a name stands for. */
+static const char *fuzz_path(const char *path)
+{
+    size_t n = strlen(path);
+    if (!strcmp(path, fuzz.input) || !strcmp(path, fuzz.model) || !strcmp(path, fuzz.tokenizer)) return path;
+    return n > 4 && !strcmp(path + n - 4, ".tmp") ? fuzz.temporary : fuzz.scratch;
+}
+
+/* The inputs: how the program meets them (INPUT: the file), and where in one its own size stands (0: nowhere). */
+static const struct { const char *name; size_t size_at; const char *commands[3]; } FUZZ_TARGETS[] = {
+    {"checkpoint", offsetof(Header, file_size),
+     {"INPUT -m inspect", "INPUT --ids -i 1\n0\n1 -n 12 -c 48 -s 1 -j 1 -q", "INPUT -m perplexity --ids -i 0\n1\n1 -c 48 -j 1 --cpu plain --kv q8 -q"}},
+    {"tokenizer", offsetof(TokenizerHeader, file_size), {"MODEL -m tokenize -z INPUT -i The\nowl's\t12\té\u0323가각\u1112\u1161<|im_end|>...!"}},
+    {"saved", offsetof(SavedHeader, file_size),
+     {"MODEL --ids -n 3 -c 64 -j 1 -q --load INPUT --save kept", "MODEL -m chat -z TOKENIZER -n 3 -c 64 -j 1 -q --load INPUT"}},
+    {"text", 0, {"MODEL -m tokenize -z TOKENIZER -f INPUT"}},
+    {"chat", 0, {"MODEL -m chat -z TOKENIZER -n 3 -c 96 -s 1 -j 1 -q --save kept"}},
+    {"options", 0, {NULL}}};
+
+static const char FUZZ_LINES[] = "Hi\n/undo\n/regen\n/save kept\nAnd?\n/load kept\n/regen\n/show\n"; /* said after loading */
+
+/* Make the input's file, or standard input, hold these bytes. */
+static void fuzz_write(int fd, const void *data, size_t n)
+{
+    if (ftruncate(fd, 0) || pwrite(fd, data, n, 0) != (ssize_t)n || lseek(fd, 0, SEEK_SET)) abort();
+}
+
+/* Run the program; returns when it has ended. */
+static void fuzz_run(const char *command)
+{
+    static char line[4096], *argv[64];
+    int argc = 1, n = snprintf(line, sizeof line, "%s", command);
+    for (char *word = line; word < line + n; word += strlen(word) + 1) {
+        word[strcspn(word, " ")] = 0;
+        argv[argc++] = !strcmp(word, "INPUT") ? fuzz.input : !strcmp(word, "MODEL") ? fuzz.model : !strcmp(word, "TOKENIZER") ? fuzz.tokenizer : word;
+    }
+    argv[0] = (char *)(uintptr_t)PROGRAM, argv[argc] = NULL;
+    (unlink)(fuzz.scratch);
+    if (!setjmp(fuzz.end)) program(argc, argv);
+}
+
+/* The command line that lines stand for, as far as it is looked at before anything is opened. */
+static void fuzz_options(char *lines, size_t n)
+{
+    static char *argv[256];
+    int argc = 1;
+    for (char *word = lines; word < lines + n && argc < 255; word += strlen(word) + 1) {
+        word[strcspn(word, "\n")] = 0;
+        argv[argc++] = word;
+    }
+    if (setjmp(fuzz.end)) return;
+    Args args = parse_args(argc, argv);
+    if (args.help) print_help();
+    choose_mode(&args);
+    check_args(&args);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
+{
+    const char *name = getenv("QWEN3NEXT_FUZZ");
+    size_t target = 0, n_targets = sizeof FUZZ_TARGETS / sizeof *FUZZ_TARGETS;
+    while (target < n_targets && strcmp(FUZZ_TARGETS[target].name, name ? name : "")) target++;
+    if (target == n_targets || !getenv("QWEN3NEXT_FUZZ_FOLDER")) die("QWEN3NEXT_FUZZ, QWEN3NEXT_FUZZ_FOLDER: wanted a target and a folder");
+    if (!fuzz.fd) { /* the first */
+        snprintf(fuzz.model, sizeof fuzz.model, "%s/model.bin", getenv("QWEN3NEXT_FUZZ_FOLDER"));
+        snprintf(fuzz.tokenizer, sizeof fuzz.tokenizer, "%s/tokenizer.bin", getenv("QWEN3NEXT_FUZZ_FOLDER"));
+        snprintf(fuzz.scratch, sizeof fuzz.scratch, "/tmp/qwen3next-fuzz-%ld", (long)getpid());
+        snprintf(fuzz.temporary, sizeof fuzz.temporary, "%s.tmp", fuzz.scratch);
+        fuzz.fd = memfd_create("input", 0);
+        snprintf(fuzz.input, sizeof fuzz.input, "/proc/self/fd/%d", fuzz.fd);
+        if (fuzz.fd < 0 || dup2(memfd_create("stdin", 0), 0) < 0) abort();
+    }
+    Str copy = {0};
+    str_set(&copy, data, n);
+    size_t size_at = FUZZ_TARGETS[target].size_at;
+    if (size_at && n >= size_at + 8) memcpy(copy.data + size_at, &n, 8);
+    fuzz_write(fuzz.fd, copy.data, n);
+    fuzz_write(0, !strcmp(name, "chat") ? copy.data : FUZZ_LINES, !strcmp(name, "chat") ? n : strlen(FUZZ_LINES));
+    if (!strcmp(name, "options")) fuzz_options(copy.data, n);
+    for (int i = 0; i < 3 && FUZZ_TARGETS[target].commands[i]; i++) {
+        fuzz_run(FUZZ_TARGETS[target].commands[i]);
+        while (fuzz.n_live) fuzz_free(fuzz.live[fuzz.n_live - 1].p); /* all of it: the next one begins anew */
+        memset(mapped, 0, sizeof mapped);
+        interrupted = leaving = watching = output_error = 0, unfinished = NULL;
+        atomic_flag_clear(&dying);
+        clearerr(stdout);
+    }
+    while (fuzz.n_live) fuzz_free(fuzz.live[fuzz.n_live - 1].p);
+    (unlink)(fuzz.scratch), (unlink)(fuzz.temporary);
+    return 0;
+}
+
+#endif /* FUZZ */
 #endif /* KERNEL_PASS */

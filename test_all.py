@@ -23,6 +23,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    15 saved      conversations go on in another process; bad files are refused
    16 disk       with experts from disk: the same bits, and no more is read than is missing
    17 plots      of the numbers that the engine printed; the same bytes every time
+   18 fuzzing    seeds for `make fuzz`; what it found; faults at every request, signal and write
 """
 
 import atexit
@@ -3620,3 +3621,80 @@ def test_plots_of_what_is_not_there(tmp_path):
         assert problem is None and not list(drawn.iterdir()), (what, problem)
     problem = complaint([*script, "measure", model_of_large_experts(), "-o", table], FAILED, ["measured.tsv: "])
     assert problem is None and table.read_bytes() == content, problem
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 18 Fuzzing and faults
+# ----------------------------------------------------------------------------------------------------------------
+
+FUZZ_TARGETS = ("checkpoint", "tokenizer", "saved", "text", "chat", "options")     # qwen3next.c, section 22
+
+# As small as can be, so that most of a file is directory: a mutation then meets something that is read.
+SMALLEST = dict(
+    model_type="qwen3_next", vocab_size=40, hidden_size=16, num_hidden_layers=2, layer_types=[LINEAR, FULL],
+    max_position_embeddings=256, num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1,
+    linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=3, num_experts_per_tok=2,
+    moe_intermediate_size=8, shared_expert_intermediate_size=8, intermediate_size=8, mtp=True, eos_token_id=3,
+    **rope(partial=0.5))
+SMALLEST_KINDS = {
+    "mtp": {}, "linear": dict(layer_types=[LINEAR], num_hidden_layers=1, mtp=False),
+    "attention": dict(layer_types=[FULL], num_hidden_layers=1, mtp=False), "dense": dict(mlp_only_layers=[0, 1], mtp=False),
+    "yarn": rope(partial=1.0, rope_type="yarn", factor=2.0, original_max_position_embeddings=32)}
+
+FUZZ_CHATS = [
+    "Hello, who are you?\n", "Hi\n/undo\nHo\n/regen\n/regen\n", '"""\n/exit is what\nI said\n"""\n/clear\nAgain\n', "/help\n/?\n/nothing\n",
+    "/system You are an owl.\nHi\n/save a\nMore\n/load a\n/show\n/exit\nunheard\n", "/set temp 2\n/set top_k 3\n/set seed 7\n/set n 2\nHi\n/set n x\n",
+    "/think\n/nothink\nHi\n/read a\n/save\n/load b\n", "<|im_start|>system\n<|im_end|><think>\n", "Hi\n\nHi", '"""open', '"""a"""\n"""""" \n', "/undo\n/regen\n",
+    "\u00e9\u0323\u0301 \ud55c\uae00 \u0000 \U0001f44d\n", "word " * 60 + "\n/undo\nHi\n"]
+
+
+def fuzz_model(path):
+    """A checkpoint of the small vocabulary with everything: chat pieces that change answers, MTP head, both kinds of layers."""
+    changes = {key: value for key, value in SMALLEST.items() if key not in ("model_type", "mtp", "eos_token_id")}
+    model = random_model(2, **{**changes, "vocab_size": 352})
+    source = with_tokenizer(save(model, WORK / "hf" / "fuzz"), small_tokenizer()[1], TEMPLATES["thinking"])
+    save_file(mtp_tensors(model), WORK / "hf" / "fuzz-mtp.safetensors", {"format": "pt"})
+    return export(source, path, "--type", "bf16", "--mtp", WORK / "hf" / "fuzz-mtp.safetensors")
+
+
+def fuzz_seeds(folder):
+    """Write model.bin, tokenizer.bin and, for every target, a folder of seeds: where `make fuzz` begins."""
+    for target in FUZZ_TARGETS:
+        (folder / target).mkdir(parents=True, exist_ok=True)
+
+    def seed(target, name, data):
+        (folder / target / name).write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
+
+    model, tokenizer = fuzz_model(folder / "model.bin"), folder / "tokenizer.bin"
+    seed("checkpoint", "chat", model.read_bytes())
+    for kind, changes in SMALLEST_KINDS.items():
+        (WORK / "smallest.json").write_text(json.dumps({**SMALLEST, **changes}))
+        for weights in TYPES:
+            result = run(*EXPORT, "--random", WORK / "smallest.json", "--seed", 1, "--type", weights, "-o", WORK / "smallest.bin")
+            assert result.returncode == 0, result.stderr
+            seed("checkpoint", f"{kind}-{weights}", (WORK / "smallest.bin").read_bytes())
+    small = small_tokenizer()[0].read_bytes()
+    seed("tokenizer", "small", small)
+    for number, text in enumerate(FUZZ_CHATS):
+        seed("chat", str(number), text)
+        seed("text", str(number), text)
+    rng = random.Random(1)
+    for number in range(20):
+        seed("text", f"characters-{number}", "".join(random_character(rng) for _ in range(rng.choice([3, 30, 300]))))
+    for number, line in enumerate(BAD_COMMANDS + ["-i x -t 0.5 -p .9 -k 40 -s 1 -n 5 -c 64 -j 2 -d 3 -q -v --echo",
+                                                  "-m chat -y text --save a --load b", "-m bench --depth 5 --prompt 3 --memory 1.5G"]):
+        seed("options", str(number), "model\n" + "\n".join(re.split(r"\s{2,}", line)[0].split()))
+    saved = WORK / "fuzz saved"
+    for number, options in enumerate((["-n", 5], ["-n", 40, "-t", 1, "-s", 3], ["-d", 0, "-n", 3])):
+        engine(model, "-z", tokenizer, "-i", "The owl", "-c", 64, "-q", "--save", saved, *options)
+        seed("saved", f"text-{number}", saved.read_bytes())
+    for number, lines in enumerate((FUZZ_CHATS[0], FUZZ_CHATS[1], FUZZ_CHATS[4])):
+        result = run(ENGINE, model, "-m", "chat", "-z", tokenizer, "-c", 96, "-n", 3, "-q", "--save", saved, stdin=lines.encode())
+        assert result.returncode == 0, result.stderr
+        seed("saved", f"chat-{number}", saved.read_bytes())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "fuzz-seeds":
+        sys.exit("usage: python test_all.py fuzz-seeds FOLDER (the tests: python -m pytest test_all.py)")
+    fuzz_seeds(Path(sys.argv[2]))

@@ -63,6 +63,48 @@ plain: qwen3next-plain                    ## build with the plain C kernels only
 qwen3next-plain: qwen3next.c Makefile
 	$(BUILD) -DPLAIN_ONLY -o $@ $< -lm
 
+# ---- Other processors, libraries and systems. Each build is a program qwen3next-NAME of its own.
+
+# For ARM, run by an emulator (Debian: gcc-aarch64-linux-gnu, qemu-user). What is run is a script that starts it.
+arm: qwen3next-arm                        ## build for 64-bit ARM, to run under qemu
+qwen3next-arm: qwen3next.c Makefile
+	mkdir -p build
+	aarch64-linux-gnu-gcc -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread -static -o build/arm $< -lm
+	printf '#!/bin/sh\nexec qemu-aarch64 "$${0%%/*}/build/arm" "$$@"\n' > $@
+	chmod +x $@
+
+# One file that runs on any Linux, whatever its C library (Debian: musl-tools).
+musl: qwen3next-musl                      ## build a static program with musl
+qwen3next-musl: qwen3next.c Makefile
+	musl-gcc -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread -static -o $@ $< -lm
+
+# The other compiler.
+qwen3next-clang: qwen3next.c Makefile
+	clang -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread -o $@ $< -lm
+
+# The same tests, of another build: make test-arm, test-musl, test-clang, test-plain, test-tsan, test-debug (AddressSanitizer).
+# PYTEST="-k logits" chooses among them.
+test-%: qwen3next-% qwen3next qwen3next-debug .venv/installed
+	QWEN3NEXT=$< $(PYTHON) -m pytest $(PYTEST) test_all.py
+
+# ---- Fuzzing: section 22 of qwen3next.c under libFuzzer (clang; Debian: libclang-rt-14-dev). Every target runs FUZZ_SECONDS;
+# what it learns stays in build/fuzz, what makes it fail is build/fuzz/TARGET-crash-...
+FUZZ_TARGETS ?= checkpoint tokenizer saved text chat options
+FUZZ_SECONDS ?= 60
+FUZZ_CC ?= clang
+fuzz: qwen3next-fuzz build/fuzz/seeds     ## fuzz each input of the program for FUZZ_SECONDS=60
+	for target in $(FUZZ_TARGETS); do mkdir -p build/fuzz/$$target-learned && QWEN3NEXT_FUZZ=$$target QWEN3NEXT_FUZZ_FOLDER=build/fuzz \
+	  ./qwen3next-fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=4096 -close_fd_mask=3 -artifact_prefix=build/fuzz/$$target- \
+	  build/fuzz/$$target-learned build/fuzz/$$target > build/fuzz/$$target.log 2>&1 || { tail -n 40 build/fuzz/$$target.log; exit 1; }; \
+	  echo $$target: $$(grep -a '^Done' build/fuzz/$$target.log), nothing found; done
+
+qwen3next-fuzz: qwen3next.c Makefile
+	$(FUZZ_CC) -std=gnu11 -Wall -Wextra -Wshadow -g -O1 -DFUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o $@ $< -lm
+
+build/fuzz/seeds: test_all.py | qwen3next .venv/installed
+	$(PYTHON) test_all.py fuzz-seeds build/fuzz
+	touch $@
+
 # One place for the Python packages, away from the system's. Made again when requirements.txt changes.
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -75,6 +117,6 @@ help:                                     ## list these targets
 
 # Back to what git has. The virtual environment takes long to make, so it stays: rm -r .venv.
 clean:                                    ## remove everything that was built
-	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain build
+	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain qwen3next-arm qwen3next-musl qwen3next-clang qwen3next-fuzz build
 
-.PHONY: run test bench plots debug tsan plain help clean
+.PHONY: run test bench plots debug tsan plain arm musl fuzz help clean

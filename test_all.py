@@ -65,7 +65,8 @@ from transformers.generation import logits_process as lp
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 ROOT = Path(__file__).resolve().parent
-ENGINE = ROOT / "qwen3next"
+BUILD = ROOT / "qwen3next"                         # what `make` builds
+ENGINE = ROOT / os.environ.get("QWEN3NEXT", BUILD)   # what is tested: that, or another build (make test-arm and the like)
 DEBUG_ENGINE = ROOT / "qwen3next-debug"          # with AddressSanitizer and UndefinedBehaviorSanitizer
 EXPORT = (sys.executable, ROOT / "export.py")
 TOKENIZER = ROOT / "tokenizer.bin"
@@ -85,7 +86,7 @@ torch.set_grad_enabled(False)
 @pytest.fixture(scope="session", autouse=True)
 def build():
     """Build what is tested, so that pytest alone works too."""
-    subprocess.run(["make", "--silent", "qwen3next", "qwen3next-debug"], cwd=ROOT, check=True)
+    subprocess.run(["make", "--silent", "qwen3next", "qwen3next-debug", ENGINE.name], cwd=ROOT, check=True)
 
 
 @pytest.fixture
@@ -135,17 +136,27 @@ def parallel(function, jobs):
         return list(pool.map(function, jobs))
 
 
-def needs_cpu(name):
-    """Skip the test when this machine has no such kernel set; fail when it has and the engine says it hasn't."""
-    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n")[0]))
-    wanted = {"plain": set(), "avx2": {"avx2", "fma", "f16c"},
-              "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "f16c"}}[name]
-    result = run(ENGINE, random_checkpoint("plain", "f32"), "-m", "inspect", "--cpu", name)
+CPUS = ("plain", "avx2", "avx512", "neon")        # kernel sets
+CPU_FLAGS = {"plain": set(), "avx2": {"avx2", "fma", "f16c"}, "neon": {"asimd", "asimddp"},
+             "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "f16c"}}
+
+
+@functools.cache
+def lacks_cpu(name):
+    """Whether the program cannot run these kernels here; what `make` builds must run those that the processor has."""
+    result = run(ENGINE, random_checkpoint("plain", "f32"), "--ids", "-i", 1, "-n", 1, "--cpu", name)
     if result.returncode == 0:
-        return
+        return False
     assert name.encode() in result.stderr and result.stderr.count(b"\n") == 1, result.stderr
-    assert not wanted <= flags, f"this machine has {name}: {result.stderr}"
-    pytest.skip(f"no {name} here")
+    flags = set(re.findall(r"\w+", re.split("flags|Features", Path("/proc/cpuinfo").read_text(), maxsplit=1)[-1].split("\n")[0]))
+    assert ENGINE != BUILD or not CPU_FLAGS[name] <= flags, f"this machine has {name}: {result.stderr}"
+    return True
+
+
+def needs_cpu(name):
+    """Skip the test when there is no such kernel set here."""
+    if lacks_cpu(name):
+        pytest.skip(f"no {name} here")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -588,7 +599,7 @@ def test_logits_equal_transformers(kind, weights, report):
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
-@pytest.mark.parametrize("cpu", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("cpu", CPUS)
 def test_logits_equal_transformers_under_every_kernel_set(cpu, weights, report):
     needs_cpu(cpu)
     bf16, errors = weights == "bf16", {}
@@ -652,7 +663,6 @@ def test_logits_far_into_the_context():
 # 2 Invariance: a token's result has the same bits whatever came with it
 # ----------------------------------------------------------------------------------------------------------------
 
-CPUS = ("plain", "avx2", "avx512")
 TYPES = ("f32", "bf16", "q8", "q4")
 
 
@@ -3689,7 +3699,7 @@ def fuzz_seeds(folder):
         engine(model, "-z", tokenizer, "-i", "The owl", "-c", 64, "-q", "--save", saved, *options)
         seed("saved", f"text-{number}", saved.read_bytes())
     for number, lines in enumerate((FUZZ_CHATS[0], FUZZ_CHATS[1], FUZZ_CHATS[4])):
-        result = run(ENGINE, model, "-m", "chat", "-z", tokenizer, "-c", 96, "-n", 3, "-q", "--save", saved, stdin=lines.encode())
+        result = run(ENGINE, model, "-m", "chat", "-z", tokenizer, "-c", 96, "-n", 3, "-q", "--save", saved, stdin=lines.encode(), cwd=WORK)
         assert result.returncode == 0, result.stderr
         seed("saved", f"chat-{number}", saved.read_bytes())
 

@@ -78,6 +78,11 @@ musl: qwen3next-musl                      ## build a static program with musl
 qwen3next-musl: qwen3next.c Makefile
 	musl-gcc -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread -static -o $@ $< -lm
 
+# For Windows (Debian: mingw-w64); wine runs it, if there is one.
+windows: qwen3next.exe                    ## build for Windows
+qwen3next.exe: qwen3next.c Makefile
+	x86_64-w64-mingw32-gcc -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread -static -o $@ $< -lm
+
 # The other compiler.
 qwen3next-clang: qwen3next.c Makefile
 	clang -std=gnu11 -Wall -Wextra -Wshadow $(CFLAGS) -pthread -o $@ $< -lm
@@ -87,7 +92,7 @@ qwen3next-clang: qwen3next.c Makefile
 test-%: qwen3next-% qwen3next qwen3next-debug .venv/installed
 	QWEN3NEXT=$< $(PYTHON) -m pytest $(PYTEST) test_all.py
 
-# ---- Fuzzing: section 22 of qwen3next.c under libFuzzer (clang; Debian: libclang-rt-14-dev). Every target runs FUZZ_SECONDS;
+# ---- Fuzzing: section 23 of qwen3next.c under libFuzzer (clang; Debian: libclang-rt-14-dev). Every target runs FUZZ_SECONDS;
 # what it learns stays in build/fuzz, what makes it fail is build/fuzz/TARGET-crash-...
 FUZZ_TARGETS ?= checkpoint tokenizer saved text chat options
 FUZZ_SECONDS ?= 60
@@ -117,6 +122,6 @@ help:                                     ## list these targets
 
 # Back to what git has. The virtual environment takes long to make, so it stays: rm -r .venv.
 clean:                                    ## remove everything that was built
-	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain qwen3next-arm qwen3next-musl qwen3next-clang qwen3next-fuzz build
+	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain qwen3next-arm qwen3next-musl qwen3next-clang qwen3next-fuzz qwen3next.exe build
 
-.PHONY: run test bench plots debug tsan plain arm musl fuzz help clean
+.PHONY: run test bench plots debug tsan plain arm musl windows fuzz help clean

@@ -38,7 +38,7 @@
  *     III  12 tokenizer   13 sampler
  *     IV   14 threads, 14a experts from disk   15 kernels (compiled once for each instruction set)
  *     V    16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat   19 other modes
- *          20 benchmark   21 command line
+ *          20 benchmark   21 command line   22 Windows   23 fuzzing
  *
  * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
  * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens and text.
@@ -53,6 +53,7 @@
 
 /* ---- 1. Platform and limits ---- */
 #define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -69,15 +70,41 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _WIN32 /* what this program uses of POSIX: section 22 */
+#include <io.h>
+#define MAP_FAILED ((void *)-1)
+enum {
+    PROT_READ = 1, PROT_WRITE = 2, MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_ANONYMOUS = 4, MAP_NORESERVE = 8,
+    MADV_WILLNEED, MADV_DONTNEED, _SC_PAGESIZE, _SC_PHYS_PAGES, _SC_NPROCESSORS_ONLN,
+    O_CLOEXEC = O_BINARY | O_NOINHERIT, O_NONBLOCK = 0
+};
+typedef _sigset_t sigset_t;
+static void *mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
+static int munmap(void *p, size_t bytes);
+static int madvise(void *p, size_t bytes, int advice);
+static long sysconf(int name);
+static ssize_t pread(int fd, void *to, size_t n, off_t offset);
+static void *memmem(const void *text, size_t n, const void *word, size_t length);
+static int replace_file(const char *from, const char *to);
+static long peak_memory_kb(void);
+__declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path, unsigned long size);
+#define rename(from, to) replace_file(from, to)
+#define realpath(path, to) _fullpath(to, path, PATH_MAX)
+#define fchmod(fd, mode) ((void)(mode), 0)
+#define fsync(fd) _commit(fd)
+#else
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/select.h>
-#include <sys/stat.h>
 #ifdef __linux__
 #include <sys/vfs.h>
+#elif defined __APPLE__
+#include <mach-o/dyld.h>
 #endif
-#include <time.h>
-#include <unistd.h>
+#endif
 #if defined __x86_64__ && !defined PLAIN_ONLY
 #define HAVE_X86 1
 #include <immintrin.h>
@@ -99,7 +126,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#ifdef FUZZ /* section 22 runs the program again and again in one process: nothing may end it, pile up, or touch a user's files */
+#ifdef FUZZ /* section 23 runs the program again and again in one process: nothing may end it, pile up, or touch a user's files */
 #define main(...) program(__VA_ARGS__)
 int program(int argc, char **argv);
 #define exit(status) fuzz_exit(status)
@@ -125,6 +152,12 @@ enum {
     FUZZING = false
 #endif
 };
+
+#ifdef __MINGW_PRINTF_FORMAT
+#define PRINTF __MINGW_PRINTF_FORMAT
+#else
+#define PRINTF printf
+#endif
 
 #define VERSION "0.1.0"
 #define PROGRAM "qwen3next"
@@ -159,7 +192,8 @@ _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can add
 
 static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon, and SIGTERM or SIGHUP */
 static volatile sig_atomic_t leaving;     /* which of the latter has come, or 0: the program is to save what it should and end */
-static const char *volatile unfinished;   /* the temporary file being written, or NULL */
+static const char *volatile unfinished;   /* the temporary file being written, or NULL ... */
+static volatile sig_atomic_t unfinished_fd; /* ... and its descriptor */
 
 /* The status of a run that a signal has ended. */
 static int signal_status(void) { return 128 + (leaving ? leaving : SIGINT); }
@@ -168,17 +202,17 @@ static int signal_status(void) { return 128 + (leaving ? leaving : SIGINT); }
 static void discard_unfinished(void)
 {
     const char *path = unfinished;
-    if (path) unlink(path);
+    if (path) close(unfinished_fd), unlink(path); /* Windows removes no open file */
 }
 
 static atomic_flag dying = ATOMIC_FLAG_INIT;
 
 /* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. Of several threads that come
  * here, one speaks. */
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
+__attribute__((noreturn, format(PRINTF, 1, 2))) static void die(const char *format, ...)
 {
     va_list args;
-    while (atomic_flag_test_and_set(&dying)) pause();
+    while (atomic_flag_test_and_set(&dying)) sleep(1);
     va_start(args, format);
     fflush(stdout);
     fputs(PROGRAM ": ", stderr);
@@ -190,7 +224,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *form
 }
 
 /* Print "qwen3next: message" and go on. Returns false, for those who fail by it. */
-__attribute__((format(printf, 1, 2))) static bool warn(const char *format, ...)
+__attribute__((format(PRINTF, 1, 2))) static bool warn(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -435,6 +469,7 @@ static void unmap_file(const Mapping *m)
     munmap((void *)(uintptr_t)m->data, m->size);
 }
 
+#ifndef _WIN32 /* which lets nobody cut off a mapped file */
 /* SIGBUS: a page of a mapped file cannot be had: it was cut off meanwhile, or its disk fails. Says which, and leaves with
  * status 1; any other SIGBUS does what it always does. */
 static void on_bus_error(int sig, siginfo_t *info, void *context)
@@ -450,6 +485,46 @@ static void on_bus_error(int sig, siginfo_t *info, void *context)
         _exit(1);
     }
     signal(sig, SIG_DFL); /* the faulting instruction runs again */
+}
+#endif
+
+/* Whether two names are of one file. */
+static bool same_file(const char *a, const char *b)
+{
+#ifdef _WIN32
+    char x[PATH_MAX], y[PATH_MAX];
+    return realpath(a, x) && realpath(b, y) && !_stricmp(x, y);
+#else
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+#endif
+}
+
+/* The part of a path behind its folder. */
+static const char *file_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+#ifdef _WIN32
+    const char *other = strrchr(path, '\\');
+    if (other && (!slash || other > slash)) slash = other;
+#endif
+    return slash ? slash + 1 : path;
+}
+
+/* The path of this program, empty where it cannot be had. */
+static void program_path(char path[PATH_MAX])
+{
+    path[0] = 0;
+#if defined _WIN32
+    unsigned long n = GetModuleFileNameA(NULL, path, PATH_MAX);
+    if (n == PATH_MAX) path[0] = 0;
+#elif defined __APPLE__
+    uint32_t n = PATH_MAX;
+    if (_NSGetExecutablePath(path, &n)) path[0] = 0;
+#else
+    ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
+    path[n > 0 ? n : 0] = 0;
+#endif
 }
 
 /* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
@@ -472,9 +547,12 @@ static bool out_open(OutFile *o, const char *name)
     memcpy(o->path, o->target, n + 1);
     if (o->temporary && snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid()) >= (int)(sizeof o->path - n))
         return warn("%s: %s", name, strerror(ENAMETOOLONG));
-    o->file = fault() ? NULL : fopen(o->path, o->temporary ? "wbx" : "wb"); /* x: a new file, not what a link leads to */
-    if (!o->file) return warn("%s: %s", errno == EEXIST ? o->path : name, strerror(errno));
-    if (o->temporary) unfinished = o->path;
+    int how = O_WRONLY | O_CREAT | O_CLOEXEC | (o->temporary ? O_EXCL : O_TRUNC); /* O_EXCL: not what a link leads to */
+    int fd = fault() ? -1 : open(o->path, how, 0666);
+    if (fd < 0) return warn("%s: %s", errno == EEXIST ? o->path : name, strerror(errno));
+    if (o->temporary) unfinished_fd = fd, unfinished = o->path;
+    o->file = fault() ? NULL : fdopen(fd, "wb");
+    if (!o->file) die("%s: %s", name, strerror(errno));
     if (old && o->temporary && fchmod(fileno(o->file), info.st_mode & 0777)) warn("%s: its rights are not kept: %s", name, strerror(errno));
     return true;
 }
@@ -486,9 +564,9 @@ static bool out_close(OutFile *o, bool whole, bool durable)
     int error = ferror(o->file) ? (errno ? errno : EIO) : 0;
     if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
     if (fclose(o->file) && !error) error = errno;
+    unfinished = NULL;
     if (!error && whole && o->temporary && rename(o->path, o->target)) error = errno;
     if (o->temporary && (error || !whole)) unlink(o->path);
-    unfinished = NULL;
     if (error) warn("%s: %s", o->name, strerror(error));
     return whole && !error;
 }
@@ -3459,10 +3537,14 @@ static int physical_cores(void)
  * the main thread's, which may be waiting to be woken by one. */
 static void hold_signals(sigset_t *before)
 {
+#ifdef _WIN32 /* whose signals come in a thread of their own */
+    *before = 0;
+#else
     sigset_t stop;
     sigemptyset(&stop);
     sigaddset(&stop, SIGINT), sigaddset(&stop, SIGTERM), sigaddset(&stop, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &stop, before);
+#endif
 }
 
 /* Start a thread. Ends the program with a message when it cannot. what: for the message */
@@ -4461,6 +4543,9 @@ static void on_interrupt(int sig)
     bool again = sig == SIGINT ? interrupted >= 2 : leaving != 0;
     if (sig != SIGINT) leaving = sig;
     interrupted++;
+#ifdef _WIN32
+    signal(sig, on_interrupt); /* once is for once there */
+#endif
     if (watching && !again) return;
     discard_unfinished();
     _exit(128 + sig);
@@ -4469,6 +4554,10 @@ static void on_interrupt(int sig)
 /* What signals do from here on. No SA_RESTART: they end a read. */
 static void catch_signals(void)
 {
+#ifdef _WIN32
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+#else
     struct sigaction stop = {.sa_handler = on_interrupt}, bus = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     struct sigaction ignored;
     if (FUZZING) return; /* the fuzzer has its own */
@@ -4478,13 +4567,18 @@ static void catch_signals(void)
     sigaction(SIGBUS, &bus, NULL);
     signal(SIGXFSZ, SIG_IGN); /* a file beyond a limit is a failed write with a message, like a full disk; ... */
     signal(SIGPIPE, SIG_IGN); /* ... and so is an output that was closed */
+#endif
 }
 
 /* Files opened later must not become standard input, output or error where these are closed: what is missing shall fail. */
 static void fill_standard_files(void)
 {
+#ifdef _WIN32
+    _setmode(0, O_BINARY), _setmode(1, O_BINARY); /* bytes are passed on as they are */
+#else
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) exit(1);
+#endif
 }
 
 /* What the command line asked for. */
@@ -4826,10 +4920,10 @@ static void report_speed(Run *r)
 static const char *input_file(const Run *r, const char *out)
 {
     const char *inputs[] = {r->args.model, r->args.file, r->tokenizer ? r->tokenizer->file.path : NULL};
-    struct stat o, in;
-    if (stat(out, &o) || !S_ISREG(o.st_mode)) return NULL;
+    struct stat info;
+    if (stat(out, &info) || !S_ISREG(info.st_mode)) return NULL;
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (inputs[i] && !stat(inputs[i], &in) && o.st_dev == in.st_dev && o.st_ino == in.st_ino) return inputs[i];
+        if (inputs[i] && same_file(out, inputs[i])) return inputs[i];
     return NULL;
 }
 
@@ -4837,15 +4931,13 @@ static const char *input_file(const Run *r, const char *out)
 static Tokenizer *need_tokenizer(Run *r)
 {
     if (r->tokenizer) return r->tokenizer;
-    char beside[PATH_MAX], program[PATH_MAX] = "";
-    const char *slash = r->args.model ? strrchr(r->args.model, '/') : NULL, *path = r->args.tokenizer;
+    char program[PATH_MAX], places[2][PATH_MAX + 16];
+    const char *path = r->args.tokenizer;
     if (!path) {
-        snprintf(beside, sizeof beside, "%.*stokenizer.bin", slash ? (int)(slash - r->args.model + 1) : 0, r->args.model);
-        ssize_t n = readlink("/proc/self/exe", program, sizeof program - 16);
-        if (n > 0) program[n] = 0;
-        char *end = strrchr(program, '/');
-        if (end) strcpy(end + 1, "tokenizer.bin");
-        path = !access(beside, F_OK) ? beside : end && !access(program, F_OK) ? program : "tokenizer.bin";
+        program_path(program);
+        const char *beside[] = {r->args.model, program};
+        for (int i = 0; i < 2; i++) snprintf(places[i], sizeof places[i], "%.*stokenizer.bin", (int)(file_name(beside[i]) - beside[i]), beside[i]);
+        path = !access(places[0], F_OK) ? places[0] : !access(places[1], F_OK) ? places[1] : "tokenizer.bin";
         if (access(path, F_OK)) die("tokenizer.bin: not beside the model, the program or in the working directory (-z names it)");
         path = strcpy(grow(NULL, strlen(path) + 1, 1), path);
     }
@@ -5691,20 +5783,32 @@ typedef enum { GOT, FENCED, END, BREAK } Input;
 /* What has been read of standard input. */
 typedef struct { char data[4096]; size_t at, len; } InputBuffer;
 
-/* The next byte of standard input. Signals are let in only while it waits, so that none comes between a look at
+/* Wait for standard input, or a signal. Those are let in only while it waits, so that none comes between a look at
  * `interrupted` and falling asleep. */
+static void wait_for_input(void)
+{
+#ifndef _WIN32 /* where reading itself is what a signal ends */
+    sigset_t before;
+    fd_set ready;
+    FD_ZERO(&ready);
+    FD_SET(0, &ready);
+    hold_signals(&before);
+    if (!interrupted) pselect(1, &ready, NULL, NULL, NULL, &before);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+#endif
+}
+
+/* The next byte of standard input. */
 static Input read_byte(InputBuffer *in, char *byte)
 {
     while (in->at == in->len) {
-        sigset_t before;
-        fd_set ready;
-        FD_ZERO(&ready);
-        FD_SET(0, &ready);
-        hold_signals(&before);
-        if (!interrupted) pselect(1, &ready, NULL, NULL, NULL, &before);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        wait_for_input();
         if (interrupted) return BREAK;
         ssize_t n = read(0, in->data, sizeof in->data);
+#ifdef _WIN32
+        if (n <= 0) sleep(1); /* the signal that ended it is on its way */
+        if (n <= 0 && interrupted) return BREAK;
+#endif
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) warn("standard input: %s", strerror(errno));
         if (n <= 0) return END;
@@ -5773,9 +5877,17 @@ static bool set_sampling(SamplerSettings *s, const char *name, const char *value
 /* Peak resident memory of this process, mapped pages included. */
 static long peak_memory_mb(void)
 {
+#ifdef _WIN32
+    return peak_memory_kb() / 1024;
+#else
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return usage.ru_maxrss >> 20; /* bytes */
+#else
     return usage.ru_maxrss / 1024;
+#endif
+#endif
 }
 
 /* /show */
@@ -6175,10 +6287,10 @@ static void disk_piece(void *arg, int item, int thread)
     Machine *m = arg;
     ExpertCache *c = m->r->engine.experts;
     size_t pieces = m->r->engine.model.file.size / DISK_PIECE;
-    void *to;
-    if (!pieces || posix_memalign(&to, DIRECT_ALIGN, DISK_PIECE)) return;
+    if (!pieces) return;
+    uint8_t *to = (uint8_t *)reserve(DISK_PIECE / sizeof(float), "disk's measurement"); /* whole pages, as direct reading wants them */
     read_pages(c, to, (m->disk_first + (size_t)item) % pieces * DISK_PIECE, DISK_PIECE, DISK_PIECE);
-    free(to);
+    munmap(to, DISK_PIECE);
 }
 
 /* Read the checkpoint's next DISK_PIECES from the disk, one after the other but for one a thread; returns the speed in GB/s. */
@@ -6456,7 +6568,7 @@ static const Option OPTIONS[] = {
 enum { N_OPTIONS = sizeof OPTIONS / sizeof *OPTIONS };
 
 /* A bad command line: message and status 2. */
-__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
+__attribute__((noreturn, format(PRINTF, 1, 2))) static void usage_error(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -6744,9 +6856,100 @@ int main(int argc, char **argv)
     return leaving ? signal_status() : status;
 }
 
+#ifdef _WIN32
+
+/* ---- 22. Windows: the part of POSIX that this program uses ---- */
+
+#undef rename
+typedef void *Handle;
+#define IMPORT __declspec(dllimport)
+#define CALL __stdcall
+/* Declared here, as <windows.h> takes names that are used above. */
+IMPORT void *CALL VirtualAlloc(void *at, size_t bytes, unsigned long kind, unsigned long protection);
+IMPORT int CALL VirtualFree(void *p, size_t bytes, unsigned long kind);
+IMPORT Handle CALL CreateFileMappingA(Handle file, void *security, unsigned long protection, unsigned long high, unsigned long low, const char *name);
+IMPORT void *CALL MapViewOfFile(Handle mapping, unsigned long access, unsigned long high, unsigned long low, size_t bytes);
+IMPORT int CALL UnmapViewOfFile(const void *p);
+IMPORT int CALL CloseHandle(Handle handle);
+IMPORT int CALL MoveFileExA(const char *from, const char *to, unsigned long flags);
+IMPORT int CALL ReadFile(Handle file, void *to, unsigned long bytes, unsigned long *done, void *overlapped);
+IMPORT unsigned long CALL GetActiveProcessorCount(unsigned short group);
+IMPORT int CALL GlobalMemoryStatusEx(void *status);
+IMPORT Handle CALL GetCurrentProcess(void);
+IMPORT int CALL K32GetProcessMemoryInfo(Handle process, void *counters, unsigned long bytes);
+
+/* Memory, or a whole file to read. Memory counts as used at once: Windows promises none that it may not have. */
+static void *mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset)
+{
+    enum { RESERVE_AND_COMMIT = 0x3000, READ_WRITE = 4, READ_ONLY = 2, MAP_READ = 4 };
+    (void)protection, (void)offset;
+    errno = ENOMEM;
+    if (flags & MAP_ANONYMOUS) {
+        void *p = VirtualAlloc(at, bytes, RESERVE_AND_COMMIT, READ_WRITE);
+        return p ? p : MAP_FAILED;
+    }
+    Handle mapping = CreateFileMappingA((Handle)_get_osfhandle(fd), NULL, READ_ONLY, 0, 0, NULL);
+    void *p = mapping ? MapViewOfFile(mapping, MAP_READ, 0, 0, bytes) : NULL;
+    if (mapping) CloseHandle(mapping);
+    return p ? p : MAP_FAILED;
+}
+
+static int munmap(void *p, size_t bytes)
+{
+    enum { RELEASE = 0x8000 };
+    (void)bytes;
+    return UnmapViewOfFile(p) || VirtualFree(p, 0, RELEASE) ? 0 : -1;
+}
+
+static int madvise(void *p, size_t bytes, int advice)
+{
+    enum { RESET = 0x80000, READ_WRITE = 4 };
+    if (advice == MADV_DONTNEED) VirtualAlloc(p, bytes, RESET, READ_WRITE); /* its contents are of no use */
+    return 0;
+}
+
+static long sysconf(int name)
+{
+    struct { unsigned long size, load; uint64_t physical, rest[6]; } memory = {.size = sizeof memory};
+    if (name == _SC_NPROCESSORS_ONLN) return (long)GetActiveProcessorCount(0xffff);
+    if (name == _SC_PHYS_PAGES) return GlobalMemoryStatusEx(&memory) ? (long)(memory.physical / 4096) : 0;
+    return 4096;
+}
+
+static ssize_t pread(int fd, void *to, size_t n, off_t offset)
+{
+    struct { uintptr_t internal[2]; uint64_t offset; Handle event; } at = {.offset = (uint64_t)offset};
+    unsigned long done = 0;
+    bool read = ReadFile((Handle)_get_osfhandle(fd), to, (unsigned long)min_size(n, 1 << 30), &done, &at);
+    errno = EIO;
+    return read ? (ssize_t)done : -1;
+}
+
+static void *memmem(const void *text, size_t n, const void *word, size_t length)
+{
+    for (const char *s = text; n >= length; s++, n--)
+        if (!memcmp(s, word, length)) return (void *)(uintptr_t)s;
+    return NULL;
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    enum { REPLACE_EXISTING = 1, WRITE_THROUGH = 8 };
+    errno = EACCES;
+    return MoveFileExA(from, to, REPLACE_EXISTING | WRITE_THROUGH) ? 0 : -1;
+}
+
+static long peak_memory_kb(void)
+{
+    struct { unsigned long size, faults; size_t peak, rest[8]; } memory = {.size = sizeof memory};
+    return K32GetProcessMemoryInfo(GetCurrentProcess(), &memory, sizeof memory) ? (long)(memory.peak / 1024) : 0;
+}
+
+#endif /* _WIN32 */
+
 #ifdef FUZZ
 
-/* ---- 22. Fuzzing: `make fuzz` ----
+/* ---- 23. Fuzzing: `make fuzz` ----
  * libFuzzer calls LLVMFuzzerTestOneInput with bytes of its making. They stand for one of the program's inputs, which one is
  * for QWEN3NEXT_FUZZ to say, and the program runs on it from the first line of main to its end. */
 

@@ -3637,7 +3637,7 @@ def test_plots_of_what_is_not_there(tmp_path):
 # 18 Fuzzing and faults
 # ----------------------------------------------------------------------------------------------------------------
 
-FUZZ_TARGETS = ("checkpoint", "tokenizer", "saved", "text", "chat", "options")     # qwen3next.c, section 22
+FUZZ_TARGETS = ("checkpoint", "tokenizer", "saved", "text", "chat", "options")     # qwen3next.c, section 23
 
 # As small as can be, so that most of a file is directory: a mutation then meets something that is read.
 SMALLEST = dict(

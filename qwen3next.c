@@ -205,6 +205,37 @@ static void discard_unfinished(void)
     if (path) close(unfinished_fd), unlink(path); /* Windows removes no open file */
 }
 
+/* Whether a control character begins at s, of n bytes > 0: one of ASCII's, or of U+0080 to U+009F in UTF-8. */
+static bool is_control(const uint8_t *s, size_t n) { return s[0] < 0x20 || s[0] == 0x7f || (n > 1 && s[0] == 0xc2 && s[1] < 0xa0); }
+
+/* Write text that a model or a file has made up. On a terminal control characters but newline and tab, which could do
+ * anything to it, are shown as ^X. */
+static void put_text(FILE *f, const void *text, size_t n)
+{
+    const uint8_t *s = text;
+    bool terminal = isatty(fileno(f));
+    if (!terminal) fwrite(s, 1, n, f);
+    for (size_t i = 0; terminal && i < n; i++) {
+        if (s[i] == '\n' || s[i] == '\t' || !is_control(s + i, n - i)) {
+            putc(s[i], f);
+        } else {
+            i += s[i] == 0xc2;
+            fprintf(f, "^%c", (s[i] ^ 0x40) & 0x7f);
+        }
+    }
+}
+
+/* Print a message to stderr: "qwen3next: ", a line without control characters, whatever a file's names hold, and a hint. */
+__attribute__((format(PRINTF, 1, 0))) static void say(const char *format, va_list args, const char *hint)
+{
+    char line[2 * PATH_MAX];
+    int n = vsnprintf(line, sizeof line, format, args);
+    n = n < (int)sizeof line ? n : (int)sizeof line - 1;
+    for (int i = 0; i < n; i++)
+        if (is_control((uint8_t *)line + i, (size_t)(n - i))) line[i] = '?';
+    fprintf(stderr, PROGRAM ": %s%s\n", line, hint);
+}
+
 static atomic_flag dying = ATOMIC_FLAG_INIT;
 
 /* Print "qwen3next: message" and leave with status 1: the answer to every bad file or input. Of several threads that come
@@ -215,9 +246,7 @@ __attribute__((noreturn, format(PRINTF, 1, 2))) static void die(const char *form
     while (atomic_flag_test_and_set(&dying)) sleep(1);
     va_start(args, format);
     fflush(stdout);
-    fputs(PROGRAM ": ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    say(format, args, "");
     va_end(args);
     discard_unfinished();
     exit(1);
@@ -228,9 +257,7 @@ __attribute__((format(PRINTF, 1, 2))) static bool warn(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
-    fputs(PROGRAM ": ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    say(format, args, "");
     va_end(args);
     return false;
 }
@@ -548,7 +575,7 @@ static bool out_open(OutFile *o, const char *name)
     if (o->temporary && snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid()) >= (int)(sizeof o->path - n))
         return warn("%s: %s", name, strerror(ENAMETOOLONG));
     int how = O_WRONLY | O_CREAT | O_CLOEXEC | (o->temporary ? O_EXCL : O_TRUNC); /* O_EXCL: not what a link leads to */
-    int fd = fault() ? -1 : open(o->path, how, 0666);
+    int fd = fault() ? -1 : open(o->path, how, old && o->temporary ? info.st_mode & 0777 : 0666);
     if (fd < 0) return warn("%s: %s", errno == EEXIST ? o->path : name, strerror(errno));
     if (o->temporary) unfinished_fd = fd, unfinished = o->path;
     o->file = fault() ? NULL : fdopen(fd, "wb");
@@ -575,6 +602,17 @@ static bool out_close(OutFile *o, bool whole, bool durable)
 
 typedef enum { FLOAT, F32, BF16, Q8, Q4, Q6, N_TYPES } Type; /* FLOAT: plain row-major float32, no matrix */
 static const char *const TYPE_NAMES[N_TYPES] = {"float", "f32", "bf16", "q8", "q4", "q6"};
+
+/* A checkpoint begins with this, then come its records (README: the format). */
+typedef struct {
+    char magic[8];
+    uint32_t version, n_meta, n_tensors, zero;
+    uint64_t file_size, hash;
+    uint8_t reserved[24];
+} Header;
+
+typedef struct { char key[40]; uint32_t type, count; uint64_t offset, size; } MetaRecord;
+typedef struct { char name[72]; uint32_t type, rank; uint64_t shape[4], offset, size; } TensorRecord;
 
 /* One or more matrices of a type and shape, in tiles of TILE rows x all columns (README: the format). */
 typedef struct {
@@ -678,6 +716,9 @@ typedef struct { float temperature, top_p, min_p, repetition_penalty, presence_p
 
 typedef struct {
     Mapping file;
+    const Header *header;         /* copies of what the file begins with: */
+    const MetaRecord *meta;       /* [n_meta] */
+    const TensorRecord *tensors;  /* [n_tensors] */
     Config config;
     Matrix embed_tokens, lm_head; /* [V][D]; lm_head is embed_tokens when tied */
     const float *norm;            /* [D] */
@@ -833,24 +874,14 @@ static void experts_make_way(ExpertCache *c, size_t bytes);
 
 /* ---- 5. Checkpoint: header, records, and binding tensors by name, type and shape ---- */
 
-typedef struct {
-    char magic[8];
-    uint32_t version, n_meta, n_tensors, zero;
-    uint64_t file_size, hash;
-    uint8_t reserved[24];
-} Header;
-
-typedef struct { char key[40]; uint32_t type, count; uint64_t offset, size; } MetaRecord;
-typedef struct { char name[72]; uint32_t type, rank; uint64_t shape[4], offset, size; } TensorRecord;
-
 enum { META_INT, META_FLOAT, META_STRING, META_LIST };
 
 /* The checkpoint while it is being read. */
 typedef struct {
     Mapping file;
     const Header *header;
-    const MetaRecord *meta;
-    const TensorRecord *tensors;
+    const MetaRecord *meta;     /* [n_meta] */
+    const TensorRecord *tensors; /* [n_tensors] */
     uint32_t cursor;      /* tensors are asked for about in the order they lie in: look here first */
     uint32_t bound;       /* tensors that the model has asked for and got */
 } Reader;
@@ -900,6 +931,14 @@ static int compare_offsets(const void *a, const void *b)
     return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
+/* Whether a field of n bytes holds a name, which messages and lists may show. */
+static bool is_name(const char *field, size_t n)
+{
+    size_t length = 0;
+    while (length < n && field[length] > ' ' && field[length] <= '~') length++;
+    return length > 0 && length < n && !field[length];
+}
+
 /* Every tensor inside the payload, none over another. */
 static void check_tensors(const Reader *r, size_t payload)
 {
@@ -907,8 +946,7 @@ static void check_tensors(const Reader *r, size_t payload)
     const TensorRecord **order = grow(NULL, n, sizeof *order);
     for (uint32_t i = 0; i < n; i++) {
         const TensorRecord *t = &r->tensors[i];
-        if (!memchr(t->name, 0, sizeof t->name) || !t->name[0])
-            die("%s: tensor %u: wanted a name of at most 71 bytes", r->file.path, i);
+        if (!is_name(t->name, sizeof t->name)) die("%s: tensor %u: wanted a name of at most 71 bytes of ASCII", r->file.path, i);
         if (t->type >= N_TYPES || t->rank < 1 || t->rank > 4)
             die("%s: tensor %s: wanted a type below %d and rank 1 to 4, found type %u, rank %u", r->file.path,
                 t->name, N_TYPES, t->type, t->rank);
@@ -931,28 +969,33 @@ static Reader open_reader(const char *path)
 {
     Reader r = {0};
     if (!map_file(path, &r.file)) exit(1);
-    r.header = (const Header *)r.file.data;
-    const Header *h = r.header;
+    Header header, *h = &header;
+    memcpy(h, r.file.data, sizeof *h);
     if (memcmp(h->magic, "QWEN3NXT", 8)) die("%s: not a checkpoint of this program (make one with export.py)", path);
     if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
     if (h->file_size != r.file.size)
         die("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (unsigned long long)h->file_size,
             r.file.size);
-    size_t records = (r.file.size - 64) / 64;
-    if (h->n_meta > records || h->n_tensors > (records - h->n_meta) / 2)
+    size_t room = (r.file.size - 64) / 64;
+    if (h->n_meta > room || h->n_tensors > (room - h->n_meta) / 2)
         die("%s: n_meta %u, n_tensors %u: more than the file can hold", path, h->n_meta, h->n_tensors);
-    r.meta = (const MetaRecord *)(r.file.data + 64);
+    size_t records = 64 * (size_t)h->n_meta + 128 * (size_t)h->n_tensors;
+    uint8_t *copy = grow(NULL, sizeof *h + records, 1); /* what has been checked shall stay so, whoever writes to the file */
+    memcpy(copy, h, sizeof *h);
+    memcpy(copy + sizeof *h, r.file.data + sizeof *h, records);
+    r.header = (const Header *)(void *)copy;
+    r.meta = (const MetaRecord *)(r.header + 1);
     r.tensors = (const TensorRecord *)(r.meta + h->n_meta);
     for (uint32_t i = 0; i < h->n_meta; i++) {
         const MetaRecord *m = &r.meta[i];
-        if (!memchr(m->key, 0, sizeof m->key)) die("%s: key %u: wanted at most 39 bytes", path, i);
+        if (!is_name(m->key, sizeof m->key)) die("%s: key %u: wanted a name of at most 39 bytes of ASCII", path, i);
         check_region(&r, "key", m->key, m->offset, m->size, 8);
         size_t want = m->type <= META_FLOAT ? (size_t)m->count * 8 : m->size;
         if (m->type > META_LIST || m->size != want || (m->type == META_STRING && m->count != m->size))
             die("%s: key %s: wanted %zu bytes of a known type, found %llu of type %u", path, m->key, want,
                 (unsigned long long)m->size, m->type);
     }
-    check_tensors(&r, 64 + 64 * (size_t)h->n_meta + 128 * (size_t)h->n_tensors);
+    check_tensors(&r, sizeof *h + records);
     return r;
 }
 
@@ -1165,9 +1208,9 @@ static void read_chat(const Reader *r, ChatPieces *c)
     for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) *pieces[i].piece = meta_string(r, pieces[i].key);
     c->present = find_meta(r, "chat.user_prefix", META_STRING) != NULL;
     if (c->present && !c->generation_prompt.len) die("%s: key chat.generation_prompt: missing or empty", r->file.path);
-    c->thinking = meta_int(r, "chat.thinking", 0, 1, 0) && c->think_end.len;
     for (size_t i = 0; i < c->think_end.len; i++)
         if (c->think_end.data[i] != '/') str_add(&c->think_start, c->think_end.data + i, 1);
+    c->thinking = meta_int(r, "chat.thinking", 0, 1, 0) && c->think_start.len;
     c->opens_thinking = c->think_start.len && memmem(c->generation_prompt.data, c->generation_prompt.len, c->think_start.data, c->think_start.len);
     c->think_trim = meta_int(r, "chat.think_trim", 0, 15, 4);
     c->system_trim = meta_int(r, "chat.system_trim", 0, 15, 0);
@@ -1323,7 +1366,7 @@ static uint64_t directory_hash(const Reader *r)
 static Model open_model(const char *path)
 {
     Reader r = open_reader(path);
-    Model m = {.file = r.file};
+    Model m = {.file = r.file, .header = r.header, .meta = r.meta, .tensors = r.tensors};
     read_config(&r, &m.config);
     read_rope(&r, &m);
     read_defaults(&r, &m);
@@ -1813,7 +1856,7 @@ static void kv_put(KvType type, uint8_t *cache, size_t at, float x, float scale)
 {
     if (type == KV_F32) ((float *)(void *)cache)[at] = x;
     if (type == KV_F16) ((uint16_t *)(void *)cache)[at] = float_to_f16(x);
-    if (type == KV_Q8) ((int8_t *)cache)[at] = scale > 0 ? (int8_t)rintf(x / scale) : 0;
+    if (type == KV_Q8) ((int8_t *)cache)[at] = scale > 0 ? (int8_t)fminf(fmaxf(rintf(x / scale), -127), 127) : 0; /* beyond: denormals */
 }
 
 /* KV_Q8: x = scale * q with q from -127 to 127, for one head's key or value x[n]. A row that is not finite becomes 0. */
@@ -2652,7 +2695,7 @@ static void work_init(Engine *e, int batch)
 typedef struct { uint32_t a, b, c; } Triple;
 
 typedef struct {
-    Mapping file;
+    Mapping file;              /* a copy in memory */
     int n_tokens;
     uint64_t hash;
     const uint32_t *offsets;   /* [n_tokens + 1] into bytes */
@@ -2719,7 +2762,9 @@ static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, boo
     }
 }
 
-/* Build the hash from pairs to merges; refuses ids beyond the vocabulary. */
+enum { MAX_PROBES = 1000, MAX_ADDED = 1 << 12 }; /* far more than a tokenizer needs: files that want to take for ever */
+
+/* Build the hash from pairs to merges; refuses ids beyond the vocabulary, and pairs made to meet in it. */
 static void index_merges(Tokenizer *t)
 {
     uint32_t size = 16;
@@ -2733,7 +2778,9 @@ static void index_merges(Tokenizer *t)
         if (m->a >= n || m->b >= n || m->c >= n)
             die("%s: merge %u: wanted ids below %u, found %u %u %u", t->file.path, i, n, m->a, m->b, m->c);
         uint32_t slot = pair_hash(m->a, m->b) & t->merge_mask;
-        while (t->merge_slot[slot]) slot = (slot + 1) & t->merge_mask;
+        int probes = 0;
+        while (t->merge_slot[slot] && probes++ < MAX_PROBES) slot = (slot + 1) & t->merge_mask;
+        if (t->merge_slot[slot]) die("%s: merge %u: one of very many alike", t->file.path, i);
         t->merge_slot[slot] = i + 1;
     }
 }
@@ -2765,12 +2812,15 @@ static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes
         memset(t->class_of + classes[i].a, (int)classes[i].c, classes[i].b - classes[i].a + 1);
 }
 
-/* Map tokenizer.bin and check it. Ends with a message when anything is wrong. */
+/* Read tokenizer.bin and check it. Ends with a message when anything is wrong. */
 static Tokenizer *open_tokenizer(const char *path)
 {
     Tokenizer *t = grow(NULL, 1, sizeof *t);
     memset(t, 0, sizeof *t);
     if (!map_file(path, &t->file)) exit(1);
+    Mapping file = t->file;
+    t->file.data = memcpy(grow(NULL, file.size, 1), file.data, file.size); /* nobody can change it any more after the checks */
+    unmap_file(&file);
     const TokenizerHeader *h = (const TokenizerHeader *)t->file.data;
     if (memcmp(h->magic, "QWEN3TOK", 8)) die("%s: not a tokenizer of this program (make one with export.py --tokenizer)", path);
     if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
@@ -2779,6 +2829,7 @@ static Tokenizer *open_tokenizer(const char *path)
     if (h->n_tokens < 1 || h->n_tokens > 1 << 24) die("%s: n_tokens: wanted 1 to %d, found %u", path, 1 << 24, h->n_tokens);
     if (h->pattern > 1) die("%s: pattern: wanted 0 or 1, found %u", path, h->pattern);
     if (h->n_merges > 1 << 26) die("%s: n_merges: wanted at most %d, found %u", path, 1 << 26, h->n_merges);
+    if (h->n_added > MAX_ADDED) die("%s: n_added: wanted at most %d, found %u", path, MAX_ADDED, h->n_added);
     t->n_tokens = (int)h->n_tokens;
     t->n_merges = h->n_merges, t->n_added = h->n_added, t->n_ccc = h->n_ccc, t->n_decomp = h->n_decomp, t->n_comp = h->n_comp;
     t->nfc = h->flags & 1;
@@ -2867,6 +2918,8 @@ static uint32_t combining_class(const Tokenizer *t, uint32_t cp)
 /* Hangul syllables compose by arithmetic (Unicode 3.12): L + V, LV + T. */
 enum { HANGUL_S = 0xac00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11a7, N_V = 21, N_T = 28, N_S = 19 * N_V * N_T };
 
+enum { MAX_DECOMPOSITION = 4 }; /* steps; Unicode's longest takes 3, and each may double what a strange file makes of a character */
+
 /* Append the full canonical decomposition of cp. */
 static void decompose(const Tokenizer *t, Tokens *out, uint32_t cp, int depth)
 {
@@ -2877,7 +2930,7 @@ static void decompose(const Tokenizer *t, Tokens *out, uint32_t cp, int depth)
         if (s % N_T) tokens_add(out, (int)(HANGUL_T + s % N_T));
         return;
     }
-    const Triple *d = depth < 16 ? find_triple(t->decomp, t->n_decomp, cp, 0, false) : NULL;
+    const Triple *d = depth < MAX_DECOMPOSITION ? find_triple(t->decomp, t->n_decomp, cp, 0, false) : NULL;
     if (!d) tokens_add(out, (int)cp);
     else {
         decompose(t, out, d->b, depth + 1);
@@ -3060,6 +3113,7 @@ static void merge_piece(const Tokenizer *t, Merger *m, const uint8_t *s, size_t 
         tokens_add(out, t->byte_token[s[0]]);
         return;
     }
+    if (n > INT_MAX / 4) die("text: a word of %zu bytes is too long", n);
     if (n > m->cap) { /* a merge makes at most two new candidates: 3 n in all */
         m->cap = n * 2;
         m->symbol = grow(m->symbol, m->cap, sizeof *m->symbol);
@@ -3201,7 +3255,7 @@ static void printer_flush(Printer *p, bool all)
         done += len;
     }
     if (!done) return;
-    fwrite(s, 1, done, stdout);
+    put_text(stdout, s, done);
     flush_output();
     memmove(p->held.data, s + done, p->held.len - done);
     p->held.len -= done;
@@ -4763,7 +4817,7 @@ static bool draft_worth_trying(const Drafter *d, double chain)
 }
 
 /* The class of a draft's probability. */
-static int confidence(double p) { return p > 0 ? min_int(CONFIDENCES - 1, (int)(p * CONFIDENCES)) : 0; }
+static int confidence(double p) { return p > 0 ? (int)fmin(p * CONFIDENCES, CONFIDENCES - 1) : 0; } /* a damaged model's may be anything */
 
 /* The chance that a draft of this class is right. */
 static double chance_right(const Drafter *d, int class)
@@ -5272,6 +5326,8 @@ static void clear_rest(State *s, const Config *c, size_t head, int from, int n)
         uint8_t *keys = s->k + head * s->kv_head + (pos / TILE * hd * TILE + pos % TILE) * width;
         for (size_t i = 0; i < hd; i++) memset(keys + i * TILE * width, 0, width);
         for (size_t d = 0; d < tiles; d++) memset(s->v + head * s->kv_head + v_offset(c, (int)pos, (int)d) * width, 0, TILE * width);
+        if (s->kv_type != KV_Q8 || pos >= (size_t)n) continue;
+        s->k_scale[head * s->kv_positions + pos] = s->v_scale[head * s->kv_positions + pos] = 0;
     }
 }
 
@@ -5292,12 +5348,13 @@ static bool conversation_save(Conversation *c, const char *path)
         bool mtp = i >= (size_t)e->model.config.has_full * (size_t)e->model.config.num_key_value_heads;
         clear_rest(&e->state, &e->model.config, i, e->state.tokens.len - mtp, e->state.tokens.len);
     }
-    SavedHeader h = {.magic = "QWEN3SES", .version = 1, .place = c->place, .file_size = sizeof h,
-                     .model_hash = ((const Header *)(const void *)e->model.file.data)->hash, .model_size = e->model.file.size,
+    SavedHeader h = {.version = 1, .place = c->place, .file_size = sizeof h,
+                     .model_hash = e->model.header->hash, .model_size = e->model.file.size,
                      .yarn = yarn_factor(r), .n_tokens = e->state.tokens.len, .kv_type = e->state.kv_type,
                      .mtp = e->state.mtp, .answer_from = c->answer_from, .unfed = c->unfed, .unfinished = c->unfinished,
                      .n_turns = c->n_turns, .has_system = c->system.data != NULL, .sampling = r->sampler.set,
                      .rng = r->sampler.rng, .recurrent_len = e->state.recurrent_len};
+    memcpy(h.magic, "QWEN3SES", sizeof h.magic);
     Saver hash = {.piece = hash_piece};
     pass_out(&hash, c, &h);
     h.file_size += hash.size;
@@ -5326,7 +5383,7 @@ static bool check_saved(const Run *r, const Mapping *file, const SavedHeader *h)
 {
     typedef unsigned long long u64;
     const Engine *e = &r->engine;
-    const Header *model = (const Header *)(const void *)e->model.file.data;
+    const Header *model = e->model.header;
     const char *path = file->path;
     if (file->size < sizeof *h || memcmp(h->magic, "QWEN3SES", 8)) return warn("%s: not a saved conversation", path);
     if (h->version != 1) return warn("%s: version: wanted 1, found %u", path, h->version);
@@ -5397,8 +5454,9 @@ static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
     const int32_t *ids = (const int32_t *)(const void *)s->from;
     if (!skip_piece(s, NULL, (size_t)h->n_tokens * sizeof *ids)) return false;
     for (int i = 0; i < h->n_tokens; i++) {
-        if (ids[i] < 0 || ids[i] >= config->vocab_size) return false;
-        if (take) tokens_add(&e->state.tokens, ids[i]);
+        int id = *(volatile const int32_t *)&ids[i]; /* once: what is checked is what is taken */
+        if (id < 0 || id >= config->vocab_size) return false;
+        if (take) tokens_add(&e->state.tokens, id);
     }
     s->piece = take ? take_piece : skip_piece;
     if (!pass_state(s, &e->state, config, heads, h->n_tokens)) return false;
@@ -5747,7 +5805,9 @@ static void chat_undo(Conversation *c)
     go_back(c, turn->start.n_tokens);
     forget_interrupts();
     c->place = turn->before;
-    fprintf(stderr, "forgotten: %.60s%s\n", turn->user.data, turn->user.len > 60 ? " ..." : "");
+    fputs("forgotten: ", stderr);
+    put_text(stderr, turn->user.data, min_size(turn->user.len, 60));
+    fputs(turn->user.len > 60 ? " ...\n" : "\n", stderr);
     pop_turn(c);
 }
 
@@ -5898,9 +5958,11 @@ static void chat_show(const Conversation *c)
     fprintf(stderr, "model %s, %d layers, %d threads, kernels %s\ncontext %d of %d tokens, peak memory %ld MB\n", r->args.model,
             r->engine.model.config.num_hidden_layers, pool_threads(r->engine.pool), r->engine.kernels->name,
             r->engine.state.tokens.len, r->engine.state.ctx, peak_memory_mb());
-    fprintf(stderr, "temp %g top_p %g top_k %d min_p %g repetition_penalty %g presence_penalty %g n %lld\nsystem: %s\n",
+    fprintf(stderr, "temp %g top_p %g top_k %d min_p %g repetition_penalty %g presence_penalty %g n %lld\nsystem: ",
             (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p, (double)s->repetition_penalty,
-            (double)s->presence_penalty, (long long)r->args.n, c->system.data ? c->system.data : "(none)");
+            (double)s->presence_penalty, (long long)r->args.n);
+    if (c->system.data) put_text(stderr, c->system.data, c->system.len);
+    fputs(c->system.data ? "\n" : "(none)\n", stderr);
 }
 
 /* /set NAME VALUE */
@@ -6044,6 +6106,18 @@ static int mode_chat(Run *r)
 
 /* ---- 19. Other modes ---- */
 
+/* Print bytes in ASCII: a backslash and the others that are not printable as in C. */
+static void print_escaped(const uint8_t *bytes, size_t n)
+{
+    for (size_t b = 0; b < n; b++)
+        if (bytes[b] == '\\') fputs("\\\\", stdout);
+        else if (bytes[b] == '\n') fputs("\\n", stdout);
+        else if (bytes[b] == '\t') fputs("\\t", stdout);
+        else if (bytes[b] == '\r') fputs("\\r", stdout);
+        else if (bytes[b] < 0x20 || bytes[b] >= 0x7f) printf("\\x%02x", bytes[b]);
+        else putchar(bytes[b]);
+}
+
 /* -m tokenize: a token a line. */
 static int mode_tokenize(Run *r)
 {
@@ -6058,13 +6132,7 @@ static int mode_tokenize(Run *r)
         size_t n;
         const uint8_t *bytes = token_bytes(t, ids.id[i], &n);
         if (r->args.ids) continue;
-        for (size_t b = 0; b < n; b++)
-            if (bytes[b] == '\\') fputs("\\\\", stdout);
-            else if (bytes[b] == '\n') fputs("\\n", stdout);
-            else if (bytes[b] == '\t') fputs("\\t", stdout);
-            else if (bytes[b] == '\r') fputs("\\r", stdout);
-            else if (bytes[b] < 0x20 || bytes[b] >= 0x7f) printf("\\x%02x", bytes[b]);
-            else putchar(bytes[b]);
+        print_escaped(bytes, n);
         putchar('\n');
     }
     free(text.data), free(ids.id);
@@ -6197,10 +6265,9 @@ static double bytes_per_token(const Model *m) { return layers_cost(m).bytes + (d
 static int mode_inspect(Run *r)
 {
     const Model *m = &r->engine.model;
-    const Header *h = (const Header *)m->file.data;
-    const MetaRecord *meta = (const MetaRecord *)(m->file.data + 64);
-    const TensorRecord *t = (const TensorRecord *)(meta + h->n_meta);
-    for (uint32_t i = 0; i < h->n_meta; i++) {
+    const MetaRecord *meta = m->meta;
+    const TensorRecord *t = m->tensors;
+    for (uint32_t i = 0; i < m->header->n_meta; i++) {
         printf("%s", meta[i].key);
         for (uint32_t k = 0; k < meta[i].count && meta[i].type <= META_FLOAT; k++) {
             const uint8_t *at = m->file.data + meta[i].offset + 8 * (size_t)k;
@@ -6212,16 +6279,12 @@ static int mode_inspect(Run *r)
         }
         if (meta[i].type == META_STRING) {
             fputs(" \"", stdout);
-            for (size_t k = 0; k < meta[i].size; k++) {
-                int ch = m->file.data[meta[i].offset + k];
-                if (ch == '\n') fputs("\\n", stdout);
-                else putchar(ch);
-            }
+            print_escaped(m->file.data + meta[i].offset, meta[i].size);
             putchar('"');
         }
         putchar('\n');
     }
-    for (uint32_t i = 0; i < h->n_tensors; i++) {
+    for (uint32_t i = 0; i < m->header->n_tensors; i++) {
         printf("%-48s %-5s [", t[i].name, TYPE_NAMES[t[i].type]);
         for (uint32_t k = 0; k < t[i].rank; k++) printf(k ? ", %llu" : "%llu", (unsigned long long)t[i].shape[k]);
         printf("] offset %llu bytes %llu\n", (unsigned long long)t[i].offset, (unsigned long long)t[i].size);
@@ -6572,9 +6635,7 @@ __attribute__((noreturn, format(PRINTF, 1, 2))) static void usage_error(const ch
 {
     va_list args;
     va_start(args, format);
-    fputs(PROGRAM ": ", stderr);
-    vfprintf(stderr, format, args);
-    fputs(" (-h lists the options)\n", stderr);
+    say(format, args, " (-h lists the options)");
     va_end(args);
     exit(2);
 }
@@ -6722,10 +6783,9 @@ static size_t scratch_per_token(const Config *c)
 /* Begin to read the tensors that every token uses, so that they are there when they are. */
 static void read_always_used(const Model *m)
 {
-    const Header *h = (const Header *)m->file.data;
-    const TensorRecord *t = (const TensorRecord *)(m->file.data + 64 + 64 * (size_t)h->n_meta);
+    const TensorRecord *t = m->tensors;
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    for (uint32_t i = 0; i < h->n_tensors; i++) {
+    for (uint32_t i = 0; i < m->header->n_tensors; i++) {
         size_t skip = t[i].offset % page; /* madvise wants whole pages */
         if (!strstr(t[i].name, "mlp.experts.")) madvise((void *)(m->file.data + t[i].offset - skip), t[i].size + skip, MADV_WILLNEED);
     }

@@ -91,6 +91,9 @@ static void *memmem(const void *text, size_t n, const void *word, size_t length)
 static int replace_file(const char *from, const char *to);
 static long peak_memory_kb(void);
 __declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path, unsigned long size);
+__declspec(dllimport) int __stdcall SetConsoleCP(unsigned page);
+__declspec(dllimport) int __stdcall SetConsoleOutputCP(unsigned page);
+enum { UTF8_PAGE = 65001 };
 #define rename(from, to) replace_file(from, to)
 #define realpath(path, to) _fullpath(to, path, PATH_MAX)
 #define fchmod(fd, mode) ((void)(mode), 0)
@@ -4384,11 +4387,11 @@ TARGET static float FN(dot)(const float *a, const float *b, int n)
 }
 
 /* exp(x) for LANES values: x = k ln 2 + r, a polynomial of degree 7 for e^r, and k into the exponent.
- * Within 2 units in the last place; 0 below -87, saturated above 88. */
+ * Within 2 units in the last place; 0 below -87, saturated above 88; NaN stays NaN. */
 INLINE void FN(exp)(vf *out, const vf *in)
 {
     vf x = *in;
-    vi low = x < -87.0f, high = x > 88.0f;
+    vi nan = x != x, low = ~(x >= -87.0f), high = x > 88.0f;
     x = (vf)((~(low | high) & (vi)x) | (high & (vi)((vf){0} + 88.0f)));
     vf k = x * 1.44269504f + 0x1.8p23f;
     vi shift = (vi)k;
@@ -4401,7 +4404,7 @@ INLINE void FN(exp)(vf *out, const vf *in)
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
     vi bits = (vi)p + (shift << 23);
-    *out = (vf)(~low & bits);
+    *out = (vf)((~low & bits) | nan);
 }
 
 TARGET static void FN(sigmoid)(float *y, const float *x, int n)
@@ -4628,7 +4631,8 @@ static void catch_signals(void)
 static void fill_standard_files(void)
 {
 #ifdef _WIN32
-    _setmode(0, O_BINARY), _setmode(1, O_BINARY); /* bytes are passed on as they are */
+    _setmode(0, O_BINARY), _setmode(1, O_BINARY); /* bytes are passed on as they are, ... */
+    SetConsoleCP(UTF8_PAGE), SetConsoleOutputCP(UTF8_PAGE); /* ... and a console takes them for UTF-8 */
 #else
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) exit(1);
@@ -6899,12 +6903,12 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 int main(int argc, char **argv)
 {
     fill_standard_files();
+    catch_signals();
     Run r = {.args = parse_args(argc, argv)};
     if (r.args.help) return print_help(), end_output(), 0;
     if (r.args.version) return puts(PROGRAM " " VERSION), end_output(), 0;
     const Mode *mode = choose_mode(&r.args);
     check_args(&r.args);
-    catch_signals();
     r.engine.model = open_model(r.args.model);
     if (mode->engine) start_engine(&r);
     watching = mode->watches;

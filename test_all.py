@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import pty
 import random
 import re
 import resource
@@ -1830,11 +1831,30 @@ SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_h
               "shared_expert_intermediate_size")
 
 
+def fnv1a(data):
+    """64-bit FNV-1a, the hash in tokenizer.bin's header."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return value
+
+
+def checkpoint_hash(data, tensors):
+    """README, "Checkpoint format": of all up to the first tensor, and of the first 64 bytes of each."""
+    begins = b"".join(data[t.offset:t.offset + min(64, t.size)].ljust(64, b"\0") for t in tensors)
+    return fnv1a(data[64:min(t.offset for t in tensors)]) ^ fnv1a(begins)
+
+
 def damaged_checkpoints(path, rng):
     """(what was done, bytes, whether it must be refused) for a few hundred damaged copies of a checkpoint."""
     whole = read_checkpoint(path)
     data, first = whole.data, 64
     tensors, metas = list(whole.tensors.values()), whole.meta_records
+
+    def mend(changed):
+        """With the hash made right, so that what lies behind it is reached."""
+        return patched(changed, (32, "Q", checkpoint_hash(changed, tensors)))
+
     # cut short at every kind of place
     places = {0, 1, 4, 8, 12, 40, 63, 64, 65, len(data) - 1, len(data) - 64, len(data) // 2}
     for record, _, _, offset, size in rng.sample(list(metas.values()), 12):
@@ -1845,6 +1865,7 @@ def damaged_checkpoints(path, rng):
     for place in sorted(place for place in places if place < len(data)):
         yield f"cut at {place}", data[:place], True
     yield "longer than it says", data + bytes(64), True
+    yield "wrong hash", patched(data, (32, "Q", 1)), True
     # header
     for offset, form, name in ((0, "I", "magic"), (8, "I", "version"), (12, "I", "n_meta"), (16, "I", "n_tensors"),
                                (24, "Q", "file_size")):
@@ -1856,17 +1877,19 @@ def damaged_checkpoints(path, rng):
         form, name = rng.choice([("I", 40), ("I", 44), ("Q", 48), ("Q", 56)])
         value = rng.choice(HUGE[form])
         must = key in SHAPE_KEYS and value != struct.unpack_from("<" + form, data, record + name)[0]
-        yield f"{key}: record field at {name} = {value}", patched(data, (record + name, form, value)), must
+        yield f"{key}: record field at {name} = {value}", mend(patched(data, (record + name, form, value))), must
+        yield f"{key}: a name that moves the cursor", mend(patched(data, (record + 1, "B", 0x1B))), True
         if key in SHAPE_KEYS:
-            yield f"{key}: another name", patched(data, (record, "B", ord("X"))), True
+            yield f"{key}: another name", mend(patched(data, (record, "B", ord("X")))), True
             for value in (0, -1, whole.meta[key][0] + 1, 1 << 31, 1 << 62, -1 << 63):
-                yield f"{key} = {value}", patched(data, (offset, "q", value)), True
+                yield f"{key} = {value}", mend(patched(data, (offset, "q", value))), True
         elif kind == 0 and count:
-            for value in rng.sample([-1, 1 << 31, 1 << 40, -1 << 63], 2):
-                yield f"{key} = {value}", patched(data, (offset, "q", value)), False
+            for value in (-1, 0, 1, 1 << 31, 1 << 40, -1 << 63):
+                yield f"{key} = {value}", mend(patched(data, (offset, "q", value))), False
         elif kind == 1:
-            for value in (math.nan, rng.choice([-1.0, math.inf, 0.0, 1e300])):
-                yield f"{key} = {value}", patched(data, (offset, "d", value)), key in ("rms_norm_eps", "rope_theta")
+            for value in (math.nan, -1.0, math.inf, 0.0, 1e300):
+                must = key in ("rms_norm_eps", "rope_theta") and (value != 0 or key == "rope_theta") and not 1 <= value <= 1e15
+                yield f"{key} = {value}", mend(patched(data, (offset, "d", value))), must
     # tensor records
     for tensor in tensors:
         other = rng.choice([t for t in tensors if t.size >= 64 and t is not tensor])
@@ -1880,29 +1903,21 @@ def damaged_checkpoints(path, rng):
             "offset huge": (112, "Q", (1 << 64) - 64), "offset at the end": (112, "Q", len(data)),
             "offset in the header": (112, "Q", 0), "over another tensor": (112, "Q", other.offset),
             "size + 64": (120, "Q", tensor.size + 64), "size 0": (120, "Q", 0), "size huge": (120, "Q", (1 << 64) - 1)}
-        for what in rng.sample(sorted(must), 3):
+        for what in rng.sample(sorted(must), 8):
             field, form, value = must[what]
-            yield f"{tensor.name}: {what}", patched(data, (tensor.record + field, form, value)), True
+            yield f"{tensor.name}: {what}", mend(patched(data, (tensor.record + field, form, value))), True
     twice = patched(data, *((tensors[1].record + i, "B", data[tensors[0].record + i]) for i in range(72)))
     yield "one name twice", twice, True
     # bytes flipped: in the directory anything may follow; in the payload only numbers change
     end = min(tensor.offset for tensor in tensors)
-    for _ in range(60):
+    for _ in range(200):
         place = rng.randrange(first, end)
-        yield f"bit flipped at {place}", patched(data, (place, "B", data[place] ^ 1 << rng.randrange(8))), False
-    for _ in range(10):
+        yield f"bit flipped at {place}", mend(patched(data, (place, "B", data[place] ^ 1 << rng.randrange(8)))), False
+    for _ in range(60):
         place = rng.randrange(end, len(data) - 4096)
-        yield f"noise at {place}", data[:place] + rng.randbytes(4096) + data[place + 4096:], False
-    yield "payload of ones", data[:end] + b"\xff" * (len(data) - end), False
-    yield "payload of zeros", data[:end] + bytes(len(data) - end), False
-
-
-def fnv1a(data):
-    """64-bit FNV-1a, the hash in tokenizer.bin's header."""
-    value = 0xCBF29CE484222325
-    for byte in data:
-        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return value
+        yield f"noise at {place}", mend(data[:place] + rng.randbytes(4096) + data[place + 4096:]), False
+    yield "payload of ones", mend(data[:end] + b"\xff" * (len(data) - end)), False
+    yield "payload of zeros", mend(data[:end] + bytes(len(data) - end)), False
 
 
 def damaged_tokenizers(path, rng):
@@ -1921,7 +1936,7 @@ def damaged_tokenizers(path, rng):
         old, = struct.unpack_from("<I", data, offset)
         for value in {*rng.sample(HUGE["I"], 3), old + 1} - {old}:
             yield f"header {name} = {value}", patched(data, (offset, "I", value)), name not in ("flags", "pattern")
-    yield "wrong hash", patched(data, (48, "Q", 1)), False
+    yield "wrong hash", patched(data, (48, "Q", 1)), True
     yield "wrong file_size", patched(data, (56, "Q", len(data) + 64)), True
     yield "magic of a checkpoint", b"QWEN3NXT" + data[8:], True
 
@@ -1931,7 +1946,7 @@ def damaged_tokenizers(path, rng):
     for name, (offset, size) in whole.sections.items():
         if name == "bytes":
             continue
-        for _ in range(8):
+        for _ in range(60):
             place = offset + rng.randrange(size // 4) * 4
             old, = struct.unpack_from("<I", data, place)
             value = rng.choice([0, old + 1, 0x10FFFF, 0x110000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
@@ -1950,7 +1965,7 @@ def check_damage(files, command):
         number, (what, data, must_fail) = case
         path = WORK / f"damaged-{number}.bin"
         path.write_bytes(data)
-        problem = complaint(command(path), 1 if must_fail else (0, 1), [path.name, "tokenizer.bin: hash"])
+        problem = complaint(command(path), 1 if must_fail else (0, 1), [path.name, "tokenizer.bin: hash", "-c 64"])
         path.unlink()
         return problem and f"{what}: {problem}"
 
@@ -1962,7 +1977,7 @@ def test_damaged_checkpoints(report):
     tokenizer, _ = small_tokenizer()
     files = list(damaged_checkpoints(victim(), random.Random(1)))
     report(f"{len(files)} damaged checkpoints")
-    assert len(files) >= 300
+    assert len(files) >= 1000
     check_damage(files, lambda path: [DEBUG_ENGINE, path, "-m", "generate", "-i", "The owl", "-n", 3, "-s", 1,
                                       "-t", 1, "-z", tokenizer, "-c", 64, "-q"])
 
@@ -1970,7 +1985,7 @@ def test_damaged_checkpoints(report):
 def test_damaged_tokenizers(report):
     files = list(damaged_tokenizers(small_tokenizer()[0], random.Random(2)))
     report(f"{len(files)} damaged tokenizers")
-    assert len(files) >= 100
+    assert len(files) >= 500
     model, text = token_model(), "The owl's 12 keys\u00e9\u0323 e\u0301 \ud55c\uae00 \u1112\u1161\u11ab <|im_end|>\n"
     check_damage(files, lambda path: [DEBUG_ENGINE, model, "-m", "tokenize", "-z", path, "-q", "-i", text])
 
@@ -3702,6 +3717,409 @@ def fuzz_seeds(folder):
         result = run(ENGINE, model, "-m", "chat", "-z", tokenizer, "-c", 96, "-n", 3, "-q", "--save", saved, stdin=lines.encode(), cwd=WORK)
         assert result.returncode == 0, result.stderr
         seed("saved", f"chat-{number}", saved.read_bytes())
+
+
+@functools.cache
+def fuzz_folder():
+    folder = WORK / "fuzz"
+    fuzz_seeds(folder)
+    return folder
+
+
+FUZZ_DRIVER = r"""
+#include <stdint.h>
+#include <stdio.h>
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+static uint8_t data[1 << 20];
+int main(int argc, char **argv)                   /* files, one by one; each is named before it is tried */
+{
+    for (int i = 1; i < argc; i++) {
+        FILE *f = fopen(argv[i], "rb");
+        size_t n = fread(data, 1, sizeof data, f);
+        fclose(f);
+        fprintf(stderr, "trying %s\n", argv[i]);
+        LLVMFuzzerTestOneInput(data, n);
+    }
+    fprintf(stderr, "done\n");
+}
+"""
+
+
+@functools.cache
+def fuzz_program():
+    """The targets of `make fuzz` without libFuzzer: a program that tries the files it is given."""
+    (WORK / "driver.c").write_text(FUZZ_DRIVER)
+    subprocess.run(["cc", "-std=gnu11", "-g", "-O1", "-w", "-pthread", "-DFUZZ", "-fsanitize=address,undefined",
+                    "-fno-sanitize-recover=all", "-o", WORK / "driver", ROOT / "qwen3next.c", WORK / "driver.c", "-lm"], check=True)
+    return WORK / "driver"
+
+
+def mutated(data, rng, others):
+    """Bytes with one to four changes of the kinds that fuzzers make."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        at, n = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8, 64])
+        change = rng.randrange(6)
+        if change == 0 and data:
+            data[at % len(data)] ^= 1 << rng.randrange(8)
+        elif change == 1:
+            data[at:at + n] = rng.randbytes(n)
+        elif change == 2:
+            data[at:at + 8] = rng.choice([0, 1, 255, 1 << 31, 1 << 63, (1 << 64) - 1]).to_bytes(8, "little")[:rng.choice([4, 8])]
+        elif change == 3:
+            data[at:at] = rng.choice(others)[:rng.choice([4, 64, 4096])]
+        elif change == 4:
+            del data[at:at + n]
+        else:
+            data = data[:at] if rng.random() < 0.3 else data
+    return bytes(data)
+
+
+@pytest.mark.parametrize("target", FUZZ_TARGETS)
+def test_seeds_and_mutations_of_every_target(target, tmp_path, report):
+    """What `make fuzz` begins with, and a few hundred changes of each kind: no sanitizer speaks, nothing hangs."""
+    rng, program = random.Random(target), fuzz_program()
+    seeds = [path.read_bytes() for path in sorted((fuzz_folder() / target).iterdir())]
+    inputs = seeds + [mutated(rng.choice(seeds), rng, seeds) for _ in range(300)]
+    paths = [tmp_path / str(number) for number in range(len(inputs))]
+    for path, data in zip(paths, inputs):
+        path.write_bytes(data)
+    result = run(program, *paths, timeout=300, env=dict(os.environ, QWEN3NEXT_FUZZ=target, QWEN3NEXT_FUZZ_FOLDER=str(fuzz_folder())))
+    last = Path(re.findall(rb"trying (.*)", result.stderr)[-1].decode())
+    assert result.returncode == 0 and result.stderr.endswith(b"done\n"), (last.read_bytes(), result.stderr[-3000:])
+    report(f"{target}: {len(inputs)} inputs")
+
+
+# ---- What was found, each once
+
+def test_a_draft_s_confidence_that_is_no_probability():
+    """A NaN whose payload the engine's exp turns into a huge number: it once indexed a table."""
+    whole = read_checkpoint(mtp_checkpoint("plain"))
+    norm = whole.tensors["mtp.norm"]
+    for bits in (0x7FC0011C, 0x7FC00000, 0xFFC0011C, 0x7F800001):
+        data = patched(whole.data, *((norm.offset + i, "I", bits) for i in range(0, norm.size, 4)))
+        (WORK / "nan.bin").write_bytes(patched(data, (32, "Q", checkpoint_hash(data, list(whole.tensors.values())))))
+        for cpu in CPUS:
+            if not lacks_cpu(cpu):
+                result = run(DEBUG_ENGINE, WORK / "nan.bin", "--ids", "-i", "1 2 3", "-n", 12, "-t", 0, "-c", 64, "-d", 1, "--cpu", cpu)
+                assert result.returncode == 0, result.stderr
+
+
+def rebuilt_tokenizer(path, **sections):
+    """small_tokenizer's file with other sections (lists of numbers) written to path."""
+    whole = read_tokenizer(small_tokenizer()[0])
+    header, body = bytearray(whole.data[:64]), b""
+    counts = dict(merges=(16, 3), added=(20, 2), ccc=(28, 3), decomp=(32, 3), comp=(36, 3))
+    for name, (offset, size) in whole.sections.items():
+        raw = whole.data[offset:offset + size]
+        if name in sections:
+            raw = np.array(sections[name], "<u4").tobytes()
+            struct.pack_into("<I", header, counts[name][0], len(raw) // 4 // counts[name][1])
+        body += raw if name == "bytes" else raw.ljust((len(raw) + 7) // 8 * 8, b"\0")
+    struct.pack_into("<QQ", header, 48, fnv1a(body) if len(body) < 1 << 20 else 0, 64 + len(body))
+    path.write_bytes(header + body)
+    return path
+
+
+def test_tokenizers_that_want_to_take_for_ever(tmp_path):
+    """Characters that become 65,536, merges that all meet in the hash, a hundred thousand added tokens."""
+    whole = read_tokenizer(small_tokenizer()[0])
+    command = [ENGINE, token_model(), "-m", "tokenize", "--ids", "-z", tmp_path / "t.bin", "-i"]
+    rebuilt_tokenizer(tmp_path / "t.bin", decomp=[x for i in range(30) for x in (0x4E00 + i, 0x4E01 + i, 0x4E01 + i)])
+    result = run(*command, "\u4e00" * 1000, timeout=10)
+    assert result.returncode == 0 and result.stdout.count(b"\n") <= 16 * 3 * 1000
+    rebuilt_tokenizer(tmp_path / "t.bin", merges=whole.merges[0] * 200_000)
+    assert complaint([*command, "x"], FAILED, ["t.bin: merge"]) is None
+    rebuilt_tokenizer(tmp_path / "t.bin", added=whole.added[0] * 100_000)
+    assert complaint([*command, "x"], FAILED, ["n_added"]) is None
+
+
+def on_a_terminal(command, typed=b"", until=None, signals=()):
+    """Run a command with a terminal as standard input, output and error: (status, what it wrote)."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execv(command[0], [str(word) for word in command])
+    written = b""
+    os.write(fd, typed)
+    try:
+        while piece := os.read(fd, 65536):
+            written += piece
+            if until and until in written:
+                for number, word in signals:
+                    os.kill(pid, number)
+                    time.sleep(0.1)
+                    os.write(fd, word)
+                until = None
+    except OSError:                                # the other side has been closed
+        pass
+    os.close(fd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written
+
+
+def test_nothing_moves_the_cursor_of_a_terminal():
+    """A model that says control characters, a prompt and a conversation that hold some: bytes for a pipe, ^X for a terminal."""
+    says = "\x1b]0;owned\x07 \u009b2J\x7f é\n"
+    source = scripted_model(WORK / "hf" / "escapes", says.replace("\n", ""), TEMPLATES["instruct"])
+    model = export(source, WORK / "escapes.bin", "--type", "bf16")
+    command = [ENGINE, model, "-m", "chat", "-z", TOKENIZER, "-t", 0, "-q", "-y", "a\x1bb"]
+    assert says.strip().encode() in run(*command, stdin=b"Hi\n").stdout
+    status, written = on_a_terminal(command, b"Hi\n/show\n/exit\n")
+    assert status == 0 and b"^[]0;owned^G ^[2J^?" in written and b"a^[b" in written and "é".encode() in written
+    assert b"\x1b" not in written.replace(b"^[", b"") and b"\xc2\x9b" not in written, written
+
+
+def test_text_taken_back_leaves_no_trace_in_a_saved_file():
+    for kv in ("f16", "q8", "f32"):
+        files = set()
+        for word in ("Once", "Dragons are", "Tell me"):
+            file = WORK / "traces"
+            result = run(ENGINE, DEMO, "-m", "chat", "-q", "--kv", kv, "-n", 5, "-s", 1,
+                         stdin=f"Hello\n{word} more\n/undo\n/set seed 5\n/save {file}\n".encode())
+            assert result.returncode == 0, result.stderr
+            files.add(file.read_bytes())
+        assert len(files) == 1, kv
+
+
+def test_a_template_whose_end_of_thinking_is_a_slash():
+    whole = read_checkpoint(chat_model("thinking"))
+    record, _, _, offset, _ = whole.meta_records["chat.think_end"]
+    data = patched(whole.data, (offset, "B", ord("/")), (record + 44, "I", 1), (record + 56, "Q", 1))
+    (WORK / "slash.bin").write_bytes(patched(data, (32, "Q", checkpoint_hash(data, list(whole.tensors.values())))))
+    result = run(DEBUG_ENGINE, WORK / "slash.bin", "-m", "chat", "-r", 0, "-z", TOKENIZER, "-t", 0, "-n", 5, stdin=b"Hi\n")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_replaced_file_keeps_its_rights_from_the_first_byte(tmp_path):
+    """No moment in which others could open what is to be private."""
+    file = tmp_path / "private"
+    file.touch(0o600)
+    process = subprocess.Popen([ENGINE, token_model(), "--ids", "-i", "1", "-n", "4", "-q", "--save", str(file)], stdout=subprocess.PIPE)
+    seen = set()
+    while process.poll() is None:
+        for path in tmp_path.iterdir():
+            try:
+                seen.add(path.stat().st_mode & 0o777)
+            except FileNotFoundError:
+                pass
+    assert process.returncode == 0 and seen == {0o600} and file.stat().st_size > 144
+
+
+# ---- Faults
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def fault_commands(folder):
+    """A command for every mode: (name, command, standard input). Each writes what it writes into the folder."""
+    model, vocabulary = fuzz_folder() / "model.bin", ["-z", fuzz_folder() / "tokenizer.bin"]
+    base = [DEBUG_ENGINE, model, "-s", 1, "-j", 2, "-q"]
+    yield "generate", [*base, *vocabulary, "-i", "The owl", "-n", 6, "-d", 2, "--save", folder / "kept"], b""
+    yield "load", [*base, "--ids", "-n", 3, "--load", fuzz_folder() / "saved" / "text-0"], b""
+    yield "chat", [*base, *vocabulary, "-m", "chat", "-n", 3], f"Hi\n/undo\nHo\n/save {folder / 'kept'}\n/load {folder / 'kept'}\n/regen\n".encode()
+    yield "logits", [*base, "--ids", "-i", "1 2 3", "-m", "logits", "-o", folder / "kept"], b""
+    yield "perplexity", [*base, *vocabulary, "-f", fuzz_folder() / "text" / "0", "-m", "perplexity"], b""
+    yield "tokenize", [*base, *vocabulary, "-i", "ça va? \u1112\u1161", "-m", "tokenize"], b""
+    yield "inspect", [*base, "-m", "inspect"], b""
+    yield "experts", [*base, "--ids", "-i", "1 2 3", "-n", 3, "--memory", least_memory(model)], b""
+
+
+@pytest.mark.parametrize("mode", ["generate", "load", "chat", "logits", "perplexity", "tokenize", "inspect", "experts"])
+def test_any_request_may_fail(mode, tmp_path, report):
+    """Memory, files, threads: the N-th request is refused (debug build). It ends in one line and status 1, or, where a chat
+    goes on, in a line; what was there before stays or is replaced whole."""
+    _, command, stdin = next(case for case in fault_commands(tmp_path) if case[0] == mode)
+    whole = run(*command, stdin=stdin)
+    assert whole.returncode == 0, whole.stderr
+    kept = (tmp_path / "kept").read_bytes() if (tmp_path / "kept").exists() else None
+
+    def attempt(n):
+        return run(*command, stdin=stdin, timeout=20, env=dict(os.environ, QWEN3NEXT_FAULT=str(n)))
+
+    total = next(n for n in (2 ** k for k in range(20)) if attempt(n).stderr == whole.stderr)
+    numbers = sorted({*range(1, min(total, 60)), *random.Random(3).sample(range(1, total), min(total - 1, 60))})
+    refused = 0
+    for n, result in zip(numbers, parallel(attempt, numbers)):
+        message = result.stderr.decode("utf-8", "replace")
+        assert result.returncode in (0, 1) and "Sanitizer" not in message and "runtime error" not in message, (n, result)
+        assert result.returncode == 0 or message.rstrip("\n").split("\n")[-1].startswith("qwen3next: "), (n, message)
+        assert result.returncode == 0 or message.count("\n") == 1 or mode == "chat", (n, message)
+        refused += result.returncode
+    assert refused > 5 and not leftovers(tmp_path)
+    assert kept is None or (tmp_path / "kept").read_bytes() == kept
+    report(f"{mode}: {len(numbers)} of about {total} requests refused, {refused} of them ended the program")
+
+
+@pytest.mark.parametrize("how", ["cut off", "emptied", "removed", "replaced"])
+def test_a_checkpoint_that_changes_while_it_is_mapped(how, tmp_path):
+    model = tmp_path / "model.bin"
+    shutil.copy(DEMO, model)
+    process = subprocess.Popen([ENGINE, model, "-z", TOKENIZER, "-i", "Once upon a time", "-n", "100000", "-c", "4096", "-t", "1", "-q",
+                                "-p", "1", "-k", "0", "-d", "0", "-j", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(40)
+    if how in ("cut off", "emptied"):
+        os.truncate(model, 4096 * 2000 if how == "cut off" else 0)
+        message = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 1 and message.count("\n") == 1 and "model.bin" in message, (process.returncode, message)
+        return
+    model.unlink()                                 # what is mapped stays
+    if how == "replaced":
+        model.write_bytes(b"something else")
+    process.stdout.read(200)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "closed pipe", "none"])
+@pytest.mark.parametrize("command", ["-h", "--version", "-m inspect", "-m tokenize -i word", "-i word -n 40", "-i word --echo -n 3",
+                                     "-m chat -i word -n 20", "-m perplexity -i words", "--ids -i 1 -n 20"])
+def test_output_that_cannot_be_written(command, output):
+    """A full disk, a reader that has left, no standard output at all: a line and status 1, at once."""
+    words = [DEBUG_ENGINE, fuzz_folder() / "model.bin", "-z", fuzz_folder() / "tokenizer.bin", "-q", "-s", 1, *command.split()]
+    if output == "none":
+        words = ["sh", "-c", 'exec "$@" >&-', "sh", *words]
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([str(word) for word in words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60,
+                                stdout=full if output == "/dev/full" else write)
+    os.close(write)
+    message = result.stderr.decode()
+    assert result.returncode == 1 and message.count("\n") == 1 and "standard output" in message, (result.returncode, message)
+
+
+def test_no_standard_files_at_all():
+    """Closed standard input and error too: nothing that is opened takes their place."""
+    for closed in ("<&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"):
+        words = ["sh", "-c", f'exec "$@" {closed}', "sh", DEBUG_ENGINE, fuzz_folder() / "model.bin", "--ids", "-i", 1, "-n", 3, "-q", "-s", 1]
+        assert run(*words).returncode == (1 if ">&- 2" in closed else 0), closed
+    result = run("sh", "-c", 'exec "$@" <&-', "sh", DEBUG_ENGINE, fuzz_folder() / "model.bin", "-z", fuzz_folder() / "tokenizer.bin", "-m", "chat")
+    assert result.returncode in (0, 1) and b"Sanitizer" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_at_any_moment(name, tmp_path, report):
+    """Of a run that saves: the status names the signal, and the file is absent or a conversation that goes on."""
+    rng, number = random.Random(name), getattr(signal, name)
+    command = [ENGINE, DEMO, "-i", "Once upon a time", "-n", "3000", "-c", "4000", "-q", "-s", "1", "-t", "1", "-p", "1", "-k", "0", "--save"]
+    outcomes = {}
+    for trial in range(40):
+        file = tmp_path / "kept"
+        process = subprocess.Popen([*command, file], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(rng.random() ** 2 * 0.6)
+        for _ in range(rng.choice([1, 1, 2])):
+            process.send_signal(number)
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode in (0, 128 + number, -number), (process.returncode, message)   # -: it had not even begun
+        assert not leftovers(tmp_path) or process.returncode == -number
+        if file.exists():
+            engine(DEMO, "--load", file, "-n", 1, "-c", 4000, "-q")
+            file.unlink()
+        outcomes[process.returncode] = outcomes.get(process.returncode, 0) + 1
+    report(f"{name}: statuses {outcomes}")
+    assert outcomes.get(128 + number, 0) > 20
+
+
+def test_a_terminal_that_changes_its_size():
+    """While it waits and while it answers: nobody is disturbed."""
+    command = [ENGINE, DEMO, "-m", "chat", "-t", 0, "-n", 200, "-q"]
+    signals = [(signal.SIGWINCH, b""), (signal.SIGWINCH, b"Hello\n"), (signal.SIGWINCH, b""), (signal.SIGCONT, b"/exit\n")]
+    status, written = on_a_terminal(command, b"Tell me a story.\n", b" ", signals)
+    quiet = run(*command, stdin=b"Tell me a story.\nHello\n").stdout.decode()
+    for typed in ("Tell me a story.\r\n", "Hello\r\n", "/exit\r\n"):      # what a terminal shows of what is typed
+        written = written.replace(typed.encode(), b"", 1)
+    assert status == 0 and written.decode().replace("\r\n", "\n") == quiet
+
+
+def test_what_may_not_be_read_or_written(tmp_path):
+    """As a user without rights: the line names the file."""
+    for name in ("model.bin", "tokenizer.bin"):
+        shutil.copy(fuzz_folder() / name, tmp_path / name)
+    shutil.copy(DEBUG_ENGINE, tmp_path / "qwen3next")
+    (tmp_path / "prompt").write_text("The owl")
+    (tmp_path / "kept").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+    for path in [tmp_path, *tmp_path.parents][:4]:
+        path.chmod(path.stat().st_mode | 0o055)
+    nobody = dict(preexec_fn=lambda: os.setuid(65534)) if os.getuid() == 0 else {}
+    base = [tmp_path / "qwen3next", tmp_path / "model.bin", "-z", tmp_path / "tokenizer.bin", "-n", 2, "-q"]
+    assert run(*base, "-f", tmp_path / "prompt", **nobody).returncode == 0
+    for path, command in ((tmp_path / "model.bin", [*base, "-i", "x"]), (tmp_path / "tokenizer.bin", [*base, "-i", "x"]),
+                          (tmp_path / "prompt", [*base, "-f", tmp_path / "prompt"]), (tmp_path / "kept", [*base, "--load", tmp_path / "kept"]),
+                          (tmp_path / "folder", [*base, "-i", "x", "--save", tmp_path / "folder" / "new"]),
+                          (tmp_path / "folder", [*base, "-m", "logits", "-i", "x", "-o", tmp_path / "folder" / "new"]),
+                          (tmp_path / "folder", [*base, "-m", "logits", "-i", "x", "-o", "/dev/null", "--dump", tmp_path / "folder"])):
+        rights = path.stat().st_mode
+        path.chmod(0)
+        result = run(*command, **nobody)
+        path.chmod(rights)
+        assert result.returncode == 1 and result.stderr.count(b"\n") == 1 and path.name.encode() in result.stderr, (command, result)
+    assert (tmp_path / "kept").read_bytes() == b"old" and not list((tmp_path / "folder").iterdir())
+
+
+def test_folders_and_pipes_where_files_are_wanted(tmp_path):
+    """For every option that names a file; a prompt may come from a pipe, as may logits go into one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    base = [DEBUG_ENGINE, fuzz_folder() / "model.bin", "-z", fuzz_folder() / "tokenizer.bin", "-q", "-n", 2]
+    for kind in ("folder", "pipe"):
+        path = tmp_path / kind
+        for command in ([DEBUG_ENGINE, path, "-i", "x"], [*base, "-i", "x", "-z", path], [*base, "--load", path, "--ids"]):
+            assert complaint(command, FAILED, [kind]) is None, command
+    for option in ("-f", "--save", "-o"):
+        command = [*base, *(["-m", "logits"] if option == "-o" else []), *([] if option == "-f" else ["-i", "x"]), option, tmp_path / "folder"]
+        assert complaint(command, FAILED, ["folder"]) is None, command
+    writer = subprocess.Popen(["sh", "-c", 'printf owl > "$1"', "sh", tmp_path / "pipe"])
+    assert run(*base, "-f", tmp_path / "pipe").returncode == 0 and writer.wait(10) == 0
+
+
+def test_numbers_out_of_range_in_every_option():
+    """The options and what they take are read from -h: a number is taken or refused by its option's name, whatever it is."""
+    text, options = run(ENGINE, "-h").stdout.decode(), []
+    for letter, name, value in re.findall(r"^  (?:-(\w), |    )--([\w-]+) (\S+)", text, re.M):
+        if value in ("N", "X", "0|1"):
+            options.append("--" + name)
+    assert len(options) >= 15
+    numbers = ["-1", "-0", "1e999", "-1e999", "nan", "-nan", "inf", "", " ", "1 ", "1x", "0x1p99", "9" * 30, "-" + "9" * 30, "9223372036854775807",
+               "9223372036854775808", "18446744073709551616", "2147483648", "4294967296", "1e-400", "\u0661", "+", "--"]
+    jobs = [(option, number) for option in options for number in numbers]
+
+    def check(job):
+        option, number = job
+        mode = ["-m", "bench"] if option in ("--depth", "--prompt") else ["-m", "chat"] if option == "--reasoning" else ["--ids"]
+        result = run(ENGINE, WORK / "no such model", *mode, *([] if mode[-1] == "bench" else ["-i", "1"]), option, number)
+        named = b"no such model" if result.returncode == 1 else option.encode()
+        return result.returncode in (1, 2) and result.stderr.count(b"\n") == 1 and named in result.stderr or (job, result)
+
+    problems = [result for result in parallel(check, jobs) if result is not True]
+    assert not problems, problems[:5]
+
+
+@pytest.fixture(scope="session")
+def tsan_engine():
+    subprocess.run(["make", "--silent", "qwen3next-tsan"], cwd=ROOT, check=True)
+    return ROOT / "qwen3next-tsan"
+
+
+@pytest.mark.parametrize("weights", TYPES)
+def test_no_data_race_in_any_mode(weights, tsan_engine, tmp_path):
+    """ThreadSanitizer, 4 threads: every mode, with drafts, with experts from disk, with signals."""
+    model, saved = mtp_checkpoint("plain", weights), tmp_path / "saved"
+    base = [tsan_engine, model, "-j", 4, "-s", 1]
+    ids = ["--ids", "-i", spaced(random_ids(70, 389))]
+    commands = [[*base, *ids, "-n", 30, "-d", 2, "--save", saved], [*base, "--ids", "--load", saved, "-n", 20],
+                [*base, *ids, "-m", "logits", "-o", tmp_path / "logits", "-d", 2, "--dump", tmp_path], [*base, *ids, "-m", "perplexity"],
+                [*base, "-m", "bench", "-n", 16, "--prompt", 64, "-d", 1], [*base, *ids, "-n", 12, "--memory", least_memory(model)],
+                [*base, "-m", "inspect"]]
+    if weights == "q8":
+        commands += [[tsan_engine, DEMO, "-j", 4, "-m", "chat", "-n", 30], [tsan_engine, DEMO, "-m", "tokenize", "-i", STORY]]
+    for command in commands:
+        result = run(*command, stdin=b"Tell me a story.\n/undo\nHello\n/regen\n" if "chat" in command else b"", timeout=300)
+        assert result.returncode == 0 and b"ThreadSanitizer" not in result.stderr, result.stderr[-2000:]
+    process = subprocess.Popen([*map(str, base), "--ids", "-i", "1", "-n", "100000", "-c", "512", "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(8)
+    process.send_signal(signal.SIGTERM)
+    assert b"ThreadSanitizer" not in process.communicate(timeout=60)[1] and process.returncode in (0, 143)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ import random
 import re
 import shutil
 import signal
+import stat
 import statistics
 import struct
+import subprocess
 import sys
 import unicodedata
 from collections import namedtuple
@@ -53,9 +55,35 @@ def fail(where, what, wanted=None, found=None):
     raise ExportError(f"{where}: {what}{tail}" + ("" if found is None else f", found {found}"))
 
 
+def one_line(text, most=1000):
+    """text as one line of about `most` characters that do nothing to a terminal: a file may hold any name or value."""
+    if len(text) > most:
+        text = f"{text[:most * 3 // 4]} ... {text[-most // 4:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def say(text):
     """Progress, warnings and results for people go to standard error."""
-    tqdm.write(f"export.py: {text}", file=sys.stderr)
+    tqdm.write(one_line(f"export.py: {text}"), file=sys.stderr)
+
+
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer",
+         float: "a number"}
+
+
+def checked(where, what, value, kind, low=None, high=None):
+    """A value out of JSON that has to be of a kind of KINDS, a number from low to high. An integer is a number, true is
+    none; NaN is in no range. Anything else is an error."""
+    right = type(value) is kind or (kind is float and type(value) is int)
+    if not right or (low is not None and not low <= value <= high):
+        limits = "" if low is None else f" from {low} to {high}"
+        fail(where, what, KINDS[kind] + limits, one_line(repr(value), 200))
+    return value
+
+
+def checked_integers(where, what, value, low=0, high=(1 << 63) - 1):
+    """A list of integers out of JSON, each from low to high."""
+    return [checked(where, what, x, int, low, high) for x in checked(where, what, value, list)]
 
 
 def fnv1a(data, h=0xCBF29CE484222325):
@@ -108,17 +136,72 @@ def to_bf16_up(x):
     return ((np.ascontiguousarray(x, np.float32).view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
 
 
-def read_json(path):
-    """The JSON object in a file; anything else is an error that names the file."""
+MAX_JSON = 100_000_000                                      # bytes, as the safetensors library has it for headers
+
+
+def open_file(path):
+    """A regular file, open for reading, unbuffered. A pipe would be waited for, a device has no end: both are errors."""
+    at_once = getattr(os, "O_NONBLOCK", 0)                  # opening a pipe waits, too
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        f = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | at_once))
     except OSError as e:
         fail(path, f"cannot be read: {e.strerror}")
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        fail(path, "cannot be read", "a regular file", "a device or pipe")
+    return f
+
+
+def read_file(path):
+    """The bytes of a small file."""
+    with open_file(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > MAX_JSON:
+            fail(path, "size", f"at most {MAX_JSON} bytes", size)
+        try:
+            return f.read()
+        except OSError as e:
+            fail(path, f"cannot be read: {e.strerror}")
+
+
+def parse_json(where, raw):
+    """The JSON object that UTF-8 bytes spell; errors begin with `where`. A key that stands twice is one: programs would
+    differ in which of the two they take."""
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = sorted(key for key, _ in pairs)
+            fail(where, f"key {next(a for a, b in zip(keys, keys[1:]) if a == b)} stands twice")
+        return value
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except ValueError as e:
-        fail(path, f"is not JSON: {e}")
-    if not isinstance(value, dict):
-        fail(path, "top level", "an object", type(value).__name__)
-    return value
+        fail(where, f"is not JSON: {e}")
+    except RecursionError:
+        fail(where, "is nested too deeply")
+    return checked(where, "top level", value, dict)
+
+
+def read_json(path):
+    """The JSON object in a file; anything else is an error that names the file."""
+    return parse_json(path, read_file(path))
+
+
+def inside(folder, name, said_by=None):
+    """The path of a checkpoint's file, None where there is none. A checkpoint is one folder: a name or link that leads
+    out of it is an error of `said_by`, for a stranger's checkpoint must not have us read other files. But a snapshot in
+    the hub's cache is made of links to the blobs beside it."""
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        home, real = folder.resolve(), path.resolve(strict=True)
+    except (OSError, RuntimeError) as e:                    # RuntimeError: a circle of links, up to Python 3.12
+        fail(path, f"cannot be read: {getattr(e, 'strerror', None) or e}")
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in real.parents and real.parent != blobs:
+        fail(said_by or folder, f"{name} leads out of the folder", "a file in it", real)
+    return path
 
 
 @contextlib.contextmanager
@@ -134,7 +217,7 @@ def well_formed(path):
 def written(path):
     """A binary file under a temporary name beside `path`, renamed to it at the end; on any failure it is removed."""
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():
         fail(path, "the output", "a regular file or a new name", "a directory, device or pipe")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -144,7 +227,8 @@ def written(path):
     except OSError as e:
         fail(path, f"cannot be written: {e.strerror}")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ---- 2. The source of tensors ------------------------------------------------------------------------------------
@@ -152,7 +236,7 @@ def written(path):
 # read, and rows(name, first, count) -> float32 [count, C], the tensor seen as a matrix of its last axis. Another
 # container (GGUF) is another class with these five methods.
 
-Entry = namedtuple("Entry", "file dtype shape offset")   # offset in bytes from the start of the file
+Entry = namedtuple("Entry", "file dtype shape offset end")   # offset, end in bytes from the start of the file
 
 
 def memory_bytes():
@@ -167,47 +251,64 @@ class Safetensors:
     """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small. Files
     larger than half the machine's memory leave the page cache once read, and do not push all else out of it."""
 
-    MAX_HEADER = 100_000_000                                # bytes, as in the safetensors library
     DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
     def __init__(self, paths):
         self.files, self.entries = {}, {}
         for path in paths:
-            try:
-                self.files[path] = os.open(path, os.O_RDONLY)
-            except OSError as e:
-                fail(path, f"cannot be read: {e.strerror}")
+            self.files[path] = open_file(path)
             for name, entry in self._header(path).items():
                 if self.entries.setdefault(name, entry) is not entry:
                     fail(path, f"{name} is in another file as well", "one tensor of a name", self.entries[name].file)
         self.cached, self.most_cached = 0, memory_bytes() / 4
         self.drop = hasattr(os, "posix_fadvise") and sum(map(os.path.getsize, self.files)) > 2 * self.most_cached
 
-    def _header(self, path):
-        """Entries of one file. Format: u64 length of the header, the header (JSON), the data."""
-        fd = self.files[path]
-        size = os.fstat(fd).st_size
-        length = int.from_bytes(os.pread(fd, 8, 0), "little")
-        if length > self.MAX_HEADER:
-            fail(path, "safetensors header is damaged, length", f"at most {self.MAX_HEADER} bytes", length)
-        if size < 8 or length > size - 8:
-            fail(path, "file is cut short, safetensors header", f"{8 + length} bytes", f"{size} bytes")
+    def _read(self, path, what, count, offset):
+        """count bytes of a file."""
         try:
-            header = json.loads(os.pread(fd, length, 8))
-            header.pop("__metadata__", None)
-            entries = {name: self._entry(path, name, h, 8 + length, size) for name, h in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            fail(path, f"safetensors header is damaged: {e}")
+            raw = os.pread(self.files[path].fileno(), count, offset)
+        except OSError as e:
+            fail(path, f"{what}: cannot be read: {e.strerror}")
+        return raw if len(raw) == count else fail(path, f"{what}: file is cut short")
+
+    def _header(self, path):
+        """Entries of one file. Format: u64 length of the header, the header (JSON), the data, which the tensors divide
+        among themselves without holes (the safetensors library refuses all else, too)."""
+        size = os.fstat(self.files[path].fileno()).st_size
+        length = int.from_bytes(self._read(path, "safetensors header", min(size, 8), 0), "little")
+        if length > MAX_JSON:
+            fail(path, "safetensors header is damaged, length", f"at most {MAX_JSON} bytes", length)
+        base = 8 + length
+        if base > size:
+            fail(path, "file is cut short, safetensors header", f"{base} bytes", f"{size} bytes")
+        header = parse_json(f"{path}: safetensors header", self._read(path, "safetensors header", length, 8))
+        header.pop("__metadata__", None)
+        at, entries = base, {}
+        for name, h in header.items():
+            entries[name] = self._entry(path, name, h, base, size)
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].end)):
+            if entry.offset != at:
+                fail(path, f"{name}: data_offsets overlap another tensor's or leave a hole", at - base,
+                     entry.offset - base)
+            at = entry.end
+        if at != size:
+            fail(path, "there is more in the file than its tensors", f"{at} bytes", f"{size} bytes")
         return entries
 
     def _entry(self, path, name, header, base, size):
-        begin, end = header["data_offsets"]
-        dtype, shape = header["dtype"], tuple(header["shape"])
-        if base + end > size or begin < 0:
-            fail(path, f"{name}: file is cut short", f"{base + end} bytes", f"{size} bytes")
+        where = f"{path}: {name}"
+        checked(where, "safetensors header", header, dict)
+        dtype = checked(where, "dtype", header.get("dtype"), str)
+        shape = tuple(checked_integers(where, "shape", header.get("shape")))
+        offsets = checked_integers(where, "data_offsets", header.get("data_offsets"))
+        if len(offsets) != 2 or offsets[0] > offsets[1]:
+            fail(where, "data_offsets", "first and end", one_line(repr(offsets), 200))
+        begin, end = offsets
+        if base + end > size:
+            fail(where, "file is cut short", f"{base + end} bytes", f"{size} bytes")
         if dtype in self.DTYPES and end - begin != math.prod(shape) * self.DTYPES[dtype].itemsize:
-            fail(path, f"{name}: size", f"{math.prod(shape) * self.DTYPES[dtype].itemsize} bytes", f"{end - begin}")
-        return Entry(path, dtype, shape, base + begin)
+            fail(where, "size", f"that of shape {list(shape)} in {dtype}", f"{end - begin} bytes")
+        return Entry(path, dtype, shape, base + begin, base + end)
 
     def names(self):
         return self.entries.keys()
@@ -230,12 +331,7 @@ class Safetensors:
         dtype = self.DTYPES[entry.dtype]
         columns = entry.shape[-1]
         size = count * columns * dtype.itemsize
-        try:
-            raw = os.pread(self.files[entry.file], size, entry.offset + first * columns * dtype.itemsize)
-        except OSError as e:
-            fail(entry.file, f"{name}: cannot be read: {e.strerror}")
-        if len(raw) != size:
-            fail(entry.file, f"{name}: file is cut short")
+        raw = self._read(entry.file, name, size, entry.offset + first * columns * dtype.itemsize)
         self._forget(size)
         raw = np.frombuffer(raw, dtype).reshape(count, columns)
         with np.errstate(over="ignore"):
@@ -250,8 +346,8 @@ class Safetensors:
         self.cached += size
         if self.drop and self.cached > self.most_cached:
             self.cached = 0
-            for fd in self.files.values():
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for f in self.files.values():
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Merged:
@@ -279,24 +375,26 @@ class Merged:
 
 def read_index(path):
     """{tensor: file} of a model.safetensors.index.json; all the files are there."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        fail(path, "weight_map", "an object", type(weight_map).__name__)
-    with well_formed(path):
-        files = {name: path.parent / name for name in sorted(set(weight_map.values()))}
-    for shard in files.values():
-        if not shard.exists():
-            fail(shard, "shard named by the index is missing")
+    weight_map = checked(path, "weight_map", read_json(path).get("weight_map"), dict)
+    for name, file in weight_map.items():
+        checked(path, f"weight_map: {name}", file, str)
+    files = {file: inside(path.parent, file, path) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if files[file] is None:
+            fail(path, f"{name}: there is no shard {file}")
     return {name: files[file] for name, file in weight_map.items()}
 
 
 def open_safetensors(path):
     """A file, or of a directory model.safetensors, else the shards that the index names, else all *.safetensors."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if path.is_file() or single.exists():
-        return Safetensors([path if path.is_file() else single])
-    if not index.exists():
-        return Safetensors(sorted(path.glob("*.safetensors")) or fail(path, "no weights", "*.safetensors", "none"))
+    if not path.is_dir():
+        return Safetensors([path])
+    single, index = inside(path, "model.safetensors"), inside(path, "model.safetensors.index.json")
+    if single:
+        return Safetensors([single])
+    if not index:
+        files = [inside(path, file.name) for file in sorted(path.glob("*.safetensors"))]
+        return Safetensors(files or fail(path, "no weights", "*.safetensors", "none"))
     weight_map = read_index(index)
     source = Safetensors(sorted(set(weight_map.values())))
     for name, shard in weight_map.items():
@@ -308,7 +406,7 @@ def open_safetensors(path):
 def open_source(path):
     """A file or directory of the command line -> a source of tensors."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         fail(path, "no such file or directory")
     source = open_safetensors(path)
     if not source.entries:

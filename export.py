@@ -115,7 +115,7 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-BF16_MAX = np.float32(3.3895314e38)
+MAX_WEIGHT = np.float32(2**126)                             # a quarter of float32's range: no rounding leads out of it
 
 
 def from_bf16(bits):
@@ -326,7 +326,7 @@ class Safetensors:
             fail(entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
 
     def rows(self, name, first, count):
-        """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and infinity are refused."""
+        """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and too large ones are refused."""
         entry = self.entries[name]
         dtype = self.DTYPES[entry.dtype]
         columns = entry.shape[-1]
@@ -336,8 +336,9 @@ class Safetensors:
         raw = np.frombuffer(raw, dtype).reshape(count, columns)
         with np.errstate(over="ignore"):
             x = from_bf16(raw) if entry.dtype == "BF16" else raw.astype(np.float32)
-        if not np.abs(x).max(initial=0) <= BF16_MAX:        # so NaN is refused too
-            fail(entry.file, f"{name}: a value is not finite in bf16", "finite weights", "NaN or infinity")
+        largest = np.abs(x).max(initial=0)
+        if not largest <= MAX_WEIGHT:                       # so NaN is refused too
+            fail(entry.file, f"{name}: a value", f"finite weights, of magnitude at most {MAX_WEIGHT:.2g}", largest)
         return x
 
     def _forget(self, size):
@@ -704,8 +705,10 @@ def portions(count, C):
 
 
 def squares(x):
-    """Sum of the squares of a float32 array. Not np.vdot: on long vectors that is BLAS with threads of its own."""
-    return float(np.vecdot(x, x).sum(dtype=np.float64))
+    """Sum of the squares of a float32 array, infinite where one is. Not np.vdot: on long vectors that is BLAS with
+    threads of its own."""
+    with np.errstate(over="ignore"):
+        return float(np.vecdot(x, x).sum(dtype=np.float64))
 
 
 def encode_f32(x):

@@ -426,7 +426,15 @@ DEFAULTS = dict(
     num_experts_per_tok=10, num_experts=512, norm_topk_prob=True, tie_word_embeddings=False, hidden_act="silu",
     partial_rotary_factor=0.25, full_attention_interval=4, mlp_only_layers=[])
 
-SIZES = [key for key, value in DEFAULTS.items() if type(value) is int]   # positive integers; num_experts may be 0
+# The largest of each size that the engine takes. All are 1 or more, but num_experts may be 0.
+SIZES = dict(
+    vocab_size=1 << 24, hidden_size=1 << 16, intermediate_size=1 << 20, num_hidden_layers=1 << 12,
+    num_attention_heads=1 << 10, num_key_value_heads=1 << 10, head_dim=1 << 12, max_position_embeddings=1 << 28,
+    linear_conv_kernel_dim=64, linear_key_head_dim=1 << 12, linear_value_head_dim=1 << 12,
+    linear_num_key_heads=1 << 10, linear_num_value_heads=1 << 10, decoder_sparse_step=1 << 30,
+    moe_intermediate_size=1 << 20, shared_expert_intermediate_size=1 << 20, num_experts_per_tok=1 << 10,
+    num_experts=1 << 16, full_attention_interval=1 << 30)
+MAX_EXPERTS = 1 << 18                                       # of all layers together: ten times the released model's
 LAYER_KINDS = {"linear_attention": 0, "full_attention": 1}
 
 
@@ -435,10 +443,6 @@ class Config:
 
     def __init__(self, path):
         self.path, self.json = path, read_json(path)
-        with well_formed(path):
-            self._read()
-
-    def _read(self):
         for key, value in DEFAULTS.items():
             found = self.json.get(key)
             setattr(self, key, value if found is None else found)
@@ -461,34 +465,38 @@ class Config:
             found = self.json.get(key)
             if found != value and (found is not None or key == "model_type"):
                 fail(self.path, key, value or "none", found)
-        for name in self.json.get("architectures") or ["Qwen3NextForCausalLM"]:
+        architectures = self.json.get("architectures") or ["Qwen3NextForCausalLM"]
+        for name in checked(self.path, "architectures", architectures, list):
             if name != "Qwen3NextForCausalLM":
-                fail(self.path, f"architecture {name} is not supported yet", "Qwen3NextForCausalLM")
+                fail(self.path, f"architectures: {name} is not supported yet", "Qwen3NextForCausalLM")
 
     def _check_numbers(self):
-        for key in SIZES:
-            value, least = getattr(self, key), 0 if key == "num_experts" else 1
-            if type(value) is not int or not least <= value < 1 << 31:
-                fail(self.path, key, f"an integer of at least {least}", repr(value))
+        for key, most in SIZES.items():
+            checked(self.path, key, getattr(self, key), int, 0 if key == "num_experts" else 1, most)
         for key in ("rms_norm_eps", "partial_rotary_factor"):
-            if not isinstance(getattr(self, key), (int, float)):
-                fail(self.path, key, "a number", getattr(self, key))
+            checked(self.path, key, getattr(self, key), float, 0, 1)
+        for key in ("attention_bias", "norm_topk_prob", "tie_word_embeddings"):
+            checked(self.path, key, getattr(self, key), bool)
+        checked_integers(self.path, "mlp_only_layers", self.mlp_only_layers)
         for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
                           ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, many) % getattr(self, few):
                 fail(self.path, many, f"a multiple of {few} ({getattr(self, few)})", getattr(self, many))
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             fail(self.path, "num_experts_per_tok", f"at most {self.num_experts}", self.num_experts_per_tok)
+        if self.num_hidden_layers * self.num_experts > MAX_EXPERTS:
+            fail(self.path, "num_hidden_layers * num_experts", f"at most {MAX_EXPERTS}",
+                 self.num_hidden_layers * self.num_experts)
 
     def _layer_types(self):
         types = self.json.get("layer_types")
         if types is None:
             every = self.full_attention_interval
             return [int((i + 1) % every == 0) for i in range(self.num_hidden_layers)]
-        if len(types) != self.num_hidden_layers:
+        if len(checked(self.path, "layer_types", types, list)) != self.num_hidden_layers:
             fail(self.path, "layer_types", f"{self.num_hidden_layers} entries", len(types))
         for name in types:
-            if name not in LAYER_KINDS:
+            if name not in list(LAYER_KINDS):               # a list, for name may be anything
                 fail(self.path, "layer_types", " or ".join(LAYER_KINDS), name)
         return [LAYER_KINDS[name] for name in types]
 
@@ -498,7 +506,9 @@ class Config:
 
     def _rope(self):
         """Rotary parameters in the spelling of transformers 5, from it or from rope_theta and rope_scaling (4.57)."""
-        rope = dict(self.json.get("rope_scaling") or self.json.get("rope_parameters") or {})
+        keys = "rope_scaling", "rope_parameters"
+        rope, new = [dict(checked(self.path, key, self.json.get(key) or {}, dict)) for key in keys]
+        rope = rope or new
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         if rope["rope_type"] not in ("default", "linear", "yarn"):
             fail(self.path, "rope_type", "default, linear or yarn", rope["rope_type"])
@@ -507,30 +517,35 @@ class Config:
         for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.25)):
             if rope.get(key) is None:
                 rope[key] = default if self.json.get(key) is None else self.json[key]
-        if rope["rope_type"] != "default" and "factor" not in rope:
-            fail(self.path, "rope factor", "a number", "none")
         return rope
 
+    def _rope_number(self, key, default, low, high):
+        """A rotary parameter, or the default where it is absent."""
+        value = self.rope.get(key)
+        return float(checked(self.path, f"rope {key}", default if value is None else value, float, low, high))
+
     def _rope_meta(self):
-        """Metadata of the rotary embedding; YaRN (arXiv 2309.00071) resolved as in modeling_rope_utils.py."""
-        rope, most = self.rope, self.max_position_embeddings
-        meta = dict(rope_theta=float(rope["rope_theta"]), rope_type=rope["rope_type"])
+        """Metadata of the rotary embedding; YaRN (arXiv 2309.00071) resolved as in modeling_rope_utils.py. The ranges
+        are those that the engine takes."""
+        rope, most, number = self.rope, self.max_position_embeddings, self._rope_number
+        number("partial_rotary_factor", None, 0, 1)
+        meta = dict(rope_theta=number("rope_theta", None, 1, 1e15), rope_type=rope["rope_type"])
         if rope["rope_type"] == "linear":
-            meta["rope_factor"] = float(rope["factor"])
+            meta["rope_factor"] = number("factor", None, 1e-3, 1e6)
         if rope["rope_type"] != "yarn":
             return meta
         original = (self.json.get("original_max_position_embeddings")
                     or rope.get("original_max_position_embeddings") or most)
-        factor = rope["factor"] or most / original
-        attention = rope.get("attention_factor")
-        if attention is None:
-            scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-            attention = scale(m) / scale(m_all) if m and m_all else scale(1)
-        return dict(meta, rope_factor=float(factor), rope_original_max_position_embeddings=int(original),
-                    rope_beta_fast=float(rope.get("beta_fast") or 32),
-                    rope_beta_slow=float(rope.get("beta_slow") or 1),
-                    rope_attention_factor=float(attention), rope_truncate=int(rope.get("truncate", True)))
+        checked(self.path, "rope original_max_position_embeddings", original, int, 1, 1 << 28)
+        factor = number("factor", most / original if "factor" in rope else None, 1e-3, 1e6)
+        scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+        m, m_all = number("mscale", 0, 0, 1e3), number("mscale_all_dim", 0, 0, 1e3)
+        attention = scale(m) / scale(m_all) if m and m_all else scale(1)
+        beta = lambda key, default: number(key, default, 0, 1e6) or float(default)
+        return dict(meta, rope_factor=factor, rope_original_max_position_embeddings=original,
+                    rope_beta_fast=beta("beta_fast", 32), rope_beta_slow=beta("beta_slow", 1),
+                    rope_attention_factor=number("attention_factor", attention, 0, 1e3),
+                    rope_truncate=int(checked(self.path, "rope truncate", rope.get("truncate", True), bool)))
 
 
 # ---- 4. Plan, and stored types -----------------------------------------------------------------------------------
@@ -998,37 +1013,48 @@ def config_meta(config, type_name, tensors):
     return meta
 
 
-def id_list(value):
-    """eos_token_id as configs spell it (absent, one id, several) -> list of ids."""
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+MAX_STOPS = 16                                              # that the engine takes
 
 
-def sampling_meta(path):
-    """Sampling defaults of generation_config.json; what it leaves out is transformers' default."""
-    if not path.exists():
-        return {}
-    found = {key: value for key, value in read_json(path).items() if value is not None}
-    get = lambda key, default: float(found.get(key, default))
-    return {"sampling.temperature": get("temperature", 1) if found.get("do_sample") else 0.0,
-            "sampling.top_p": get("top_p", 1), "sampling.top_k": int(found.get("top_k", 50)),
-            "sampling.min_p": get("min_p", 0), "sampling.repetition_penalty": get("repetition_penalty", 1),
-            "sampling.presence_penalty": get("presence_penalty", 0)}
+def stop_ids(path, found, vocab_size):
+    """The eos_token_id of a JSON object as configs spell it (absent, one id, several): a list of ids."""
+    value = found.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    return checked_integers(path, "eos_token_id", ids, 0, vocab_size - 1)
+
+
+def distinct(path, stops):
+    """The ids that end an answer, each once."""
+    ids = list(dict.fromkeys(stops))
+    return ids if len(ids) <= MAX_STOPS else fail(path, "eos_token_id: stop tokens", f"at most {MAX_STOPS}", len(ids))
+
+
+def sampling_meta(path, found):
+    """Sampling defaults of generation_config.json's object; what it leaves out is transformers' default. The ranges are
+    those that the engine takes."""
+    def get(key, default, low, high, kind=float):
+        value = found.get(key)
+        return kind(checked(path, key, default if value is None else value, kind, low, high))
+
+    sample, temperature = get("do_sample", False, None, None, bool), get("temperature", 1, 0, 100)
+    return {"sampling.temperature": temperature if sample else 0.0,
+            "sampling.top_p": get("top_p", 1, 0, 1), "sampling.top_k": get("top_k", 50, 0, (1 << 31) - 1, int),
+            "sampling.min_p": get("min_p", 0, 0, 1),
+            "sampling.repetition_penalty": get("repetition_penalty", 1, 1e-3, 100),
+            "sampling.presence_penalty": get("presence_penalty", 0, -100, 100)}
 
 
 def source_meta(config, directory, tokenizer):
     """Metadata from the files beside the weights. tokenizer: a TokenizerFile or None."""
-    generation = directory / "generation_config.json"
-    stops = id_list(read_json(generation).get("eos_token_id")) if generation.exists() else []
-    stops += id_list(config.json.get("eos_token_id"))
-    with well_formed(generation):
-        meta = sampling_meta(generation)
+    meta, stops, path = {}, [], inside(directory, "generation_config.json")
+    if path:
+        found = read_json(path)
+        meta, stops = sampling_meta(path, found), stop_ids(path, found, config.vocab_size)
+    stops += stop_ids(config.path, config.json, config.vocab_size)
     if tokenizer:
         stops += [tokenizer.added[text] for text in ("<|im_end|>", "<|endoftext|>") if text in tokenizer.added]
         meta.update(tokenizer_hash=signed64(tokenizer.hash), tokenizer_size=tokenizer.n_tokens)
-    meta["stop_ids"] = list(dict.fromkeys(stops))
-    for stop in meta["stop_ids"]:
-        if type(stop) is not int or not 0 <= stop < config.vocab_size:
-            fail(config.path, "eos_token_id", f"ids below {config.vocab_size}", stop)
+    meta["stop_ids"] = distinct(config.path, stops)
     return {**meta, **chat_meta(directory)}
 
 
@@ -1868,7 +1894,8 @@ def export_random(args):
     mtp = bool(config.json.get("mtp") or config.json.get("num_nextn_predict_layers"))
     plan = Plan(config, mtp, config.tie_word_embeddings)
     tensors = typed(plan.tensors, args.type, lambda t: BF16)
-    meta = {**config_meta(config, args.type, tensors), "stop_ids": id_list(config.json.get("eos_token_id"))}
+    stops = distinct(args.random, stop_ids(args.random, config.json, config.vocab_size))
+    meta = {**config_meta(config, args.type, tensors), "stop_ids": stops}
     write_model(args.out, meta, tensors, RandomWeights(config, tensors, args.seed).make, args.threads)
 
 

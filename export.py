@@ -567,12 +567,16 @@ def ungroup(groups, *widths):
 
 
 class Plan:
-    """What goes into the file: self.tensors in order, self.wanted {source name: shape they need}.
+    """What goes into the file: self.tensors in order, self.wanted the names of the source tensors they need.
 
-    packed: source names of experts that are one tensor for all experts (transformers 5) instead of one each."""
+    packed: source names of experts that are one tensor for all experts (transformers 5) instead of one each. source,
+    path: where what is planned is looked for at once, so that no config.json makes a plan larger than it; or None."""
 
-    def __init__(self, config, mtp, tied, packed=frozenset()):
-        self.c, self.packed, self.tensors, self.wanted = config, packed, [], {}
+    def __init__(self, config, mtp, tied, packed=frozenset(), source=None, path=None):
+        self.c, self.packed, self.tensors, self.wanted = config, packed, [], set()
+        self.source, self.path = source, path
+        if mtp and not config.num_experts:
+            fail(config.path, "num_experts", "at least 1 for the MTP head", 0)
         D, V = config.hidden_size, config.vocab_size
         self.matrix("embed_tokens", "head", [V, D], self.rows("model.embed_tokens.weight", V, D))
         for i, (attention, sparse) in enumerate(zip(config.layers, config.sparse)):
@@ -587,7 +591,14 @@ class Plan:
             self.layer("mtp.layers.0.", "mtp.layers.0.", attention=1, sparse=1)
 
     def want(self, name, *shape):
-        self.wanted[name] = shape
+        """The name of a source tensor, which has to have the shape and a type that can be read."""
+        self.wanted.add(name)
+        if self.source:
+            if name not in self.source.names():
+                fail(self.path, f"{name} is missing", list(shape), "none")
+            if self.source.shape(name) != shape:
+                fail(self.source.where(name), f"{name}: shape", list(shape), list(self.source.shape(name)))
+            self.source.check_type(name)
         return name
 
     def rows(self, name, R, C, spans=None):
@@ -679,18 +690,11 @@ class Plan:
             return [Rows(self.want(src + "down_proj", self.c.num_experts, D, I), D * e, D)],
         return self.rows(f"{src}{e}.down_proj.weight", D, I),
 
-    def check(self, source, path):
-        """Refuse a source with tensors missing, of another shape, or that nobody would read."""
-        names = source.names()
-        for name, shape in self.wanted.items():
-            if name not in names:
-                fail(path, f"{name} is missing", list(shape), "none")
-            if tuple(source.shape(name)) != shape:
-                fail(source.where(name), f"{name}: shape", list(shape), list(source.shape(name)))
-            source.check_type(name)
-        for name in names:
+    def refuse_others(self):
+        """Refuse a source with tensors that nobody would read."""
+        for name in self.source.names():
             if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
-                fail(source.where(name), f"{name} is not a tensor of this model")
+                fail(self.source.where(name), f"{name} is not a tensor of this model")
 
 
 # A matrix [..., R, C] is stored matrix by matrix, each in tiles of 16 rows (the last zero padded) and all C columns;
@@ -1838,9 +1842,9 @@ def chat_meta(directory):
 
 
 def same_tensor(source, a, b):
-    """Whether two source tensors [R, C] hold the same values."""
-    if len(source.shape(a)) != 2 or source.shape(a) != source.shape(b):
-        return False
+    """Whether two source tensors, both [R, C], hold the same values."""
+    for name in (a, b):
+        source.check_type(name)
     R, C = source.shape(a)
     step = max(1, CHUNK // C)
     return all(
@@ -1849,11 +1853,13 @@ def same_tensor(source, a, b):
 
 
 def is_tied(config, source):
-    """No head of its own: none in the checkpoint, or one that config.json calls tied and that is the embedding."""
-    if "lm_head.weight" not in source.names():
-        return True
-    return bool(config.tie_word_embeddings) and "model.embed_tokens.weight" in source.names() and same_tensor(
-        source, "model.embed_tokens.weight", "lm_head.weight")
+    """No head of its own: config.json calls it tied, and the checkpoint lacks it or has it equal to the embedding."""
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.tie_word_embeddings or "lm_head.weight" not in source.names():
+        return config.tie_word_embeddings
+    shape = config.vocab_size, config.hidden_size
+    return (all(name in source.names() and source.shape(name) == shape for name in names)
+            and same_tensor(source, *names))
 
 
 def export_model(args):
@@ -1873,10 +1879,10 @@ def export_model(args):
     names = source.names()
     packed = {name for name in names if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
     mtp = any(name.startswith("mtp.") for name in names)
-    plan = Plan(config, mtp, is_tied(config, source), packed)
-    plan.check(source, directory)
-    tokenizer_json = directory / "tokenizer.json"
-    tokenizer = TokenizerFile(tokenizer_json) if tokenizer_json.exists() else None
+    plan = Plan(config, mtp, is_tied(config, source), packed, source, directory)
+    plan.refuse_others()
+    tokenizer_json = inside(directory, "tokenizer.json")
+    tokenizer = TokenizerFile(tokenizer_json) if tokenizer_json else None
     if tokenizer and tokenizer.n_tokens > config.vocab_size:
         fail(tokenizer_json, "tokens", f"at most vocab_size {config.vocab_size}", tokenizer.n_tokens)
     tensors = typed(plan.tensors, args.type, functools.partial(small_type, source))

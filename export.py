@@ -205,15 +205,6 @@ def inside(folder, name, said_by=None):
 
 
 @contextlib.contextmanager
-def well_formed(path):
-    """Turns the errors of reading values of an unexpected kind out of a JSON file into one that names the file."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-        fail(path, f"a value is missing or of the wrong kind: {type(e).__name__}: {e}")
-
-
-@contextlib.contextmanager
 def written(path):
     """A binary file under a temporary name beside `path`, renamed to it at the end; on any failure it is removed."""
     path = Path(path)
@@ -1541,31 +1532,43 @@ def section(rows, width):
     return raw.ljust(align(len(raw), 8), b"\0")
 
 
+@functools.cache
+def unicode_tables():
+    """(class ranges, combining class ranges, decompositions, compositions) of the tokenizers library, tried on it."""
+    tables = nfc_tables()
+    verify_nfc(tables)
+    return class_table(), *tables
+
+
+def item(value, *path):
+    """value[path[0]][path[1]].. of JSON; None where there is no such thing."""
+    for key in path:
+        there = isinstance(value, list) and isinstance(key, int) and key < len(value)
+        value = value[key] if there else value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 class TokenizerFile:
     """tokenizer.json -> the bytes of tokenizer.bin: self.data, self.hash, self.n_tokens, self.added {text: id}."""
 
     def __init__(self, path):
         self.path, self.json = path, read_json(path)
-        with well_formed(path):
-            self._read()
-
-    def _read(self):
-        self.model = self.json.get("model") or {}
+        self.model = checked(path, "model", self.json.get("model"), dict)
+        self.vocab = checked(path, "model vocab", self.model.get("vocab"), dict)
         self.pattern, self.nfc = self._known_kind()
-        tokens = self._tokens()
-        self.added = {a["content"]: a["id"] for a in self.json.get("added_tokens") or []}
-        added = [(a["id"], int(a["special"])) for a in self.json.get("added_tokens") or []]
+        added_tokens = checked(path, "added_tokens", self.json.get("added_tokens") or [], list)
+        # Few gaps between ids: else a small file could make a large one.
+        self.most = min(2 * (len(self.vocab) + len(added_tokens)), 1 << 24)
+        added = [self._added_token(i, a) for i, a in enumerate(added_tokens)]
+        self.added = {text: i for text, i, _ in added}
+        tokens = self._tokens(added)
         self.n_tokens = max(tokens) + 1
-        if self.n_tokens > 1 << 24 or min(tokens) < 0:
-            fail(self.path, "token ids", f"0..{1 << 24}", f"{min(tokens)}..{max(tokens)}")
         blob = [tokens.get(i, b"") for i in range(self.n_tokens)]
         merges = self._merges()
-        ccc, decomp, comp = tables = nfc_tables()
-        verify_nfc(tables)
-        classes = class_table()
+        classes, ccc, decomp, comp = unicode_tables()
         offsets = list(itertools.accumulate(map(len, blob), initial=0))
-        body = b"".join([section(offsets, 1), section(merges, 3), section(added, 2), section(classes, 3),
-                         section(ccc, 3), section(decomp, 3), section(comp, 3), *blob])
+        body = b"".join([section(offsets, 1), section(merges, 3), section([(i, flag) for _, i, flag in added], 2),
+                         section(classes, 3), section(ccc, 3), section(decomp, 3), section(comp, 3), *blob])
         self.hash = fnv1a(body)
         self.data = TOKENIZER_HEADER.pack(
             b"QWEN3TOK", 1, self.n_tokens, len(merges), len(added), len(classes), len(ccc), len(decomp), len(comp),
@@ -1584,47 +1587,68 @@ class TokenizerFile:
         normalizer = j.get("normalizer")
         if normalizer not in (None, {"type": "NFC"}):
             fail(self.path, "normalizer", "NFC or none", json.dumps(normalizer))
-        steps = (j.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
-        pattern = (steps[0].get("pattern") or {}).get("Regex")
+        steps = item(j, "pre_tokenizer", "pretokenizers")
+        pattern = item(steps, 0, "pattern", "Regex")
         if pattern not in SPLIT_PATTERNS:
             fail(self.path, "pre_tokenizer", "the split pattern of Qwen2 to Qwen3.5", repr(pattern))
         level = dict(type="ByteLevel", add_prefix_space=False, use_regex=False)
         split = dict(type="Split", behavior="Isolated", invert=False)
-        if len(steps) != 2 or any(steps[0].get(k) != v for k, v in split.items()) or any(
-                steps[1].get(k, False) != v for k, v in level.items()):
+        if len(steps) != 2 or any(item(steps, 0, k) != v for k, v in split.items()) or any(
+                (item(steps, 1, k) or False) != v for k, v in level.items()):
             fail(self.path, "pre_tokenizer", "Split, isolated, then ByteLevel without regex", json.dumps(steps)[:200])
-        if (j.get("post_processor") or level)["type"] != "ByteLevel":
-            fail(self.path, "post_processor", "ByteLevel or none", j["post_processor"]["type"])
-        for a in j.get("added_tokens") or []:
-            for flag in ("single_word", "lstrip", "rstrip", "normalized"):
-                if a.get(flag):
-                    fail(self.path, f"added token {a['content']!r}: {flag}", False, True)
+        if j.get("post_processor") is not None and item(j, "post_processor", "type") != "ByteLevel":
+            fail(self.path, "post_processor", "ByteLevel or none", json.dumps(j["post_processor"])[:200])
         return SPLIT_PATTERNS.index(pattern), normalizer is not None
 
-    def _tokens(self):
-        """{id: bytes}: the vocabulary with the byte-level alphabet undone, and the added tokens as they are."""
-        alphabet, tokens = byte_of_character(), {}
-        added = {a["id"] for a in self.json.get("added_tokens") or []}
-        for text, i in self.model["vocab"].items():
-            try:
+    def _added_token(self, i, entry):
+        """(text, id, 1 if special) of entry i of added_tokens; flags that change what it matches are refused."""
+        where = f"{self.path}: added_tokens {i}"
+        checked(where, "entry", entry, dict)
+        text = checked(where, "content", entry.get("content"), str)
+        special = checked(where, "special", entry.get("special"), bool)
+        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+            if entry.get(flag) not in (None, False):
+                fail(where, f"{text!r}: {flag}", False, repr(entry[flag]))
+        if not text or any("\ud800" <= c <= "\udfff" for c in text):
+            fail(where, "content", "a text of Unicode", repr(text))
+        return text, checked(where, f"{text!r}: id", entry.get("id"), int, 0, self.most - 1), int(special)
+
+    def _tokens(self, added):
+        """{id: bytes}: the vocabulary with the byte-level alphabet undone, and the added tokens as they are. A token has
+        one id and an id one token, but an added token may stand in the vocabulary, too."""
+        alphabet, tokens, texts = byte_of_character(), {}, {}
+        for what, pairs in (("model vocab", self.vocab.items()), ("added_tokens", [(text, i) for text, i, _ in added])):
+            ids = {}
+            for text, i in pairs:
+                checked(self.path, f"{what} {text!r}: id", i, int, 0, self.most - 1)
+                if ids.setdefault(text, i) != i or texts.setdefault(i, text) != text or self.vocab.get(text, i) != i:
+                    fail(self.path, f"{what} {text!r}: id", "one of its own", f"{i}, that of {texts.get(i, text)!r}")
+        for text, i in self.vocab.items():
+            if all(c in alphabet for c in text):
                 tokens[i] = bytes([alphabet[c] for c in text])
-            except KeyError as e:
-                if i not in added:
-                    fail(self.path, f"token {i} ({text!r}) is not byte-level: {e}")
+            elif text not in self.added:
+                fail(self.path, f"model vocab: token {i} ({text!r}) is not byte-level")
         singles = {raw for raw in tokens.values() if len(raw) == 1}
         if len(singles) < 256:
-            fail(self.path, "single-byte tokens", 256, len(singles))
-        tokens.update({a["id"]: a["content"].encode() for a in self.json.get("added_tokens") or []})
+            fail(self.path, "model vocab: single-byte tokens", 256, len(singles))
+        tokens.update({i: text.encode() for text, i, _ in added})
         return tokens
 
     def _merges(self):
         """[left, right, result] ids in rank order, from either spelling: "a b" or ["a", "b"]."""
-        vocab = self.model["vocab"]
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in self.model["merges"]]
-        try:
-            return [[vocab[a], vocab[b], vocab[a + b]] for a, b in pairs]
-        except (KeyError, ValueError) as e:
-            fail(self.path, f"a merge names a token that is not in the vocabulary: {e}")
+        merges, ids = checked(self.path, "model merges", self.model.get("merges"), list), {}
+        for rank, merge in enumerate(merges):
+            pair = merge.split(" ") if isinstance(merge, str) else merge
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                fail(self.path, f"model merges: number {rank}", "two tokens", one_line(repr(merge), 200))
+            a, b = pair
+            found = [self.vocab.get(text) for text in (a, b, a + b)]
+            if None in found:
+                fail(self.path, f"model merges: number {rank} names a token that is not in the vocabulary",
+                     found=repr(merge))
+            if ids.setdefault((a, b), found) is not found:
+                fail(self.path, f"model merges: number {rank} stands twice", found=repr(merge))
+        return list(ids.values())
 
     def write(self, path):
         with written(path) as f:
@@ -1634,9 +1658,10 @@ class TokenizerFile:
 def stored_tokenizer_hash(path):
     """The hash in a tokenizer.bin, None when there is no such file."""
     try:
-        head = path.read_bytes()[:TOKENIZER_HEADER.size]
+        with open_file(path) as f:
+            head = f.read(TOKENIZER_HEADER.size)
         return TOKENIZER_HEADER.unpack(head)[-2] if len(head) == TOKENIZER_HEADER.size else None
-    except OSError:
+    except (ExportError, OSError):
         return None
 
 

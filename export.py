@@ -1684,19 +1684,20 @@ def place_tokenizer(tokenizer, model_path):
 # The C program does not run Jinja. It joins fixed pieces around the messages; here the pieces are read off the
 # checkpoint's own template by rendering conversations of marked messages, and then tried on many others.
 
+MAX_RENDERED = 1 << 20                                      # characters that a template may write
 LEFT, RIGHT, LEFT_LINES, RIGHT_LINES = 1, 2, 4, 8           # bits: strip white space or line feeds, left or right
 
 
 def find_template(directory):
     """(template, its variables) of a checkpoint, or (None, {}): chat_template.jinja, else tokenizer_config.json."""
-    path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    path = inside(directory, "tokenizer_config.json")
+    config = read_json(path) if path else {}
     text = lambda value: value.get("content") if isinstance(value, dict) else value
     names = "bos_token", "eos_token", "pad_token", "unk_token"
     variables = {key: text(config[key]) for key in names if config.get(key)}
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8"), variables
+    file = inside(directory, "chat_template.jinja")
+    if file:
+        return read_file(file).decode("utf-8"), variables
     template = config.get("chat_template")
     if isinstance(template, list):                          # several named ones
         template = {t["name"]: t["template"] for t in template}.get("default")
@@ -1733,8 +1734,11 @@ def template_renderer(template, variables):
 
     def render(messages, prompt):
         messages = [dict(role=role, content=content) for role, content in messages]
-        return compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
+        text = compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
                                **variables)
+        if len(text) > MAX_RENDERED:
+            raise NoPieces(f"it writes {len(text)} characters around a few messages")
+        return text
 
     return render
 
@@ -1843,24 +1847,82 @@ def probe_conversations(count=400):
         yield messages + [("user", content())]
 
 
+def chat_pieces(template, variables):
+    """The chat.* strings and integers of a template, tried on many conversations; an exception if it has no such."""
+    render = template_renderer(template, variables)
+    chat = find_pieces(render)
+    chat.update(find_trims(render, chat))
+    for messages in probe_conversations():
+        wanted, found = render(messages, True), join_pieces(chat, messages)
+        if wanted != found:
+            raise NoPieces(f"for {messages!r} the template gives {wanted!r}, the pieces {found!r}")
+    texts = [value.encode() for value in chat.values() if isinstance(value, str)]
+    if b"\0" in b"".join(texts) or not chat["generation_prompt"]:
+        raise NoPieces("a piece holds a zero, or nothing is written before an answer")
+    return chat
+
+
+# A template is a program, and may be a stranger's. jinja2's sandbox keeps it from files and from Python; it does not keep
+# it from running for ever or from filling the memory. So it runs in a process of its own, which can be ended.
+TEMPLATE_PROCESS = "--template-process"                     # the only argument of that process
+TEMPLATE_SECONDS, TEMPLATE_MEMORY = 4, 1 << 30              # a usual one takes 0.1 s
+
+
+def limit_process():
+    """No more than TEMPLATE_SECONDS of a processor for this process, nor TEMPLATE_MEMORY bytes beyond what it has (on
+    Linux; elsewhere seconds only, and on Windows neither)."""
+    try:
+        import resource
+    except ImportError:
+        return
+
+    def limit(kind, most):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_CPU, TEMPLATE_SECONDS)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        limit(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + TEMPLATE_MEMORY)
+
+
+def answer_for_template():
+    """The process of a template: reads [template, variables], writes {"chat": pieces} or {"error": why}, all JSON."""
+    question = json.loads(sys.stdin.buffer.read())
+    limit_process()
+    try:
+        reply = dict(chat=chat_pieces(*question))
+    except Exception as e:                                  # a template is a program: anything may be wrong with it
+        reply = dict(error=one_line(" ".join(f"{type(e).__name__}: {e}".split())))
+    sys.stdout.write(json.dumps(reply))
+
+
+def ask_template(template, variables):
+    """chat_pieces(template, variables), made in another process within bounds."""
+    command = [sys.executable, Path(__file__).resolve(), TEMPLATE_PROCESS]
+    try:
+        result = subprocess.run(command, input=json.dumps([template, variables]).encode(), stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, timeout=TEMPLATE_SECONDS + 3)
+    except subprocess.TimeoutExpired:
+        raise NoPieces("it takes too long") from None
+    if result.returncode:
+        raise NoPieces(f"it takes more than {TEMPLATE_SECONDS} s or too much memory (status {result.returncode})")
+    reply = json.loads(result.stdout)
+    if "error" in reply:
+        raise NoPieces(reply["error"])
+    return reply["chat"]
+
+
 def chat_meta(directory):
     """chat.* metadata of a checkpoint; none, after a warning, when its template is not made of such pieces."""
     try:
         template, variables = find_template(directory)
-        if not template:
-            return {}
-        render = template_renderer(template, variables)
-        chat = find_pieces(render)
-        chat.update(find_trims(render, chat))
-        for messages in probe_conversations():
-            wanted, found = render(messages, True), join_pieces(chat, messages)
-            if wanted != found:
-                raise NoPieces(f"for {messages!r} the template gives {wanted!r}, the pieces {found!r}")
-    except Exception as e:                                  # a template is a program: anything may be wrong with it
-        say(f"{directory}: warning: no chat in the exported model, its template cannot be taken to pieces: "
-            + " ".join(f"{type(e).__name__}: {e}".split()))
+        chat = ask_template(template, variables) if template else {}
+        return {"chat." + key: value for key, value in chat.items()}
+    except Exception as e:                                  # or its file is not what it should be
+        say(f"{directory}: warning: no chat in the exported model, its template cannot be taken to pieces: {e}")
         return {}
-    return {"chat." + key: value for key, value in chat.items()}
 
 
 # ---- 10. Command line --------------------------------------------------------------------------------------------
@@ -1987,4 +2049,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_for_template() if sys.argv[1:] == [TEMPLATE_PROCESS] else main())

@@ -1955,8 +1955,8 @@ def export_model(args):
     if not directory.is_dir():
         what = "GGUF sources are not supported yet" if directory.suffix == ".gguf" else "SOURCE"
         fail(directory, what, "a directory with config.json and *.safetensors",
-             "a file" if directory.exists() else "nothing")
-    config = Config(directory / "config.json")
+             "a file" if os.path.exists(directory) else "nothing")
+    config = Config(inside(directory, "config.json") or directory / "config.json")
     source = open_source(directory)
     if args.mtp:
         extra = open_source(args.mtp)
@@ -2010,8 +2010,10 @@ def arguments(argv):
         parser.error("--mtp and --check belong to SOURCE")
     if args.seed < 0:
         parser.error("--seed: wanted 0 or more")
-    if not args.out.parent.is_dir():
-        parser.error(f"-o: no directory {args.out.parent}")
+    if not args.out.name:
+        parser.error("-o: wanted the name of a file")
+    if not os.path.isdir(args.out.parent):
+        parser.error(one_line(f"-o: no directory {args.out.parent}"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args.threads = min(cores, 16)                           # each holds some 50 MB; a disk needs no more of them
     return args
@@ -2021,11 +2023,11 @@ def refuse_output_among_inputs(args):
     """The output must not be a file that is being read: SOURCE, a file in it, --mtp, --tokenizer or --random's config."""
     out = Path(args.out)
     for given in (args.source, args.mtp, args.tokenizer, args.random):
-        if given is None or not out.exists():
+        if given is None or not os.path.exists(out):
             continue
         path = Path(given)
         read = [path, *path.iterdir()] if path.is_dir() else [path]
-        if any(p.exists() and p.samefile(out) for p in read if p.suffix != ".bin"):
+        if any(os.path.exists(p) and p.samefile(out) for p in read if p.suffix != ".bin"):
             fail(out, "the output is one of the files being read", "a new name", out)
 
 
@@ -2040,7 +2042,14 @@ def main(argv=None):
         else:
             (export_random if args.random else export_model)(args)
     except ExportError as e:
-        print(f"export.py: {e}", file=sys.stderr)
+        print(one_line(f"export.py: {e}"), file=sys.stderr)
+        return 1
+    except OSError as e:                                    # of a path that was only looked at
+        print(one_line(f"export.py: {e.filename or args.out}: {e.strerror or e}"), file=sys.stderr)
+        return 1
+    except MemoryError:
+        source = args.source or args.random or args.tokenizer
+        print(one_line(f"export.py: {source}: not enough memory"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"export.py: {args.out}: interrupted, not written", file=sys.stderr)

@@ -14,7 +14,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
     6 sampler    the distribution of transformers' logits processors
     7 damage     broken files and command lines: one line, the right status, no signal
     8 interface  what goes where, and with which exit status
-    9 export     layouts, refusals, reproducibility
+    9 export     layouts, refusals, reproducibility; 9a what strangers send
    10 README     its commands run
    11 mutation   the comparison of section 1 fails when the engine is broken on purpose
    12 drafting   the MTP head equals a PyTorch module; drafts change no text
@@ -27,10 +27,14 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
 """
 
 import atexit
+import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import functools
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -47,6 +51,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
@@ -2672,6 +2677,589 @@ def test_any_configuration_equals_transformers(config):
     reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     binary = export(save(model, folder / "hf"), folder / "model.bin", "--type", "f32", "--check")
     assert logits_error(engine_logits(binary, ids), reference) < TOLERANCE, config
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 9a Export: checkpoints from strangers
+# ----------------------------------------------------------------------------------------------------------------
+
+MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+TOKENS, GENERATION, TEMPLATE = "tokenizer.json", "generation_config.json", "tokenizer_config.json"
+SECONDS, MEGABYTES = 10, 1500                  # what an export of a tiny checkpoint may take at most
+
+
+@functools.cache
+def exporter():
+    """export.py as a module: a run of it in this process takes a fiftieth of the time of a new one."""
+    spec = importlib.util.spec_from_file_location("exporter", ROOT / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.keep_freed_memory = lambda: None
+    return module
+
+
+@functools.cache
+def tiny_source():
+    """{file: bytes} of a small valid checkpoint: one file of weights, tokenizer.json, generation_config.json."""
+    model = random_model(5, vocab_size=352, hidden_size=16, num_hidden_layers=2, layer_types=[LINEAR, FULL],
+                         num_experts=4, num_experts_per_tok=2, head_dim=8, linear_key_head_dim=4,
+                         linear_value_head_dim=4, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+                         intermediate_size=16)
+    folder = with_tokenizer(save_packed(model, WORK / "hf" / "tiny source"), small_tokenizer()[1])
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stranger(edit=None, files=None):
+    """A folder that holds the tiny checkpoint in `hf` and room for the output in `out`, changed by edit(hf)."""
+    folder = Path(tempfile.mkdtemp(dir=WORK))
+    (folder / "hf").mkdir()
+    (folder / "out").mkdir()
+    for name, data in {**tiny_source(), **(files or {})}.items():
+        (folder / "hf" / name).write_bytes(data)
+    if edit:
+        edit(folder / "hf")
+    return folder
+
+
+@contextlib.contextmanager
+def bounded():
+    """Less than SECONDS and MEGABYTES beyond what the process has, or an error that is not export.py's."""
+    def late(*_):
+        raise KeyboardInterrupt(f"more than {SECONDS} s")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform.startswith("linux") else 0
+    old, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
+    if pages:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (MEGABYTES << 20), limits[1]))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, old)
+
+
+def outcome(folder, *options, source="hf"):
+    """The message of a refusal, or "" after success and the warnings. Either the file is there and the engine takes
+    it, or there is one line and nothing else: no traceback, nothing half written, no second line."""
+    output, said, term = folder / "out" / "model.bin", io.StringIO(), signal.getsignal(signal.SIGTERM)
+    words = options if "-o" in options else [folder / source, "-o", output, *options]
+    with bounded(), contextlib.redirect_stderr(said), warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *_: print("a warning of Python's:", message, file=said)
+        status = exporter().main([str(word) for word in words])
+    signal.signal(signal.SIGTERM, term)
+    lines = [line for line in re.split(r"[\r\n]+", said.getvalue()) if line.strip() and "B/s]" not in line]
+    left = sorted(path.name for path in (folder / "out").iterdir() if not path.name.startswith("kept"))
+    if status == 0:
+        assert output.name in left and set(left) <= {"model.bin", "tokenizer.bin"}, (left, lines)
+        tokenizer = ["-z", folder / "out" / "tokenizer.bin"] if "tokenizer.bin" in left else []
+        assert (problem := complaint([ENGINE, output, "-m", "inspect", *tokenizer], 0, [])) is None, problem
+        assert not any("warning of Python's" in line for line in lines), lines
+        return "".join(line for line in lines if "warning" in line)
+    assert (status, left) == (1, []) and len(lines) == 1, (status, left, lines)
+    assert lines[0].startswith("export.py: ") and lines[0].isprintable() and len(lines[0]) < 2000, lines
+    assert not re.search("memory|interrupted|internal", lines[0]), lines
+    return lines[0]
+
+
+def edit_json(file, *path, **changes):
+    """Sets keys of the object at `path` in a JSON file."""
+    def change(hf):
+        whole = value = json.loads((hf / file).read_text())
+        for key in path:
+            value = value[key]
+        value.update(changes)
+        (hf / file).write_text(json.dumps(whole))
+    return change
+
+
+def edit_text(file, text):
+    return lambda hf: (hf / file).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+
+
+def edit_header(edit):
+    """Changes the header of the weights: edit(dict) changes it in place, or returns what to write instead."""
+    def change(hf):
+        data = (hf / MODEL).read_bytes()
+        base = 8 + struct.unpack_from("<Q", data)[0]
+        header = json.loads(data[8:base])
+        new = edit(header)
+        raw = json.dumps(header if new is None else new) if not isinstance(new, (bytes, str)) else new
+        raw = raw if isinstance(raw, bytes) else raw.encode()
+        (hf / MODEL).write_bytes(struct.pack("<Q", len(raw)) + raw + data[base:])
+    return change
+
+
+def edit_entry(name="model.norm.weight", **changes):
+    return edit_header(lambda header: header[name].update(changes))
+
+
+def edit_shards(edit):
+    """Two shards and an index instead of the one file; edit(hf, weight_map) changes the index before it is written."""
+    def change(hf):
+        tensors = load_file(hf / MODEL)
+        (hf / MODEL).unlink()
+        write_shards(divided(tensors, 2), hf, write_weights)
+        index = json.loads((hf / INDEX).read_text())
+        new = edit(hf, index["weight_map"])
+        (hf / INDEX).write_text(json.dumps(index if new is None else new))
+    return change
+
+
+def edit_weight(name, edit):
+    def change(hf):
+        tensors = load_file(hf / MODEL)
+        edit(tensors) if name is None else tensors.update({name: edit(tensors[name])})
+        save_file(tensors, hf / MODEL, {"format": "pt"})
+    return change
+
+
+def replaced(file, make):
+    """make(path) in the place of a file."""
+    def change(hf):
+        (hf / file).unlink(missing_ok=True)
+        make(hf / file)
+    return change
+
+
+def with_value(tensor, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+def elsewhere(file):
+    """A link to a good file, but one outside the checkpoint's folder."""
+    def change(hf):
+        shutil.move(hf / file, hf.parent / file)
+        (hf / file).symlink_to(hf.parent / file)
+    return change
+
+
+def outside(spell):
+    """The index names a shard that is there, by a path that leads out of the folder."""
+    def edit(hf, weight_map):
+        first = "model-00001-of-00002.safetensors"
+        shutil.move(hf / first, hf.parent / first)
+        weight_map.update({name: spell(hf.parent / first) for name, file in weight_map.items() if file == first})
+    return edit_shards(edit)
+
+
+def edit_tokens(edit):
+    """edit(tokenizer.json as a dict)"""
+    def change(hf):
+        j = json.loads((hf / TOKENS).read_text())
+        new = edit(j)
+        (hf / TOKENS).write_text(json.dumps(j if new is None else new))
+    return change
+
+
+def grow_file(file, size):
+    return lambda hf: os.truncate(hf / file, size)
+
+
+DEEP = "[" * 100_000
+LAST = "model.norm.weight"                         # a vector, float32 [16]: 64 bytes
+# what is wrong, how to make it so, words that the message must hold
+STRANGERS = [
+    # config.json
+    ("config nested deeply", edit_text(CONFIG, DEEP), [CONFIG]),
+    ("config of one key twice", edit_text(CONFIG, '{"model_type": "qwen3_next", "model_type": "qwen3_next"}'), [CONFIG, "model_type"]),
+    ("config a list", edit_text(CONFIG, "[]"), [CONFIG]),
+    ("config in latin-1", edit_text(CONFIG, b'{"model_type": "\xe9"}'), [CONFIG]),
+    ("config of 100 GB", grow_file(CONFIG, 100 << 30), [CONFIG]),
+    ("config a FIFO", replaced(CONFIG, os.mkfifo), [CONFIG]),
+    ("config a directory", replaced(CONFIG, os.mkdir), [CONFIG]),
+    ("config a device", replaced(CONFIG, lambda path: path.symlink_to("/dev/zero")), [CONFIG]),
+    ("config a link in a circle", replaced(CONFIG, lambda path: path.symlink_to(path)), [CONFIG]),
+    ("config outside", elsewhere(CONFIG), [CONFIG]),
+    ("line feed in a value", edit_json(CONFIG, model_type="a\nb\r\x1b[31m\u2028"), [CONFIG, "model_type"]),
+    ("a long value", edit_json(CONFIG, model_type="a" * 1_000_000), [CONFIG, "model_type"]),
+    ("layers without end", edit_json(CONFIG, num_hidden_layers=(1 << 31) - 1, layer_types=None), [CONFIG, "num_hidden_layers"]),
+    ("many layers of many experts", edit_json(CONFIG, num_hidden_layers=4096, layer_types=None, num_experts=65536), ["num_experts"]),
+    ("more layers than there are", edit_json(CONFIG, num_hidden_layers=4096, layer_types=None), ["model.layers.1.linear_attn"]),
+    ("no head of its own, and not tied", edit_weight(None, lambda t: t.pop("lm_head.weight")), ["lm_head.weight"]),
+    *[(f"{key} {value!r}", edit_json(CONFIG, **{key: value}), [CONFIG, key]) for key, value in [
+        ("norm_topk_prob", "yes"), ("norm_topk_prob", 5), ("norm_topk_prob", [1]), ("attention_bias", "false"), ("tie_word_embeddings", "no"),
+        ("tie_word_embeddings", {}), ("rms_norm_eps", math.nan), ("rms_norm_eps", -1), ("rms_norm_eps", True), ("rms_norm_eps", 1e999),
+        ("rms_norm_eps", 10**400), ("partial_rotary_factor", math.nan), ("partial_rotary_factor", 1e300), ("hidden_size", 1 << 20),
+        ("hidden_size", 16.0), ("hidden_size", True), ("linear_conv_kernel_dim", 65), ("max_position_embeddings", 1 << 30),
+        ("eos_token_id", [[1]]), ("eos_token_id", {"a": 1}), ("eos_token_id", "2"), ("eos_token_id", True), ("eos_token_id", -1),
+        ("eos_token_id", 352), ("eos_token_id", list(range(17))), ("mlp_only_layers", "abc"), ("mlp_only_layers", {"0": 1}),
+        ("mlp_only_layers", [[0]]), ("layer_types", {"a": 1, "b": 2}), ("layer_types", [["x"], {}]), ("layer_types", "ab"),
+        ("architectures", 7), ("architectures", [["x"]]), ("rope_scaling", [1]), ("rope_scaling", "yarn")]],
+    *[(f"rope {changes}", edit_json(CONFIG, "rope_parameters", **changes), [CONFIG, "rope"]) for changes in [
+        dict(rope_theta=math.inf), dict(rope_theta=math.nan), dict(rope_theta=-1.0), dict(rope_theta="10000"), dict(rope_theta=[1]),
+        dict(partial_rotary_factor=math.inf), dict(rope_type=["yarn"]), dict(rope_type="linear", factor=math.nan),
+        dict(rope_type="linear", factor="4"), dict(rope_type="yarn", factor=-4.0), dict(rope_type="yarn", factor=1e308),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=math.inf),
+        dict(rope_type="yarn", factor=None, original_max_position_embeddings=1e-320),
+        dict(rope_type="yarn", factor=4.0, attention_factor=math.nan), dict(rope_type="yarn", factor=4.0, beta_fast="x"),
+        dict(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=-7.213475204444817), dict(rope_type="yarn", factor=4.0, truncate="no")]],
+    # weights: the header
+    ("header nested deeply", edit_header(lambda h: DEEP), [MODEL]),
+    ("header a list", edit_header(lambda h: []), [MODEL]),
+    ("header in UTF-16", edit_header(lambda h: json.dumps(h).encode("utf-16")), [MODEL]),
+    ("header names a tensor twice", edit_header(lambda h: json.dumps(h)[:-1] + f', "{LAST}": {json.dumps(h[LAST])}}}'), [MODEL, LAST]),
+    ("length one more", lambda hf: (hf / MODEL).write_bytes(patched((hf / MODEL).read_bytes(), (0, "B", (hf / MODEL).read_bytes()[0] + 1))), [MODEL]),
+    *[(f"header {changes}", edit_entry(LAST, **changes), [MODEL, LAST]) for changes in [
+        dict(data_offsets=[-64, 0]), dict(data_offsets=[0.0, 64.0]), dict(data_offsets=[0, 1 << 70]),
+        dict(data_offsets=[0, 1e300]), dict(data_offsets=[64, 0]), dict(data_offsets=[True, 64]), dict(data_offsets=["0", "64"]),
+        dict(data_offsets=[0]), dict(data_offsets=None), dict(data_offsets={}), dict(data_offsets=[0, 10**4000]), dict(data_offsets=[math.nan, 64]),
+        dict(shape=[]), dict(shape=[0]), dict(shape=[-16]), dict(shape=[-4, -4]), dict(shape=[16.0]), dict(shape="16"), dict(shape={"16": 1}),
+        dict(shape=[True] * 3), dict(shape=[1 << 62, 1 << 62]), dict(shape=[10**4000] * 9), dict(shape=[[16]]), dict(shape=None), dict(shape=[4, 4]),
+        dict(dtype="F8_E4M3"), dict(dtype="BOOL"), dict(dtype="U8"), dict(dtype="I64"), dict(dtype="F32 "), dict(dtype=["F32"]), dict(dtype=None),
+        dict(dtype="F64")]],
+    ("tensors that overlap", edit_entry(LAST, data_offsets=[0, 64]), [MODEL, "overlap"]),
+    ("entry a number", edit_header(lambda h: h.update({LAST: 3})), [MODEL, LAST]),
+    ("bytes that no tensor has", lambda hf: os.truncate(hf / MODEL, (hf / MODEL).stat().st_size + 64), [MODEL]),
+    ("a hole between tensors", edit_header(lambda h: h.pop("lm_head.weight") and None), [MODEL]),
+    ("line feed in a name", edit_header(lambda h: h.update({"a\nb": h.pop(LAST)})), ["model.norm.weight"]),
+    ("a head of integers", edit_entry("lm_head.weight", dtype="I32"), [MODEL, "lm_head.weight", "I32"]),
+    ("a tied head of integers", lambda hf: [edit_entry("lm_head.weight", dtype="I32")(hf), edit_json(CONFIG, tie_word_embeddings=True)(hf)],
+     [MODEL, "lm_head.weight", "I32"]),
+    ("a tied head without columns", lambda hf: [edit_weight(None, lambda t: t.update(
+        {name: torch.zeros(352, 0) for name in ("lm_head.weight", "model.embed_tokens.weight")}))(hf),
+        edit_json(CONFIG, tie_word_embeddings=True)(hf)], [MODEL, "[352, 16]"]),
+    ("a shape of one axis less", edit_weight("lm_head.weight", lambda t: t.view(-1)), [MODEL, "lm_head.weight"]),
+    ("all tensors empty", edit_weight(None, lambda t: [t.update({name: torch.zeros(0)}) for name in list(t)]), [MODEL]),
+    ("no tensors", edit_weight(None, dict.clear), ["holds no tensors"]),
+    ("a file of 100 GB of holes", grow_file(MODEL, 100 << 30), [MODEL]),
+    # weights: the values
+    *[(f"{value} in {name}", edit_weight(name, lambda t, value=value: with_value(t, value)), [MODEL, name, "finite"])
+      for value in (math.nan, math.inf, -math.inf, 3.4e38)
+      for name in (LAST, "lm_head.weight", "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.gate.weight",
+                   "model.layers.0.linear_attn.conv1d.weight", "model.layers.1.mlp.shared_expert_gate.weight")],
+    ("float64 beyond float32", edit_weight(LAST, lambda t: with_value(t.double(), 1e300)), [MODEL, LAST, "finite"]),
+    # weights: what is in their place
+    *[(f"weights {what}", replaced(MODEL, make), [MODEL]) for what, make in [
+        ("a FIFO", os.mkfifo), ("a directory", os.mkdir), ("a device", lambda path: path.symlink_to("/dev/zero")),
+        ("a link to nothing", lambda path: path.symlink_to("nothing")), ("a link in a circle", lambda path: path.symlink_to(path))]],
+    ("weights outside", elsewhere(MODEL), [MODEL]),
+    # shards
+    ("a shard by ..", outside(lambda path: f"../{path.name}"), [INDEX, "00001"]),
+    ("a shard by an absolute path", outside(str), [INDEX, "00001"]),
+    ("a shard through a link", edit_shards(lambda hf, m: elsewhere(m[LAST])(hf)), ["safetensors"]),
+    ("a shard a FIFO", edit_shards(lambda hf, m: replaced(m[LAST], os.mkfifo)(hf)), ["safetensors"]),
+    ("a shard a directory", edit_shards(lambda hf, m: replaced(m[LAST], os.mkdir)(hf)), ["safetensors"]),
+    ("a shard cut in its header", edit_shards(lambda hf, m: os.truncate(hf / m[LAST], 100)), ["safetensors", "cut short"]),
+    ("a shard of seven bytes", edit_shards(lambda hf, m: os.truncate(hf / m[LAST], 7)), ["safetensors", "cut short"]),
+    *[(f"index {value!r:.40}", edit_shards(lambda hf, m, value=value: m.update({LAST: value})), [INDEX, LAST])
+      for value in (None, 7, [], {}, True, ["a"], "\0", "a\nb", "x" * 5000, "\ud800")],
+    *[(f"index names {value!r}", edit_shards(lambda hf, m, value=value: m.update({LAST: value})), [INDEX, "out of the folder"])
+      for value in ("", ".", "..", "/dev/zero", "/etc/passwd", "../hf/../..")],
+    ("index without weight_map", edit_shards(lambda hf, m: {}), [INDEX, "weight_map"]),
+    ("index of nothing", edit_shards(lambda hf, m: {"weight_map": {}}), ["no tensors"]),
+    ("index a FIFO", lambda hf: [edit_shards(lambda hf, m: None)(hf), replaced(INDEX, os.mkfifo)(hf)], [INDEX]),
+    ("index nested deeply", lambda hf: [edit_shards(lambda hf, m: None)(hf), edit_text(INDEX, DEEP)(hf)], [INDEX]),
+    # tokenizer.json
+    ("tokens nested deeply", edit_text(TOKENS, DEEP), [TOKENS]),
+    ("tokens a FIFO", replaced(TOKENS, os.mkfifo), [TOKENS]),
+    ("tokens outside", elsewhere(TOKENS), [TOKENS]),
+    ("tokens a dangling link", replaced(TOKENS, lambda path: path.symlink_to("nothing")), [TOKENS]),
+    *[(f"token id {value!r:.30}", edit_json(TOKENS, "model", "vocab", owl=value), [TOKENS, "owl"])
+      for value in (-1, 1 << 23, 1 << 40, 10**4000, 3.5, 7.0, math.nan, math.inf, True, None, "7", [7], 65)],
+    *[(f"{key} {value!r:.30}", edit_json(TOKENS, "model", **{key: value}), [TOKENS, key]) for key, value in [
+        ("vocab", None), ("vocab", []), ("merges", None), ("merges", {"a b": 1}), ("merges", "a b"),
+        ("merges", [["a"]]), ("merges", [["a", "b", "c"]]), ("merges", ["ab"]), ("merges", [7]), ("merges", [[1, 2]]), ("merges", [[["a"], "b"]]),
+        ("merges", [["a", "\u4e00"]]), ("merges", ["a \ud800"]), ("merges", [["t", "h"]] * 2), ("type", "WordPiece"), ("type", ["BPE"])]],
+    *[(f"added token {changes}", edit_tokens(lambda j, changes=changes: j["added_tokens"][0].update(changes)), [TOKENS, "added"])
+      for changes in [dict(id=-1), dict(id=1 << 23), dict(id=1.0), dict(id=None), dict(id=[1]), dict(id=0), dict(content=None), dict(content=7),
+                      dict(content=""), dict(content="\ud800"), dict(content="<|im_end|>"), dict(content=[]), dict(special=None), dict(special="no"),
+                      dict(lstrip=True), dict(lstrip="no")]],
+    *[(f"added_tokens {value!r}", edit_json(TOKENS, added_tokens=value), [TOKENS, "added"]) for value in [7, "ab", {"a": 1}, [7], [[]], [{}]]],
+    *[(f"{key} {value!r}", edit_json(TOKENS, **{key: value}), [TOKENS, key]) for key, value in [
+        ("model", 7), ("model", []), ("model", None), ("normalizer", "NFC"), ("normalizer", []), ("pre_tokenizer", 7), ("pre_tokenizer", None),
+        ("pre_tokenizer", {"pretokenizers": {}}), ("pre_tokenizer", {"pretokenizers": [7, 8]}), ("pre_tokenizer", {"pretokenizers": [{"pattern": "x"}]}),
+        ("pre_tokenizer", {"pretokenizers": [{"pattern": {"Regex": []}}]}), ("post_processor", 7), ("post_processor", {}),
+        ("post_processor", {"type": ["x"]})]],
+    ("pre_tokenizer of a number behind", edit_tokens(lambda j: j["pre_tokenizer"]["pretokenizers"].__setitem__(1, 8)), [TOKENS, "pre_tokenizer"]),
+    ("vocabulary of one", edit_json(TOKENS, "model", vocab={"a": 0}), [TOKENS, "id"]),
+    ("vocabulary of one and no added tokens", lambda hf: [edit_json(TOKENS, "model", vocab={"a": 0}, merges=[])(hf), edit_json(TOKENS, added_tokens=[])(hf)],
+     [TOKENS, "vocab"]),
+    ("a character outside the alphabet", edit_json(TOKENS, "model", "vocab", **{"\u4e00": 300}), [TOKENS]),
+    ("a token missing", edit_tokens(lambda j: j["model"]["vocab"].pop("a") and None), [TOKENS]),
+    # generation_config.json
+    ("generation nested deeply", edit_text(GENERATION, DEEP), [GENERATION]),
+    ("generation a directory", replaced(GENERATION, os.mkdir), [GENERATION]),
+    *[(f"{key} {value!r:.30}", edit_json(GENERATION, **{key: value}), [GENERATION, key]) for key, value in [
+        ("temperature", "0.7"), ("temperature", math.nan), ("temperature", math.inf), ("temperature", -1), ("temperature", []), ("temperature", True),
+        ("temperature", 10**400), ("top_p", 1.5), ("top_p", {}), ("min_p", -0.5), ("top_k", math.inf), ("top_k", math.nan), ("top_k", 1.5), ("top_k", -1),
+        ("top_k", 1 << 31), ("top_k", "20"), ("repetition_penalty", 0), ("presence_penalty", 1e9), ("do_sample", "yes"), ("do_sample", 2),
+        ("eos_token_id", [[]]), ("eos_token_id", [1.0]), ("eos_token_id", "1"), ("eos_token_id", 352), ("eos_token_id", -1)]],
+]
+
+
+@pytest.mark.parametrize("what, edit, words", STRANGERS, ids=[case[0].encode("unicode_escape").decode()[:60] for case in STRANGERS])
+def test_strangers_are_refused_in_one_line(what, edit, words):
+    """Status 1, one printable line that names file and field, nothing written, in bounded time and memory."""
+    folder = stranger(edit)
+    message = outcome(folder)
+    assert all(word in message for word in words), message
+    shutil.rmtree(folder)
+
+
+def cached_snapshot(hf):
+    """The folder as the hub's cache has it: links in snapshots/x to the blobs beside `snapshots`."""
+    blobs, snapshot = hf.parent / "blobs", hf.parent / "snapshots" / "x"
+    snapshot.mkdir(parents=True)
+    hf.rename(blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    hf.symlink_to(snapshot)
+
+
+# What looks odd and is fine.
+FRIENDS = {
+    "as it is": None,
+    "links inside": lambda hf: [(hf / MODEL).rename(hf / "blob"), (hf / MODEL).symlink_to("blob")],
+    "the hub's cache": cached_snapshot,
+    "shards below": edit_shards(lambda hf, m: [(hf / "sub").mkdir(), (hf / m[LAST]).rename(hf / "sub" / m[LAST]),
+                                               m.update({n: "sub/" + f for n, f in m.items() if f == m[LAST]})] and None),
+    "float64": edit_weight(LAST, lambda t: t.double()),
+    "float16": edit_weight(LAST, lambda t: t.half()),
+    "header in another order, with spaces": edit_header(lambda h: json.dumps(dict(reversed(h.items())), indent=1) + " " * 99),
+    "tied, with a head like the embedding": lambda hf: [
+        edit_weight(None, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(hf),
+        edit_json(CONFIG, tie_word_embeddings=True)(hf)],
+    "numbers as integers": edit_json(GENERATION, temperature=1, top_p=1, eos_token_id=3),
+    "null in generation_config.json": edit_json(GENERATION, temperature=None, top_k=None, do_sample=None, eos_token_id=None),
+    "without tokenizer": lambda hf: (hf / TOKENS).unlink(),
+    "an added token in the vocabulary, too": edit_json(TOKENS, "model", "vocab", **{"<|im_end|>": 342}),
+    "values that nobody reads": edit_json(CONFIG, transformers_version=[math.nan, math.inf], whatever={"a": None}),
+    "broken tokenizer_config.json: no chat": edit_text(TEMPLATE, "{"),
+}
+
+
+@pytest.mark.parametrize("what", FRIENDS)
+def test_strangers_that_are_no_enemies(what):
+    """An export, which the engine takes."""
+    folder = stranger(FRIENDS[what])
+    assert ("no chat" in outcome(folder)) == ("no chat" in what)
+    shutil.rmtree(folder)
+
+
+# Templates that never end, that fill the memory, that reach for Python or files, that break what is written.
+HOSTILE = {
+    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "range too large": "{% for i in range(10**9) %}x{% endfor %}",
+    "power": "{{ 9**9**9 % 7 }}",
+    "gigabytes": "{% set ns = namespace(x='x' * 1000) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
+    "a wide field": "{{ '%99999999999d' % 1 }}",
+    "megabytes": "{{ 'x' * 50000000 }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "endless macro": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "nested deeply": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    "many blocks": "{% if 1 %}" * 5_000 + "x" + "{% endif %}" * 5_000,
+    "attributes": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__['os'].system('touch SPY') }}",
+    "globals of a filter": "{{ (messages | attr('__class__')).__base__.__subclasses__() }}",
+    "format": "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
+    "include": "{% include '/etc/passwd' %}", "import": "{% import 'os' as os %}{{ os.system('touch SPY') }}",
+    "changes its messages": "{{ messages.append(messages[0]) }}", "no syntax": "{% for %}", "a number": 7, "a list": [1], "an object": {"a": 1},
+    "named ones without names": [{"template": "x"}], "surrogate": "\ud800{% for m in messages %}{{ m.content }}{% endfor %}\ud800",
+    "zero": "{% for m in messages %}[{{ m.role }}\0]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}",
+    "no generation prompt": "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_templates_are_left_out(what, tmp_path, monkeypatch):
+    """One warning, a model without chat, and no word, file or long wait from the template."""
+    monkeypatch.chdir(tmp_path)
+    folder = stranger(lambda hf: (hf / TOKENS).unlink())           # the time is for the template
+    (folder / "hf" / TEMPLATE).write_text(json.dumps(dict(chat_template=HOSTILE[what], bos_token={"content": [1]})))
+    warning = outcome(folder)
+    assert "no chat in the exported model" in warning and warning.isprintable() and len(warning) < 2000, warning
+    assert not chat_pieces(folder / "out" / "model.bin") and not list(tmp_path.iterdir())
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("what, make", [
+    ("a FIFO", os.mkfifo), ("a directory", os.mkdir), ("not UTF-8", lambda path: path.write_bytes(b"\xff")),
+    ("a device", lambda path: path.symlink_to("/dev/zero")), ("large", lambda path: [path.touch(), os.truncate(path, 1 << 40)]),
+    ("a link to a file of others", lambda path: path.symlink_to(ROOT / "README.md"))])
+def test_template_file_that_is_none(what, make):
+    folder = stranger(lambda hf: [(hf / TOKENS).unlink(), make(hf / "chat_template.jinja")])
+    assert "no chat" in outcome(folder), what
+    shutil.rmtree(folder)
+
+
+def test_odd_sources_and_outputs():
+    """GGUF files, FIFOs and links in place of SOURCE and --mtp; outputs that cannot be written. Status 1 or 2, one line."""
+    folder = stranger(lambda hf: (hf / TOKENS).unlink())
+    rng = random.Random(3)
+    for number in range(20):
+        (folder / f"{number}.gguf").write_bytes((b"GGUF" + struct.pack("<IQQ", 3, rng.choice(HUGE["Q"]), rng.choice(HUGE["Q"])) + rng.randbytes(99))[:number * 6])
+        assert "GGUF" in outcome(folder, source=f"{number}.gguf")
+        assert f"{number}.gguf" in outcome(folder, "--mtp", folder / f"{number}.gguf")
+    os.mkfifo(folder / "fifo")
+    (folder / "circle").symlink_to("circle")
+    for name in ("fifo", "circle", "nothing", "x" * 300, "a\nb", "hf/config.json"):
+        assert name[:200].replace("\n", "\\n") in outcome(folder, source=name)
+        assert name[:200].replace("\n", "\\n") in outcome(folder, "--mtp", folder / name)
+        for option in ("--tokenizer", "--random"):
+            if name != "hf/config.json":
+                assert name[:200].replace("\n", "\\n") in outcome(folder, option, folder / name, "-o", folder / "out" / "model.bin")
+    for output in ("x" * 300, "x" * 250, "circle/x", "nowhere/x", "fifo", "kept"):
+        (folder / "out" / "kept").mkdir(exist_ok=True)
+        os.path.lexists(folder / "out" / "fifo") or os.mkfifo(folder / "out" / "fifo")
+        before = set((folder / "out").iterdir())
+        result = run(*EXPORT, folder / "hf", "-o", folder / "out" / output, timeout=SECONDS)
+        lines = [line for line in re.split(r"[\r\n]+", result.stderr.decode()) if "export.py: " in line]
+        assert result.returncode in (1, 2) and len(lines) == 1 and b"Traceback" not in result.stderr, (output, result.stderr)
+        assert set((folder / "out").iterdir()) == before and not list((folder / "out" / "kept").iterdir())
+    for output in ("", ".", "/"):
+        assert run(*EXPORT, folder / "hf", "-o", output, cwd=folder / "out").returncode == 2
+    shutil.rmtree(folder)
+
+
+def test_tokenizer_bin_beside_the_model_that_is_none():
+    """A FIFO or directory of that name is another's: the tokenizer takes the other name, nothing waits."""
+    for make in (os.mkfifo, os.mkdir):
+        folder = stranger()
+        make(folder / "out" / "tokenizer.bin")
+        with bounded():
+            assert exporter().main([str(folder / "hf"), "-o", str(folder / "out" / "model.bin")]) == 0
+        assert (folder / "out" / "model.bin").is_file() and (folder / "out" / "model.tokenizer.bin").is_file()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("place", ["space", "size", "write", "rename"])
+def test_full_disk_leaves_nothing(place, monkeypatch):
+    """No room before, at the start, in the middle and at the end of the work: one line, and neither file."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, module = stranger(lambda hf: (hf / TOKENS).unlink()), exporter()
+    match place:
+        case "space": monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+        case "size": monkeypatch.setattr(module.Blocks, "__init__", full)
+        case "write": monkeypatch.setattr(module.Blocks, "finish", full)
+        case "rename": monkeypatch.setattr(module.os, "replace", full)
+    assert re.search("disk space|No space left", outcome(folder)) and "model.bin" in outcome(folder)
+    shutil.rmtree(folder)
+
+
+def mutated(data, rng):
+    """Bytes with one thing changed: bytes, digits, a piece left out, doubled or put elsewhere, or the end cut off."""
+    data, place = bytearray(data), rng.randrange(len(data))
+    piece = data[place:place + rng.choice([1, 2, 8, 40])]
+    match rng.randrange(7):
+        case 0: data[place] ^= 1 << rng.randrange(8)
+        case 1: data[place:place + len(piece)] = rng.randbytes(len(piece))
+        case 2: del data[place:place + len(piece)]
+        case 3: data[place:place] = piece
+        case 4: data[rng.randrange(len(data)):0] = piece
+        case 5: data = data[:place]
+        case 6: data[place:place + 1] = rng.choice([b"-", b"9" * 30, b"1e999", b"null", b"NaN", b"[", b"{", b'"', b"\\u0000", b"\xff", b",", b"true"])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("file, count", [(CONFIG, 150), (MODEL, 250), (GENERATION, 100), (TOKENS, 120), (INDEX, 80), (TEMPLATE, 8)])
+def test_mutated_sources(file, count, report):
+    """Each file of a good checkpoint with a few bytes changed: a file that the engine takes, or one line."""
+    rng, refused = random.Random(file), 0
+    base = dict(tiny_source())
+    if file == INDEX:
+        folder = stranger(edit_shards(lambda hf, m: None))
+        base = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+    base[TEMPLATE] = json.dumps({"chat_template": TEMPLATES["trimmed"], "eos_token": "x"}).encode()
+    data = base[file]
+    header = 8 + struct.unpack_from("<Q", data)[0]                  # of MODEL
+    if file != TEMPLATE:
+        del base[TEMPLATE]                                          # a process for each would be slow
+    for name in (TOKENS, GENERATION):
+        if file in (CONFIG, MODEL, INDEX, TEMPLATE) and name != file:
+            del base[name]
+    for number in range(count):
+        folder = Path(tempfile.mkdtemp(dir=WORK))
+        for name in ("hf", "out"):
+            (folder / name).mkdir()
+        for name, content in base.items():
+            (folder / "hf" / name).write_bytes(content)
+        changed = mutated(data, rng)
+        if file == MODEL and number % 8:                            # mostly the header's JSON, under its right length
+            text = mutated(data[8:header], rng)
+            changed = struct.pack("<Q", len(text)) + text + data[header:]
+        (folder / "hf" / file).write_bytes(changed)
+        try:
+            message = outcome(folder)
+        except BaseException:
+            (WORK.parent / f"mutated-{file}").write_bytes(changed)  # to look at
+            raise
+        assert file == TEMPLATE or not message or file in message or "hf: " in message or ".safetensors" in message, message
+        refused += bool(message)
+        shutil.rmtree(folder)
+    report(f"{file}: {refused} of {count} refused")
+
+
+JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.integers(-(1 << 80), 1 << 80) | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+BOUNDS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@BOUNDS
+@given(st.data())
+def test_junk_in_place_of_any_value(data):
+    """Any JSON in place of any value of config.json, generation_config.json, tokenizer.json or the header of the weights, at any depth."""
+    file = data.draw(st.sampled_from([CONFIG, CONFIG, GENERATION, TOKENS, MODEL]))
+    raw = tiny_source()[file]
+    base = 8 + struct.unpack_from("<Q", raw)[0] if file == MODEL else 0
+    whole = value = json.loads(raw[8:base] if base else raw)
+    while True:
+        keys = sorted(value) if isinstance(value, dict) else range(len(value))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(value[key], (dict, list)) or not value[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        value = value[key]
+    value[key] = data.draw(JUNK)
+    text = json.dumps(whole).encode("utf-8", "surrogatepass")
+    folder = stranger(files={file: struct.pack("<Q", len(text)) + text + raw[base:] if base else text})
+    outcome(folder)
+    shutil.rmtree(folder)
+
+
+CONFIG_SIZES = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads",
+         "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts", "num_experts_per_tok",
+         "moe_intermediate_size", "shared_expert_intermediate_size", "num_hidden_layers", "decoder_sparse_step", "vocab_size")
+
+
+@BOUNDS
+@given(st.dictionaries(st.sampled_from(CONFIG_SIZES), st.integers(0, 40), min_size=1, max_size=4), st.booleans(),
+       st.sampled_from([{}, dict(rope_type="linear", factor=2.0), dict(rope_type="yarn", factor=4, mscale=1, mscale_all_dim=0.5)]),
+       st.none() | st.tuples(st.sampled_from(CONFIG_SIZES), JUNK | st.sampled_from([1 << 31, 1 << 63, 10**400, -1, 1e300])))
+def test_any_configuration_is_made_or_refused(sizes, tied, rope_changes, wrong):
+    """--random of any configuration: a right one makes a file that the engine takes, a wrong one is refused."""
+    config = {**exporter().DEFAULTS, **SMALLEST, "layer_types": None, "eos_token_id": None, **sizes, "tie_word_embeddings": tied}
+    config.update(rope(partial=0.5, **rope_changes))
+    config.update([wrong] if wrong and wrong[1] is not None else [])       # null is the default
+    folder = stranger()
+    (folder / CONFIG).write_text(json.dumps(config))
+    message = outcome(folder, "--random", folder / CONFIG, "--type", "q4", "-o", folder / "out" / "model.bin")
+    fine = all(type(config[key]) is int and config[key] >= (key != "num_experts") for key in CONFIG_SIZES) and (
+        config["num_attention_heads"] % config["num_key_value_heads"] == 0 and config["linear_num_value_heads"] % config["linear_num_key_heads"] == 0
+        and config["head_dim"] // 2 % 2 == 0 and config["head_dim"] > 3 and config["num_experts"] > 0)
+    if wrong is None and fine and config["num_experts_per_tok"] <= config["num_experts"]:
+        assert message == "", message
+    elif not fine:
+        assert CONFIG in message
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("weights", TYPES)
+def test_weights_of_any_finite_size(weights):
+    """Random bit patterns for weights, from the smallest to the largest that are taken: stored within rounding, no warning."""
+    rng, smallest = np.random.default_rng(4), stranger(lambda hf: (hf / TOKENS).unlink())
+    tensors = load_file(smallest / "hf" / MODEL)
+    for name, tensor in tensors.items():
+        bits = torch.from_numpy(rng.integers(-1 << 31, 1 << 31, tuple(tensor.shape)).astype(np.int32))
+        values = bits.view(torch.float32)
+        tensors[name] = torch.where(values.abs() <= 8e37, values, torch.tensor(1e-45)).contiguous()
+    save_file(tensors, smallest / "hf" / MODEL, {"format": "pt"})
+    assert outcome(smallest, "--type", weights, "--check") == ""
+    shutil.rmtree(smallest)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -4713,4 +4713,4 @@ def test_no_data_race_in_any_mode(weights, tsan_engine, tmp_path):
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "fuzz-seeds":
         sys.exit("usage: python test_all.py fuzz-seeds FOLDER (the tests: python -m pytest test_all.py)")
-    fuzz_seeds(Path(sys.argv[2]))
+    fuzz_seeds(Path(sys.argv[2]).resolve())

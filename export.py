@@ -210,9 +210,10 @@ def written(path):
     path = Path(path)
     if os.path.exists(path) and not path.is_file():
         fail(path, "the output", "a regular file or a new name", "a directory, device or pipe")
+    rights = path.stat().st_mode & 0o777 if path.exists() else 0o666
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b") as f:
+    try:                                                    # x: a new file, not what a link leads to
+        with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, rights)) as f:
             yield f
         os.replace(temporary, path)
     except OSError as e:
@@ -1866,10 +1867,11 @@ def chat_pieces(template, variables):
 # it from running for ever or from filling the memory. So it runs in a process of its own, which can be ended.
 TEMPLATE_PROCESS = "--template-process"                     # the only argument of that process
 TEMPLATE_SECONDS, TEMPLATE_MEMORY = 4, 1 << 30              # a usual one takes 0.1 s
+TEMPLATE_TIMEOUT = 60                                       # seconds by the clock: other programs may need the processor
 
 
 def limit_process():
-    """No more than TEMPLATE_SECONDS of a processor for this process, nor TEMPLATE_MEMORY bytes beyond what it has (on
+    """No more than TEMPLATE_SECONDS of a processor for this process, nor TEMPLATE_MEMORY bytes, beyond what it has had (on
     Linux; elsewhere seconds only, and on Windows neither)."""
     try:
         import resource
@@ -1881,7 +1883,8 @@ def limit_process():
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
     limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_CPU, TEMPLATE_SECONDS)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + TEMPLATE_SECONDS)
     statm = Path("/proc/self/statm")
     if statm.exists():
         limit(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + TEMPLATE_MEMORY)
@@ -1903,7 +1906,7 @@ def ask_template(template, variables):
     command = [sys.executable, Path(__file__).resolve(), TEMPLATE_PROCESS]
     try:
         result = subprocess.run(command, input=json.dumps([template, variables]).encode(), stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, timeout=TEMPLATE_SECONDS + 3)
+                                stderr=subprocess.DEVNULL, timeout=TEMPLATE_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise NoPieces("it takes too long") from None
     if result.returncode:

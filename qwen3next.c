@@ -148,13 +148,11 @@ static void *fuzz_mmap(void *at, size_t bytes, int protection, int flags, int fd
 static void fuzz_free(void *p);
 static const char *fuzz_path(const char *path);
 #endif
-enum {
 #ifdef FUZZ
-    FUZZING = true
+#define FUZZING true
 #else
-    FUZZING = false
+#define FUZZING false
 #endif
-};
 
 #ifdef __MINGW_PRINTF_FORMAT
 #define PRINTF __MINGW_PRINTF_FORMAT
@@ -193,13 +191,35 @@ _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can add
 
 /* ---- 2. Utilities ---- */
 
-static volatile sig_atomic_t interrupted; /* SIGINTs not yet acted upon, and SIGTERM or SIGHUP */
-static volatile sig_atomic_t leaving;     /* which of the latter has come, or 0: the program is to save what it should and end */
+/* Signals (on_interrupt, section 17). */
+static volatile sig_atomic_t interrupted; /* how many have come that nobody has acted upon; chat does so before each message */
+static volatile sig_atomic_t leaving;     /* SIGTERM or SIGHUP when it has come: the program is to save what it should, and end */
+static volatile sig_atomic_t watching;    /* a mode is at work that looks at `interrupted` between steps */
 static const char *volatile unfinished;   /* the temporary file being written, or NULL ... */
 static volatile sig_atomic_t unfinished_fd; /* ... and its descriptor */
 
 /* The status of a run that a signal has ended. */
 static int signal_status(void) { return 128 + (leaving ? leaving : SIGINT); }
+
+#ifdef _WIN32
+static const int ENDINGS[] = {SIGINT, SIGTERM}; /* the signals that end a run */
+#else
+static const int ENDINGS[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+#endif
+
+/* Keep signals that may end a run out; *before: what was let in, to go back to. Threads are started like this: signals are
+ * the main thread's, which may be waiting to be woken by one. */
+static void hold_signals(sigset_t *before)
+{
+#ifdef _WIN32 /* whose signals come in a thread of their own */
+    *before = 0;
+#else
+    sigset_t stop;
+    sigemptyset(&stop);
+    for (size_t i = 0; i < sizeof ENDINGS / sizeof *ENDINGS; i++) sigaddset(&stop, ENDINGS[i]);
+    pthread_sigmask(SIG_BLOCK, &stop, before);
+#endif
+}
 
 /* A file that was to appear whole shall not stay behind in part. Safe in a signal handler. */
 static void discard_unfinished(void)
@@ -234,8 +254,11 @@ __attribute__((format(PRINTF, 1, 0))) static void say(const char *format, va_lis
     char line[2 * PATH_MAX];
     int n = vsnprintf(line, sizeof line, format, args);
     n = n < (int)sizeof line ? n : (int)sizeof line - 1;
-    for (int i = 0; i < n; i++)
-        if (is_control((uint8_t *)line + i, (size_t)(n - i))) line[i] = '?';
+    for (int i = 0; i < n; i++) {
+        if (!is_control((uint8_t *)line + i, (size_t)(n - i))) continue;
+        if ((uint8_t)line[i] == 0xc2) line[i++] = '?';
+        line[i] = '?';
+    }
     fprintf(stderr, PROGRAM ": %s%s\n", line, hint);
 }
 
@@ -280,15 +303,17 @@ static size_t mul(size_t a, size_t b)
     return product;
 }
 
-/* Whether what is about to be asked of the system shall fail: in the debug build (-DFAULTS) QWEN3NEXT_FAULT=N fails the
- * N-th request for memory, a file or a thread, so that tests can see what follows. */
+/* Whether what is about to be asked of the system shall fail. In the debug build (-DFAULTS) QWEN3NEXT_FAULT=N fails the N-th
+ * request for memory, a file or a thread, with QWEN3NEXT_SIGNAL=S it is signal S that comes then: so tests see what follows. */
 static bool fault(void)
 {
 #ifdef FAULTS
     static atomic_long requests;
-    const char *n = getenv("QWEN3NEXT_FAULT");
+    const char *n = getenv("QWEN3NEXT_FAULT"), *signal_number = getenv("QWEN3NEXT_SIGNAL");
+    if (!n || atomic_fetch_add(&requests, 1) + 1 != atol(n)) return false;
+    if (signal_number) return raise(atoi(signal_number)), false;
     errno = ENOMEM;
-    return n && atomic_fetch_add(&requests, 1) + 1 == atol(n);
+    return true;
 #else
     return false;
 #endif
@@ -451,7 +476,7 @@ static bool read_file(const char *path, Str *s)
 /* A file mapped for reading, shared with the page cache. */
 typedef struct { const uint8_t *data; size_t size; const char *path; dev_t device; ino_t inode; } Mapping; /* size: bytes */
 
-/* The mapped files, for the handler of SIGBUS: model, tokenizer, a conversation being loaded. data NULL: none. */
+/* The mapped files, for the handler of SIGBUS: the model, and what is being read: a tokenizer, a conversation. data NULL: none. */
 static Mapping mapped[4];
 
 /* AddressSanitizer, where it is built in: the rest of a mapped file's last page is not to be read (or is of no concern again). */
@@ -557,6 +582,9 @@ static void program_path(char path[PATH_MAX])
 #endif
 }
 
+/* errno of the write to a file that failed, 0 if none has. */
+static int write_error(FILE *f) { return ferror(f) ? (errno ? errno : EIO) : 0; }
+
 /* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
 typedef struct {
     FILE *file;
@@ -578,9 +606,12 @@ static bool out_open(OutFile *o, const char *name)
     if (o->temporary && snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid()) >= (int)(sizeof o->path - n))
         return warn("%s: %s", name, strerror(ENAMETOOLONG));
     int how = O_WRONLY | O_CREAT | O_CLOEXEC | (o->temporary ? O_EXCL : O_TRUNC); /* O_EXCL: not what a link leads to */
-    int fd = fault() ? -1 : open(o->path, how, old && o->temporary ? info.st_mode & 0777 : 0666);
-    if (fd < 0) return warn("%s: %s", errno == EEXIST ? o->path : name, strerror(errno));
-    if (o->temporary) unfinished_fd = fd, unfinished = o->path;
+    sigset_t before;
+    hold_signals(&before); /* until it is known what they are to remove */
+    int fd = fault() ? -1 : open(o->path, how, old && o->temporary ? info.st_mode & 0777 : 0666), error = errno;
+    if (fd >= 0 && o->temporary) unfinished_fd = fd, unfinished = o->path;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (fd < 0) return warn("%s: %s", error == EEXIST ? o->path : name, strerror(error));
     o->file = fault() ? NULL : fdopen(fd, "wb");
     if (!o->file) die("%s: %s", name, strerror(errno));
     if (old && o->temporary && fchmod(fileno(o->file), info.st_mode & 0777)) warn("%s: its rights are not kept: %s", name, strerror(errno));
@@ -591,12 +622,12 @@ static bool out_open(OutFile *o, const char *name)
  * durable: on the disk before it takes the place of an older file. False after a message when it was to be whole. */
 static bool out_close(OutFile *o, bool whole, bool durable)
 {
-    int error = ferror(o->file) ? (errno ? errno : EIO) : 0;
+    int error = write_error(o->file);
     if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
     if (fclose(o->file) && !error) error = errno;
-    unfinished = NULL;
-    if (!error && whole && o->temporary && rename(o->path, o->target)) error = errno;
+    if (!error && whole && o->temporary && (fault() || rename(o->path, o->target))) error = errno;
     if (o->temporary && (error || !whole)) unlink(o->path);
+    unfinished = NULL;
     if (error) warn("%s: %s", o->name, strerror(error));
     return whole && !error;
 }
@@ -1646,7 +1677,7 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
     else if (p->layer) snprintf(layer, sizeof layer, "layers.%d.", (int)(p->layer - p->e->model.layers));
     snprintf(path, sizeof path, "%s/%s%s.npy", p->e->dump_dir, layer, name);
     int before = p->layer == &p->e->model.mtp.layer ? 0 : p->pos;
-    FILE *f = fopen(path, before ? "r+b" : "wb");
+    FILE *f = fault() ? NULL : fopen(path, before ? "r+b" : "wb");
     if (!f) die("%s: %s", path, strerror(errno));
     memset(header, ' ', sizeof header);
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
@@ -1655,7 +1686,7 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
     fwrite(header, 1, sizeof header, f);
     fseek(f, 0, SEEK_END);
     for (int t = 0; t < n; t++) fwrite(data + (size_t)t * ld, sizeof(float), (size_t)cols, f);
-    int error = ferror(f) ? errno : 0;
+    int error = write_error(f);
     if (fclose(f) && !error) error = errno;
     if (error) unlink(path);
     if (error) die("%s: %s", path, strerror(error));
@@ -2815,24 +2846,38 @@ static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes
         memset(t->class_of + classes[i].a, (int)classes[i].c, classes[i].b - classes[i].a + 1);
 }
 
+/* A file's bytes in memory, which nobody can change any more. Ends the program with a message when there are none. */
+static Mapping read_copy(const char *path)
+{
+    Mapping file, copy;
+    if (!map_file(path, &file)) exit(1);
+    copy = file;
+    copy.data = memcpy(grow(NULL, file.size, 1), file.data, file.size);
+    unmap_file(&file);
+    return copy;
+}
+
+/* Refuse a header that is none, or whose counts are beyond reason. size: of the file */
+static void check_tokenizer_header(const char *path, const TokenizerHeader *h, size_t size)
+{
+    if (memcmp(h->magic, "QWEN3TOK", 8)) die("%s: not a tokenizer of this program (make one with export.py --tokenizer)", path);
+    if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
+    if (h->file_size != size)
+        die("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (unsigned long long)h->file_size, size);
+    if (h->n_tokens < 1 || h->n_tokens > 1 << 24) die("%s: n_tokens: wanted 1 to %d, found %u", path, 1 << 24, h->n_tokens);
+    if (h->pattern > 1) die("%s: pattern: wanted 0 or 1, found %u", path, h->pattern);
+    if (h->n_merges > 1 << 26) die("%s: n_merges: wanted at most %d, found %u", path, 1 << 26, h->n_merges);
+    if (h->n_added > MAX_ADDED) die("%s: n_added: wanted at most %d, found %u", path, MAX_ADDED, h->n_added);
+}
+
 /* Read tokenizer.bin and check it. Ends with a message when anything is wrong. */
 static Tokenizer *open_tokenizer(const char *path)
 {
     Tokenizer *t = grow(NULL, 1, sizeof *t);
     memset(t, 0, sizeof *t);
-    if (!map_file(path, &t->file)) exit(1);
-    Mapping file = t->file;
-    t->file.data = memcpy(grow(NULL, file.size, 1), file.data, file.size); /* nobody can change it any more after the checks */
-    unmap_file(&file);
+    t->file = read_copy(path);
     const TokenizerHeader *h = (const TokenizerHeader *)t->file.data;
-    if (memcmp(h->magic, "QWEN3TOK", 8)) die("%s: not a tokenizer of this program (make one with export.py --tokenizer)", path);
-    if (h->version != 1) die("%s: version: wanted 1, found %u", path, h->version);
-    if (h->file_size != t->file.size)
-        die("%s: file_size: wanted %llu bytes, found %zu: cut off?", path, (unsigned long long)h->file_size, t->file.size);
-    if (h->n_tokens < 1 || h->n_tokens > 1 << 24) die("%s: n_tokens: wanted 1 to %d, found %u", path, 1 << 24, h->n_tokens);
-    if (h->pattern > 1) die("%s: pattern: wanted 0 or 1, found %u", path, h->pattern);
-    if (h->n_merges > 1 << 26) die("%s: n_merges: wanted at most %d, found %u", path, 1 << 26, h->n_merges);
-    if (h->n_added > MAX_ADDED) die("%s: n_added: wanted at most %d, found %u", path, MAX_ADDED, h->n_added);
+    check_tokenizer_header(path, h, t->file.size);
     t->n_tokens = (int)h->n_tokens;
     t->n_merges = h->n_merges, t->n_added = h->n_added, t->n_ccc = h->n_ccc, t->n_decomp = h->n_decomp, t->n_comp = h->n_comp;
     t->nfc = h->flags & 1;
@@ -3590,20 +3635,6 @@ static int physical_cores(void)
     return min_int(max_int(count, 1), MAX_THREADS);
 }
 
-/* Keep signals that may end a run out; *before: what was let in, to go back to. Threads are started like this: signals are
- * the main thread's, which may be waiting to be woken by one. */
-static void hold_signals(sigset_t *before)
-{
-#ifdef _WIN32 /* whose signals come in a thread of their own */
-    *before = 0;
-#else
-    sigset_t stop;
-    sigemptyset(&stop);
-    sigaddset(&stop, SIGINT), sigaddset(&stop, SIGTERM), sigaddset(&stop, SIGHUP);
-    pthread_sigmask(SIG_BLOCK, &stop, before);
-#endif
-}
-
 /* Start a thread. Ends the program with a message when it cannot. what: for the message */
 static void start_thread(pthread_t *thread, void *(*run)(void *), void *arg, const char *what)
 {
@@ -3944,11 +3975,11 @@ static void open_for_readers(ExpertCache *c)
     int flags = O_RDONLY | O_CLOEXEC;
     struct stat info;
 #ifdef O_DIRECT
-    c->fd = open(c->file->path, flags | O_DIRECT);
+    c->fd = fault() ? -1 : open(c->file->path, flags | O_DIRECT);
     c->direct = c->fd >= 0 && pread(c->fd, c->arena, DIRECT_ALIGN, 0) >= 0; /* some file systems open it so and then cannot */
     if (c->fd >= 0 && !c->direct) close(c->fd);
 #endif
-    if (!c->direct) c->fd = open(c->file->path, flags);
+    if (!c->direct) c->fd = fault() ? -1 : open(c->file->path, flags);
     if (c->fd < 0 || fstat(c->fd, &info)) die("%s: %s", c->file->path, strerror(errno));
     if (info.st_dev != c->file->device || info.st_ino != c->file->inode) die("%s: another file has taken its place meanwhile", c->file->path);
 #if defined F_NOCACHE
@@ -4391,7 +4422,7 @@ TARGET static float FN(dot)(const float *a, const float *b, int n)
 INLINE void FN(exp)(vf *out, const vf *in)
 {
     vf x = *in;
-    vi nan = x != x, low = ~(x >= -87.0f), high = x > 88.0f;
+    vi nan = x != x, low = ~(x >= -87.0f), high = x > 88.0f; /* low: of a NaN too, whose bits shall not reach the sum of exponents */
     x = (vf)((~(low | high) & (vi)x) | (high & (vi)((vf){0} + 88.0f)));
     vf k = x * 1.44269504f + 0x1.8p23f;
     vi shift = (vi)k;
@@ -4591,36 +4622,39 @@ static const Kernels *choose_kernels(const char *name)
 /* Ctrl-C has been acted upon; SIGTERM holds until the end. */
 static void forget_interrupts(void) { interrupted = leaving != 0; }
 
-static volatile sig_atomic_t watching; /* a mode is at work that looks at `interrupted` between steps */
-
-/* SIGINT, SIGTERM, SIGHUP: whoever watches stops soon, and what was to be saved is saved. When nobody does, at the third
- * SIGINT that nobody has acted upon and at the second of the others the program ends here and now. */
+/* A signal that ends a run. SIGQUIT ends it here and now. SIGINT, SIGTERM, SIGHUP: whoever watches stops soon, and what was to
+ * be saved is saved; when nobody does, at the third SIGINT that nobody has acted upon, and at the second of the others, the
+ * program ends here and now. */
 static void on_interrupt(int sig)
 {
     bool again = sig == SIGINT ? interrupted >= 2 : leaving != 0;
+#ifdef _WIN32
+    bool quit = false;
+    signal(sig, on_interrupt); /* once is for once there */
+#else
+    bool quit = sig == SIGQUIT;
+#endif
     if (sig != SIGINT) leaving = sig;
     interrupted++;
-#ifdef _WIN32
-    signal(sig, on_interrupt); /* once is for once there */
-#endif
-    if (watching && !again) return;
+    if (watching && !again && !quit) return;
     discard_unfinished();
     _exit(128 + sig);
 }
 
-/* What signals do from here on. No SA_RESTART: they end a read. */
+/* What signals do from here on. No SA_RESTART: they end a read. Those that are ignored stay so (nohup, jobs in the background). */
 static void catch_signals(void)
 {
-#ifdef _WIN32
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
-#else
-    struct sigaction stop = {.sa_handler = on_interrupt}, bus = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
-    struct sigaction ignored;
     if (FUZZING) return; /* the fuzzer has its own */
-    sigaction(SIGINT, &stop, NULL);
-    sigaction(SIGTERM, &stop, NULL);
-    if (!sigaction(SIGHUP, NULL, &ignored) && ignored.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL); /* nohup */
+    for (size_t i = 0; i < sizeof ENDINGS / sizeof *ENDINGS; i++) {
+#ifdef _WIN32
+        signal(ENDINGS[i], on_interrupt);
+#else
+        struct sigaction stop = {.sa_handler = on_interrupt}, old;
+        if (!sigaction(ENDINGS[i], NULL, &old) && old.sa_handler != SIG_IGN) sigaction(ENDINGS[i], &stop, NULL);
+#endif
+    }
+#ifndef _WIN32
+    struct sigaction bus = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &bus, NULL);
     signal(SIGXFSZ, SIG_IGN); /* a file beyond a limit is a failed write with a message, like a full disk; ... */
     signal(SIGPIPE, SIG_IGN); /* ... and so is an output that was closed */
@@ -4634,7 +4668,7 @@ static void fill_standard_files(void)
     _setmode(0, O_BINARY), _setmode(1, O_BINARY); /* bytes are passed on as they are, ... */
     SetConsoleCP(UTF8_PAGE), SetConsoleOutputCP(UTF8_PAGE); /* ... and a console takes them for UTF-8 */
 #else
-    for (int fd = 0; fd < 3; fd++)
+    for (int fd = 0; fd < 3; fd++) /* each opened the wrong way round */
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) exit(1);
 #endif
 }
@@ -5035,6 +5069,7 @@ static Str prompt_text(const Run *r)
     const char *file = r->args.file ? r->args.file : r->args.text && strcmp(r->args.text, "-") ? NULL : "-";
     sig_atomic_t was = watching;
     watching = false; /* a signal ends the program here and now: nothing is there to save, and reading may take for ever */
+    if (interrupted) exit(signal_status()); /* it came before */
     if (file && !read_file(file, &s)) exit(1);
     watching = was;
     if (!file) str_add(&s, r->args.text, strlen(r->args.text));
@@ -5479,7 +5514,7 @@ static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
 }
 
 /* Take over a saved conversation in place of this one, the sampler with it. chat: it must have turns. False after a message:
- * nothing has changed. Nobody may write to the file meanwhile. */
+ * nothing has changed. Who writes to the file meanwhile changes numbers, no more. */
 static bool conversation_load(Conversation *c, const char *path, bool chat)
 {
     Run *r = c->run;
@@ -5842,7 +5877,8 @@ static void chat_regen(Conversation *c)
     chat_answer(c, true);
 }
 
-typedef enum { GOT, FENCED, END, BREAK } Input;
+/* What came of reading standard input: a line, or a message of several; no more is there; Ctrl-C; it cannot be read. */
+typedef enum { GOT, FENCED, END, BREAK, FAILED } Input;
 
 /* What has been read of standard input. */
 typedef struct { char data[4096]; size_t at, len; } InputBuffer;
@@ -5870,25 +5906,26 @@ static Input read_byte(InputBuffer *in, char *byte)
         if (interrupted) return BREAK;
         ssize_t n = read(0, in->data, sizeof in->data);
 #ifdef _WIN32
-        if (n <= 0) sleep(1); /* the signal that ended it is on its way */
+        if (n <= 0) nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL); /* the signal that ended it is on its way */
         if (n <= 0 && interrupted) return BREAK;
 #endif
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) warn("standard input: %s", strerror(errno));
-        if (n <= 0) return END;
+        if (n < 0) return warn("standard input: %s", strerror(errno)), FAILED;
+        if (n == 0) return END;
         in->at = 0, in->len = (size_t)n;
     }
     *byte = in->data[in->at++];
     return GOT;
 }
 
-/* One line from standard input, without its newline; END: no more; BREAK: Ctrl-C. */
+/* One line from standard input, without its newline. */
 static Input read_line(InputBuffer *in, Str *line)
 {
     str_set(line, "", 0);
     for (char byte;;) {
         Input got = read_byte(in, &byte);
         if (got == END && line->len) return GOT;
+        if (got == GOT && byte == '\n' && line->len && line->data[line->len - 1] == '\r') line->data[--line->len] = 0; /* of Windows */
         if (got != GOT || byte == '\n') return got;
         str_add(line, &byte, 1);
     }
@@ -5916,7 +5953,7 @@ static Input read_message(InputBuffer *in, bool prompt, Str *message)
     if (got == GOT && message->len && message->data[message->len - 1] == '\n') message->len--;
     message->data[message->len] = 0;
     free(line.data);
-    return got == BREAK ? BREAK : FENCED;
+    return got == BREAK || got == FAILED ? got : FENCED;
 }
 
 /* Set one sampling value by name; false when name or value are not valid. */
@@ -6051,8 +6088,9 @@ static bool chat_command(Conversation *c, Str *line)
 }
 
 /* Turns from standard input until it ends. An answer that was loaded unfinished is gone on with, unless a message comes
- * first (from a terminal none can). False when a signal ended it, or a second Ctrl-C. */
-static bool chat_loop(Conversation *c)
+ * first (from a terminal none can). Returns the program's status: 0, or that of a signal or a second Ctrl-C, or 1 when standard
+ * input cannot be read. */
+static int chat_loop(Conversation *c)
 {
     bool go_on = c->unfinished;
     const Run *r = c->run;
@@ -6063,6 +6101,7 @@ static bool chat_loop(Conversation *c)
     int breaks = 0; /* Ctrl-C in a row */
     while (breaks < 2 && !ferror(stdout)) {
         Input got = go_on && isatty(0) ? END : read_message(&in, prompt, &message);
+        if (got == FAILED) return 1;
         if (got == END && go_on) chat_answer(c, false);
         if (got == END && !(go_on && isatty(0))) break;
         go_on = false;
@@ -6081,7 +6120,7 @@ static bool chat_loop(Conversation *c)
         if (interrupted > 1 || leaving) break; /* a second Ctrl-C during the answer */
     }
     free(message.data);
-    return breaks < 2 && interrupted < 2 && !leaving;
+    return breaks < 2 && interrupted < 2 && !leaving ? 0 : signal_status();
 }
 
 /* -m chat: one turn for a given prompt, else turns from standard input until it ends. */
@@ -6101,10 +6140,11 @@ static int mode_chat(Run *r)
         Str message = prompt_text(r);
         status = !chat_turn(&c, &message);
         if (interrupted) status = signal_status();
-    } else if (!chat_loop(&c)) {
-        status = signal_status();
+    } else {
+        status = chat_loop(&c);
     }
-    if (r->args.save && !conversation_save(&c, r->args.save) && !status) status = 1;
+    bool nothing = status == 1 && !c.n_turns; /* an older file is worth more */
+    if (r->args.save && !nothing && !conversation_save(&c, r->args.save) && !status) status = 1;
     return status;
 }
 
@@ -6939,6 +6979,7 @@ IMPORT int CALL MoveFileExA(const char *from, const char *to, unsigned long flag
 IMPORT int CALL ReadFile(Handle file, void *to, unsigned long bytes, unsigned long *done, void *overlapped);
 IMPORT unsigned long CALL GetActiveProcessorCount(unsigned short group);
 IMPORT int CALL GlobalMemoryStatusEx(void *status);
+IMPORT unsigned long CALL GetLastError(void);
 IMPORT Handle CALL GetCurrentProcess(void);
 IMPORT int CALL K32GetProcessMemoryInfo(Handle process, void *counters, unsigned long bytes);
 
@@ -6982,11 +7023,12 @@ static long sysconf(int name)
 
 static ssize_t pread(int fd, void *to, size_t n, off_t offset)
 {
+    enum { END_OF_FILE = 38 };
     struct { uintptr_t internal[2]; uint64_t offset; Handle event; } at = {.offset = (uint64_t)offset};
     unsigned long done = 0;
     bool read = ReadFile((Handle)_get_osfhandle(fd), to, (unsigned long)min_size(n, 1 << 30), &done, &at);
     errno = EIO;
-    return read ? (ssize_t)done : -1;
+    return read || GetLastError() == END_OF_FILE ? (ssize_t)done : -1;
 }
 
 static void *memmem(const void *text, size_t n, const void *word, size_t length)
@@ -7134,7 +7176,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     const char *name = getenv("QWEN3NEXT_FUZZ");
     size_t target = 0, n_targets = sizeof FUZZ_TARGETS / sizeof *FUZZ_TARGETS;
     while (target < n_targets && strcmp(FUZZ_TARGETS[target].name, name ? name : "")) target++;
-    if (target == n_targets || !getenv("QWEN3NEXT_FUZZ_FOLDER")) die("QWEN3NEXT_FUZZ, QWEN3NEXT_FUZZ_FOLDER: wanted a target and a folder");
+    if (target == n_targets || !getenv("QWEN3NEXT_FUZZ_FOLDER")) {
+        fputs("QWEN3NEXT_FUZZ, QWEN3NEXT_FUZZ_FOLDER: wanted a target and a folder\n", stderr);
+        (exit)(1);
+    }
     if (!fuzz.fd) { /* the first */
         snprintf(fuzz.model, sizeof fuzz.model, "%s/model.bin", getenv("QWEN3NEXT_FUZZ_FOLDER"));
         snprintf(fuzz.tokenizer, sizeof fuzz.tokenizer, "%s/tokenizer.bin", getenv("QWEN3NEXT_FUZZ_FOLDER"));

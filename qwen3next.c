@@ -229,7 +229,10 @@ static void discard_unfinished(void)
 }
 
 /* Whether a control character begins at s, of n bytes > 0: one of ASCII's, or of U+0080 to U+009F in UTF-8. */
-static bool is_control(const uint8_t *s, size_t n) { return s[0] < 0x20 || s[0] == 0x7f || (n > 1 && s[0] == 0xc2 && s[1] < 0xa0); }
+static bool is_control(const uint8_t *s, size_t n)
+{
+    return s[0] < 0x20 || s[0] == 0x7f || (n > 1 && s[0] == 0xc2 && s[1] >= 0x80 && s[1] < 0xa0);
+}
 
 /* Write text that a model or a file has made up. On a terminal control characters but newline and tab, which could do
  * anything to it, are shown as ^X. */
@@ -456,8 +459,10 @@ static void flush_output(void)
 static void end_output(void)
 {
     flush_output();
-    if (ferror(stdout)) die("standard output: %s", strerror(output_error ? output_error : EIO));
+    if (ferror(stdout) && !leaving) die("standard output: %s", strerror(output_error ? output_error : EIO)); /* leaving: a terminal has hung up */
 }
+
+#define MAX_TEXT ((size_t)1 << 30) /* bytes read at once: more tokens than a context has */
 
 /* The whole of a file, or of standard input for "-", into an empty string. False after a message. */
 static bool read_file(const char *path, Str *s)
@@ -465,9 +470,10 @@ static bool read_file(const char *path, Str *s)
     FILE *f = fault() ? NULL : strcmp(path, "-") ? fopen(path, "rb") : stdin;
     if (!f) return warn("%s: %s", path, strerror(errno));
     char buffer[1 << 16];
-    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
-    bool failed = ferror(f);
-    if (failed) warn("%s: %s", path, strerror(errno));
+    for (size_t n; s->len <= MAX_TEXT && (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
+    bool failed = ferror(f) || s->len > MAX_TEXT;
+    if (ferror(f)) warn("%s: %s", path, strerror(errno));
+    else if (failed) warn("%s: wanted a text of at most %zu bytes, found more", path, MAX_TEXT);
     if (f != stdin) fclose(f);
     str_add(s, "", 0);
     return !failed;
@@ -534,8 +540,12 @@ static void on_bus_error(int sig, siginfo_t *info, void *context)
         size_t offset = (size_t)((const uint8_t *)info->si_addr - mapped[i].data);
         if (!mapped[i].data || offset >= mapped[i].size) continue;
         const char *parts[] = {PROGRAM ": ", mapped[i].path, ": cannot be read any more: cut off while in use, or its disk fails\n"};
+        static char line[PATH_MAX + 128]; /* printf is not allowed in a handler */
+        size_t n = 0;
+        while (atomic_flag_test_and_set(&dying)) pause(); /* another thread speaks */
         for (size_t k = 0; k < 3; k++)
-            if (write(2, parts[k], strlen(parts[k])) < 0) break; /* printf is not allowed in a handler */
+            for (const char *s = parts[k]; *s && n < sizeof line; s++) line[n++] = *s;
+        if (write(2, line, n) < 0) _exit(1);
         discard_unfinished();
         _exit(1);
     }
@@ -552,6 +562,17 @@ static bool same_file(const char *a, const char *b)
 #else
     struct stat x, y;
     return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+#endif
+}
+
+/* Whether a name is that of a symbolic link. */
+static bool is_link(const char *name)
+{
+#ifdef _WIN32
+    return (void)name, false;
+#else
+    struct stat info;
+    return !lstat(name, &info) && S_ISLNK(info.st_mode);
 #endif
 }
 
@@ -600,11 +621,11 @@ static bool out_open(OutFile *o, const char *name)
     bool old = !stat(name, &info);
     o->name = name;
     o->temporary = !old || S_ISREG(info.st_mode);
+    if (!old && is_link(name)) return warn("%s: a link that leads nowhere", name);
     if (!old || !realpath(name, o->target)) snprintf(o->target, sizeof o->target, "%s", name);
-    size_t n = strlen(o->target);
-    memcpy(o->path, o->target, n + 1);
-    if (o->temporary && snprintf(o->path + n, sizeof o->path - n, ".%ld.tmp", (long)getpid()) >= (int)(sizeof o->path - n))
-        return warn("%s: %s", name, strerror(ENAMETOOLONG));
+    int folder = (int)(file_name(o->target) - o->target), n = snprintf(o->path, sizeof o->path, "%s", o->target);
+    if (o->temporary) n = snprintf(o->path, sizeof o->path, "%.*s" PROGRAM ".%ld.tmp", folder, o->target, (long)getpid());
+    if (strlen(name) >= sizeof o->target || n >= (int)sizeof o->path) return warn("%s: %s", name, strerror(ENAMETOOLONG));
     int how = O_WRONLY | O_CREAT | O_CLOEXEC | (o->temporary ? O_EXCL : O_TRUNC); /* O_EXCL: not what a link leads to */
     sigset_t before;
     hold_signals(&before); /* until it is known what they are to remove */
@@ -2728,6 +2749,9 @@ static void work_init(Engine *e, int batch)
 
 typedef struct { uint32_t a, b, c; } Triple;
 
+/* An added token's text. prefix: index among the sorted of the longest other that this one begins with, or -1 */
+typedef struct { const uint8_t *text; size_t n; int id, prefix; } Added;
+
 typedef struct {
     Mapping file;              /* a copy in memory */
     int n_tokens;
@@ -2738,6 +2762,8 @@ typedef struct {
     uint32_t n_merges;
     const uint32_t (*added)[2]; /* [n_added] id, flags (1 = special) */
     uint32_t n_added;
+    Added *sorted;             /* [n_added] the same in order of their texts */
+    size_t longest;            /* bytes of the longest token */
     uint8_t *special;          /* [n_tokens] 1: special, left out of text */
     uint8_t *class_of;         /* [0x110000] letter, number, mark, space of a code point */
     const Triple *ccc, *decomp, *comp; /* combining class ranges; cp -> a b; a b -> cp; each sorted */
@@ -2796,7 +2822,7 @@ static void check_sorted(const Tokenizer *t, const Triple *list, uint32_t n, boo
     }
 }
 
-enum { MAX_PROBES = 1000, MAX_ADDED = 1 << 12 }; /* far more than a tokenizer needs: files that want to take for ever */
+enum { MAX_PROBES = 1000, MAX_ADDED = 1 << 12, MAX_ADDED_BYTES = 256 }; /* far more than a tokenizer needs: files that want to take for ever */
 
 /* Build the hash from pairs to merges; refuses ids beyond the vocabulary, and pairs made to meet in it. */
 static void index_merges(Tokenizer *t)
@@ -2819,6 +2845,30 @@ static void index_merges(Tokenizer *t)
     }
 }
 
+/* For qsort: by text; a text before those that it begins. */
+static int compare_added(const void *a, const void *b)
+{
+    const Added *x = a, *y = b;
+    int order = memcmp(x->text, y->text, min_size(x->n, y->n));
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* Put the added tokens in order, and find each one's longest prefix among them. */
+static void sort_added(Tokenizer *t)
+{
+    t->sorted = grow(NULL, t->n_added, sizeof *t->sorted);
+    for (uint32_t i = 0; i < t->n_added; i++) {
+        uint32_t id = t->added[i][0];
+        t->sorted[i] = (Added){t->bytes + t->offsets[id], t->offsets[id + 1] - t->offsets[id], (int)id, -1};
+    }
+    qsort(t->sorted, t->n_added, sizeof *t->sorted, compare_added);
+    for (int i = 1; i < (int)t->n_added; i++) {
+        int j = i - 1; /* whatever begins text i begins text i - 1 too, or is it */
+        while (j >= 0 && (t->sorted[j].n > t->sorted[i].n || memcmp(t->sorted[j].text, t->sorted[i].text, t->sorted[j].n))) j = t->sorted[j].prefix;
+        t->sorted[i].prefix = j;
+    }
+}
+
 /* Check the texts, find the 256 byte tokens, note special ids, spread the classes over all code points. */
 static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes)
 {
@@ -2830,14 +2880,17 @@ static void index_tokens(Tokenizer *t, const Triple *classes, uint32_t n_classes
         if (t->offsets[id + 1] < t->offsets[id] || t->offsets[id + 1] > t->offsets[n])
             die("%s: token %zu: offsets: wanted ascending ones up to %u, found %u and %u", t->file.path, id, t->offsets[n],
                 t->offsets[id], t->offsets[id + 1]);
+        t->longest = max_size(t->longest, t->offsets[id + 1] - t->offsets[id]);
         if (t->offsets[id + 1] - t->offsets[id] == 1 && t->byte_token[t->bytes[t->offsets[id]]] < 0)
             t->byte_token[t->bytes[t->offsets[id]]] = (int)id;
     }
     for (int b = 0; b < 256; b++)
         if (t->byte_token[b] < 0) die("%s: no token for byte %d", t->file.path, b);
     for (uint32_t i = 0; i < t->n_added; i++) {
-        if (t->added[i][0] >= n || t->offsets[t->added[i][0] + 1] == t->offsets[t->added[i][0]])
-            die("%s: added token %u: wanted the id of a text, found %u", t->file.path, i, t->added[i][0]);
+        size_t bytes = t->added[i][0] < n ? t->offsets[t->added[i][0] + 1] - t->offsets[t->added[i][0]] : 0;
+        if (bytes == 0 || bytes > MAX_ADDED_BYTES)
+            die("%s: added token %u: wanted the id of a text of at most %d bytes, found %u, %zu bytes", t->file.path, i, MAX_ADDED_BYTES,
+                t->added[i][0], bytes);
         t->special[t->added[i][0]] = t->added[i][1] & 1;
     }
     t->class_of = grow(NULL, 0x110000, 1);
@@ -2897,6 +2950,7 @@ static Tokenizer *open_tokenizer(const char *path)
     check_sorted(t, t->decomp, t->n_decomp, false, 0x10ffff, "decomposition");
     check_sorted(t, t->comp, t->n_comp, false, 0x10ffff, "composition");
     index_tokens(t, classes, h->n_classes);
+    sort_added(t);
     index_merges(t);
     uint64_t hash = fnv1a(t->file.data + sizeof *h, t->file.size - sizeof *h, FNV_BASIS);
     if (!same_hash(h->hash, hash))
@@ -3229,21 +3283,28 @@ static void free_prompt(Prompt *p)
     *p = (Prompt){0};
 }
 
-/* The longest added token at s[0..n) whose bytes are all trusted, or -1; *len: its bytes. */
+/* The longest added token at s[0..n) whose bytes are all trusted, or -1; *len: its bytes. Every one that s begins with is a
+ * prefix of the last in order that is not behind s: that one is found by binary search, then its prefixes are gone through. */
 static int added_token_at(const Tokenizer *t, const uint8_t *s, const char *trust, size_t n, size_t *len)
 {
-    int best = -1;
-    *len = 0;
-    for (uint32_t i = 0; i < t->n_added; i++) {
-        uint32_t id = t->added[i][0];
-        size_t size = t->offsets[id + 1] - t->offsets[id];
-        if (size > *len && size <= n && !memcmp(s, t->bytes + t->offsets[id], size) && !memchr(trust, 0, size)) {
-            best = (int)id;
-            *len = size;
-        }
+    const char *end = memchr(trust, 0, min_size(n, MAX_ADDED_BYTES));
+    Added here = {s, end ? (size_t)(end - trust) : min_size(n, MAX_ADDED_BYTES), -1, -1};
+    int lo = 0, hi = (int)t->n_added;
+    while (lo < hi) { /* how many are not behind s */
+        int mid = lo + (hi - lo) / 2;
+        if (compare_added(&t->sorted[mid], &here) <= 0) lo = mid + 1;
+        else hi = mid;
     }
-    return best;
+    for (int i = lo - 1; i >= 0; i = t->sorted[i].prefix) {
+        const Added *a = &t->sorted[i];
+        *len = a->n;
+        if (a->n <= here.n && !memcmp(a->text, s, a->n)) return a->id;
+    }
+    return -1;
 }
+
+/* Whether so many bytes of text make more than `room` tokens for sure, which then need not be found: NFC makes at least a third. */
+static bool text_too_long(const Tokenizer *t, size_t bytes, int room) { return bytes / 3 / t->longest > (size_t)max_int(room, 0); }
 
 /* Append a prompt's tokens to out. */
 static void encode(const Tokenizer *t, const Prompt *p, Tokens *out)
@@ -5085,8 +5146,10 @@ static Tokens prompt_tokens(Run *r, int room)
         parse_ids(r, &text, &out);
     } else {
         Prompt p = {0};
+        if (text_too_long(need_tokenizer(r), text.len, room))
+            die("prompt: %zu bytes do not fit into the context of %d tokens (-c sets it)", text.len, room);
         prompt_add(&p, text.data, text.len, true);
-        encode(need_tokenizer(r), &p, &out);
+        encode(r->tokenizer, &p, &out);
         free_prompt(&p);
     }
     free(text.data);
@@ -5805,6 +5868,8 @@ static bool chat_turn(Conversation *c, const Str *text)
     Conversation before = *c;
     int length = s->tokens.len;
     Message m;
+    if (text_too_long(r->tokenizer, text->len + (c->place == EMPTY ? c->system.len : 0), s->ctx))
+        return warn("context full: a message of %zu bytes does not fit into %d tokens", text->len, s->ctx);
     snapshot_take(&c->here, &r->engine);
     chat_encode(c, text, &m);
     int take = m.turn.len + m.cue.len, left = s->ctx - s->tokens.len;
@@ -5918,15 +5983,24 @@ static Input read_byte(InputBuffer *in, char *byte)
     return GOT;
 }
 
-/* One line from standard input, without its newline. */
+/* Take CR off the end of a line. */
+static void drop_return(Str *line)
+{
+    if (line->len && line->data[line->len - 1] == '\r') line->data[--line->len] = 0;
+}
+
+/* One line from standard input, without its newline: on Windows that is CR LF, elsewhere CR is a character like others. */
 static Input read_line(InputBuffer *in, Str *line)
 {
     str_set(line, "", 0);
     for (char byte;;) {
         Input got = read_byte(in, &byte);
         if (got == END && line->len) return GOT;
-        if (got == GOT && byte == '\n' && line->len && line->data[line->len - 1] == '\r') line->data[--line->len] = 0; /* of Windows */
+#ifdef _WIN32
+        if (got == GOT && byte == '\n') drop_return(line);
+#endif
         if (got != GOT || byte == '\n') return got;
+        if (line->len == MAX_TEXT) return warn("standard input: wanted lines of at most %zu bytes, found a longer one", MAX_TEXT), FAILED;
         str_add(line, &byte, 1);
     }
 }
@@ -6070,6 +6144,7 @@ static const char CHAT_HELP[] =
 /* A line that begins with a slash. Returns false to leave. */
 static bool chat_command(Conversation *c, Str *line)
 {
+    drop_return(line); /* of a file from Windows: no command ends so */
     char *word = line->data, *rest = strchr(word, ' ');
     if (rest) *rest++ = 0;
     else rest = word + strlen(word);
@@ -6083,7 +6158,7 @@ static bool chat_command(Conversation *c, Str *line)
     else if (!strcmp(word, "/think") || !strcmp(word, "/nothink")) chat_show_thinking(c, !strcmp(word, "/think"));
     else if (!strcmp(word, "/set")) chat_set(c, rest);
     else if (!strcmp(word, "/show")) chat_show(c);
-    else fprintf(stderr, "%s: no such command (/help lists them)\n", word);
+    else put_text(stderr, word, strlen(word)), fputs(": no such command (/help lists them)\n", stderr);
     return true;
 }
 

@@ -50,6 +50,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import unicodedata
 import warnings
@@ -4408,8 +4409,79 @@ def test_tokenizers_that_want_to_take_for_ever(tmp_path):
     assert complaint([*command, "x"], FAILED, ["n_added"]) is None
 
 
+def with_added(path, texts):
+    """small_tokenizer's file with its added tokens replaced by these (bytes), under ids of tokens that were merges."""
+    whole = read_tokenizer(small_tokenizer()[0])
+    tokens, first = list(whole.tokens), 256
+    tokens[first:first + len(texts)] = texts
+    tokens += [b""] * max(0, len(whole.tokens) - len(tokens))
+    bounds = np.cumsum([0, *map(len, tokens)])
+    header, body = bytearray(whole.data[:64]), b""
+    sections = {name: whole.data[offset:offset + size] for name, (offset, size) in whole.sections.items()}
+    sections.update(offsets=bounds.astype("<u4").tobytes(), bytes=b"".join(tokens), merges=b"",
+                    added=np.array([[first + i, 0] for i in range(len(texts))], "<u4").tobytes())
+    for name, raw in sections.items():
+        body += raw if name == "bytes" else raw.ljust((len(raw) + 7) // 8 * 8, b"\0")
+    struct.pack_into("<3I", header, 12, len(tokens), 0, len(texts))
+    struct.pack_into("<QQ", header, 48, fnv1a(body) if len(body) < 1 << 20 else 0, 64 + len(body))
+    path.write_bytes(header + body)
+    return path
+
+
+def test_the_longest_added_token_is_taken(tmp_path):
+    """Against the plain search for it, for tokens that begin one another, stand twice, or are whole texts of others."""
+    rng, model = random.Random(9), token_model()
+    for trial in range(12):
+        texts = [bytes(rng.choices(b"ab<", k=rng.choice([1, 2, 3, 5, 9]))) for _ in range(rng.choice([1, 3, 20, 60]))]
+        texts += [texts[0][:1], texts[0], texts[-1] + b"a"]
+        path = with_added(tmp_path / "t.bin", texts)
+        text, ids, at = bytes(rng.choices(b"ab<c", k=400)), [], 0
+        while at < len(text):
+            best = max((t for t in texts if text.startswith(t, at)), key=len, default=None)
+            ids.append(best or text[at:at + 1])
+            at += len(ids[-1])
+        (tmp_path / "text").write_bytes(text)
+        lines = engine(model, "-m", "tokenize", "-z", path, "-f", tmp_path / "text").decode().splitlines()
+        assert [line.split("\t")[1].encode() for line in lines] == ids
+
+
+def test_added_tokens_that_want_to_take_for_ever(tmp_path):
+    """Four thousand long ones that begin alike and one another; one that is too long is refused."""
+    path = with_added(tmp_path / "t.bin", [b" " * (n % 250 + 1) + str(n).encode() for n in range(4000)] + [b" " * n for n in range(1, 90)])
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<Q", data, 48, fnv1a(data[64:]))
+    path.write_bytes(data)
+    source = json.dumps({**SMALLEST, "vocab_size": 5000, "mtp": False})
+    (tmp_path / "config.json").write_text(source)
+    assert run(*EXPORT, "--random", tmp_path / "config.json", "--seed", 1, "--type", "f32", "-o", tmp_path / "m.bin").returncode == 0
+    (tmp_path / "text").write_bytes(b" " * 1_000_000)
+    result = run(ENGINE, tmp_path / "m.bin", "-m", "tokenize", "--ids", "-z", path, "-f", tmp_path / "text", timeout=10)
+    assert result.returncode == 0, result.stderr
+    with_added(path, [b"x" * 257])
+    assert complaint([ENGINE, tmp_path / "m.bin", "-m", "tokenize", "-z", path, "-i", "x"], FAILED, ["t.bin: added token"]) is None
+
+
+def test_texts_without_end(tmp_path):
+    """A message that cannot fit is refused before it is cut into tokens, and the chat goes on; nothing is read for ever."""
+    with open(tmp_path / "lines", "wb") as lines:
+        lines.write(b"Hello\n" + b"\0" * 100_000_000 + b"\nHello\n")
+    with open(tmp_path / "lines", "rb") as lines:
+        result = subprocess.run([ENGINE, DEMO, "-m", "chat", "-t", "0", "-q", "-c", "512"], stdin=lines, capture_output=True, timeout=10)
+    once = run(ENGINE, DEMO, "-m", "chat", "-t", 0, "-q", stdin=b"Hello\nHello\n").stdout
+    assert result.returncode == 0 and result.stderr.count(b"context full") == 1 and result.stdout == once
+    assert complaint([ENGINE, DEMO, "-f", "/dev/zero"], FAILED, ["/dev/zero"]) is None
+
+
+def test_links_and_long_names(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "new")
+    command = [ENGINE, token_model(), "--ids", "-i", "1", "-n", "2", "-q", "-s", 1, "--save"]
+    assert complaint([*command, tmp_path / "link"], FAILED, ["link"]) is None and (tmp_path / "link").is_symlink()
+    assert run(*command, tmp_path / ("n" * 255)).returncode == 0 and (tmp_path / ("n" * 255)).stat().st_size > 144
+
+
 def on_a_terminal(command, typed=b"", until=None, signals=()):
-    """Run a command with a terminal as standard input, output and error: (status, what it wrote)."""
+    """Run a command with a terminal, which shows nothing of what is typed, as standard input, output and error. signals: sent,
+    each before something is typed, once it has written `until`. Returns (status, what it wrote)."""
     words = [str(word) for word in command]
     pid, fd = pty.fork()
     if pid == 0:
@@ -4417,6 +4489,9 @@ def on_a_terminal(command, typed=b"", until=None, signals=()):
             os.execv(words[0], words)
         finally:
             os._exit(127)
+    settings_of_it = termios.tcgetattr(fd)
+    settings_of_it[3] &= ~termios.ECHO
+    termios.tcsetattr(fd, termios.TCSANOW, settings_of_it)
     written, end = b"", time.monotonic() + 60
     os.write(fd, typed)
     try:
@@ -4444,6 +4519,11 @@ def test_nothing_moves_the_cursor_of_a_terminal():
     status, written = on_a_terminal(command, b"Hi\n/show\n/exit\n")
     assert status == 0 and b"^[]0;owned^G ^[2J^?" in written and b"a^[b" in written and "é".encode() in written
     assert b"\x1b" not in written.replace(b"^[", b"") and b"\xc2\x9b" not in written, written
+    pairs = b" ".join(b"\xc2" + bytes([b]) for b in range(0x20, 0x100) if b != 0x7F)      # halves of characters that look like C1
+    for typed in (pairs[:60], pairs[60:120], pairs[300:360], pairs[-60:]):
+        status, written = on_a_terminal([*command, "-n", 1], typed + b"\n/undo\n/a\xc2\x9bb\n/exit\n")
+        assert status == 0 and b"forgotten" in written and not set(written) & (set(range(32)) - set(b"\r\n\t")) and b"\xc2\x9b" not in written
+    assert b"\x9b" not in run(ENGINE, "a\u009bb\x1bc").stderr
 
 
 def test_text_taken_back_leaves_no_trace_in_a_saved_file():
@@ -4520,7 +4600,7 @@ def test_a_checkpoint_that_changes_while_it_is_mapped(how, tmp_path):
     process = subprocess.Popen([ENGINE, model, "-z", TOKENIZER, "-i", "Once upon a time", "-n", "100000", "-c", "4096", "-t", "1", "-q",
                                 "-p", "1", "-k", "0", "-d", "0", "-j", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(40)
-    if how in ("cut off", "emptied"):
+    if how in ("cut off", "emptied"):             # one line, whichever of the threads finds out
         os.truncate(model, 4096 * 2000 if how == "cut off" else 0)
         message = process.communicate(timeout=60)[1].decode()
         assert process.returncode == 1 and message.count("\n") == 1 and "model.bin" in message, (process.returncode, message)
@@ -4603,8 +4683,8 @@ def test_a_signal_ends_a_chat_that_waits(name, tmp_path):
 
 
 def test_lines_of_windows_and_input_that_cannot_be_read(tmp_path):
-    """CR before LF is no part of a line; a folder as standard input is an error, and costs no older file."""
-    assert run(ENGINE, DEMO, "-m", "chat", "-t", 0, "-q", stdin=b"Hello\r\n/exit\r\n").stdout == \
+    """CR before LF is no part of a command; a folder as standard input is an error, and costs no older file."""
+    assert run(ENGINE, DEMO, "-m", "chat", "-t", 0, "-q", stdin=b"Hello\n/undo\r\n/exit\r\nHello\n").stdout == \
         run(ENGINE, DEMO, "-m", "chat", "-t", 0, "-q", stdin=b"Hello\n").stdout
     (tmp_path / "kept").write_bytes(b"old")
     result = run("sh", "-c", 'exec "$@" < /', "sh", ENGINE, DEMO, "-m", "chat", "-q", "--save", tmp_path / "kept")
@@ -4649,8 +4729,6 @@ def test_a_terminal_that_changes_its_size():
     signals = [(signal.SIGWINCH, b""), (signal.SIGWINCH, b"Hello\n"), (signal.SIGWINCH, b""), (signal.SIGCONT, b"/exit\n")]
     status, written = on_a_terminal(command, b"Tell me a story.\n", b" ", signals)
     quiet = run(*command, stdin=b"Tell me a story.\nHello\n").stdout.decode()
-    for typed in ("Tell me a story.\r\n", "Hello\r\n", "/exit\r\n"):      # what a terminal shows of what is typed
-        written = written.replace(typed.encode(), b"", 1)
     assert status == 0 and written.decode().replace("\r\n", "\n") == quiet
 
 

@@ -86,6 +86,10 @@ atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 torch.set_num_threads(2)
 torch.set_grad_enabled(False)
 
+for ignored in (signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):   # as jobs in the background may have them; the engine, which
+    signal.signal(ignored, signal.SIG_DFL)                        # inherits that, is to be sent them here
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # Helpers: running programs

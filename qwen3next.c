@@ -147,8 +147,6 @@ static void *fuzz_realloc(void *old, size_t bytes);
 static void *fuzz_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset);
 static void fuzz_free(void *p);
 static const char *fuzz_path(const char *path);
-#endif
-#ifdef FUZZ
 #define FUZZING true
 #else
 #define FUZZING false
@@ -2845,12 +2843,13 @@ static void index_merges(Tokenizer *t)
     }
 }
 
-/* For qsort: by text; a text before those that it begins. */
+/* For qsort: by text, a text before those that it begins; of equals the lower id last, where it is found. */
 static int compare_added(const void *a, const void *b)
 {
     const Added *x = a, *y = b;
     int order = memcmp(x->text, y->text, min_size(x->n, y->n));
-    return order ? order : (x->n > y->n) - (x->n < y->n);
+    if (!order) order = (x->n > y->n) - (x->n < y->n);
+    return order ? order : (x->id < y->id) - (x->id > y->id);
 }
 
 /* Put the added tokens in order, and find each one's longest prefix among them. */

@@ -418,6 +418,20 @@ DEFAULTS = dict(
     num_experts_per_tok=10, num_experts=512, norm_topk_prob=True, tie_word_embeddings=False, hidden_act="silu",
     partial_rotary_factor=0.25, full_attention_interval=4, mlp_only_layers=[])
 
+# The models made of these blocks, by model_type: what differs in the defaults, and what their classes in transformers
+# take for granted whatever config.json says. Qwen3.5 and 3.6 call the text part of a model that sees ..._text; in such a
+# model's config.json it is the object text_config.
+QWEN3_5 = (dict(vocab_size=248320, hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
+                num_key_value_heads=4), dict(num_experts=0))
+QWEN3_5_MOE = (dict(vocab_size=248320, num_hidden_layers=40, num_experts=256, num_experts_per_tok=8),
+               dict(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True))
+FAMILIES = dict(qwen3_next=({}, {}), qwen3_5_text=QWEN3_5, qwen3_5_moe_text=QWEN3_5_MOE)
+OUTER = ("qwen3_5", "qwen3_5_moe")                          # with a vision part, which is left out
+# What an architecture's name says after "For" -> the head.
+HEADS = dict(CausalLM="causal_lm", ConditionalGeneration="causal_lm", SequenceClassification="sequence_classification",
+             TokenClassification="token_classification", QuestionAnswering="question_answering")
+MAX_LABELS = 1 << 16
+
 # The largest of each size that the engine takes. All are 1 or more, but num_experts may be 0.
 SIZES = dict(
     vocab_size=1 << 24, hidden_size=1 << 16, intermediate_size=1 << 20, num_hidden_layers=1 << 12,
@@ -431,14 +445,22 @@ LAYER_KINDS = {"linear_attention": 0, "full_attention": 1}
 
 
 class Config:
-    """config.json checked, with transformers' defaults: c.hidden_size and so on, c.layers, c.sparse, c.rope."""
+    """config.json checked, with transformers' defaults: c.hidden_size and so on, c.layers, c.sparse, c.rope, c.head,
+    c.labels, c.pad (the id of padding, None if there is none), c.fused (whether q k v z and b a are one matrix each)."""
 
     def __init__(self, path):
-        self.path, self.json = path, read_json(path)
-        for key, value in DEFAULTS.items():
+        self.path, whole = path, read_json(path)
+        self.json = self._text_part(whole)
+        defaults, fixed = FAMILIES[self.model_type]
+        for key, value in {**DEFAULTS, **defaults}.items():
             found = self.json.get(key)
-            setattr(self, key, value if found is None else found)
-        self._refuse_other_models()
+            setattr(self, key, fixed[key] if key in fixed else value if found is None else found)
+        self.fused = self.model_type == "qwen3_next"
+        self._refuse_other_models(whole)
+        self.head = self._head(whole)
+        self.labels = self._labels(whole)
+        pad = self.json.get("pad_token_id")
+        self.pad = None if pad is None else checked(path, "pad_token_id", pad, int, -1, self.vocab_size - 1)
         self._check_numbers()
         self.layers = self._layer_types()          # [num_hidden_layers] 0 linear attention, 1 full attention
         self.sparse = [self._is_sparse(i) for i in range(self.num_hidden_layers)]
@@ -450,17 +472,52 @@ class Config:
         self.key_dim = self.linear_num_key_heads * self.linear_key_head_dim
         self.value_dim = self.linear_num_value_heads * self.linear_value_head_dim
 
-    def _refuse_other_models(self):
+    def _text_part(self, whole):
+        """The object that describes the language model: all of config.json, or its text_config. Sets self.model_type."""
+        found = whole.get("model_type")
+        nested = found in OUTER
+        part = checked(self.path, "text_config", whole.get("text_config"), dict) if nested else whole
+        self.model_type = part.get("model_type")
+        wanted = [found + "_text"] if nested else list(FAMILIES)
+        if self.model_type not in wanted:                   # a list, for model_type may be anything
+            what = "text_config model_type" if nested else "model_type"
+            fail(self.path, what, " or ".join(wanted + ([] if nested else list(OUTER))), self.model_type)
+        if nested and whole.get("tie_word_embeddings") is not None:
+            part = {**part, "tie_word_embeddings": whole["tie_word_embeddings"]}
+        return part
+
+    def _refuse_other_models(self, whole):
         """Anything that would change the mathematics in a way this exporter does not know."""
-        wanted = dict(model_type="qwen3_next", hidden_act="silu", use_sliding_window=False, quantization_config=None)
+        wanted = dict(hidden_act="silu", use_sliding_window=False, quantization_config=None, attn_output_gate=True)
         for key, value in wanted.items():
-            found = self.json.get(key)
-            if found != value and (found is not None or key == "model_type"):
-                fail(self.path, key, value or "none", found)
-        architectures = self.json.get("architectures") or ["Qwen3NextForCausalLM"]
+            for found in (self.json.get(key), whole.get(key)):
+                if found != value and found is not None:
+                    fail(self.path, key, value or "none", found)
+
+    def _head(self, whole):
+        """What stands on top of the model, by config.json's architectures."""
+        architectures = whole.get("architectures") or ["Qwen3NextForCausalLM"]
+        found = set()
         for name in checked(self.path, "architectures", architectures, list):
-            if name != "Qwen3NextForCausalLM":
-                fail(self.path, f"architectures: {name} is not supported yet", "Qwen3NextForCausalLM")
+            match = re.fullmatch(r"(?:Qwen3Next|Qwen3_5(?:Moe)?(?:Text)?)For(\w+)", name) if isinstance(name, str) else None
+            if not match or match[1] not in HEADS:
+                fail(self.path, f"architectures: {name} is not supported", "Qwen3NextFor" + ", ..For".join(HEADS))
+            found.add(HEADS[match[1]])
+        return found.pop() if len(found) == 1 else fail(self.path, "architectures", "one kind of head", architectures)
+
+    def _labels(self, whole):
+        """The names of a classifier's classes in the order of its outputs, else none (transformers, PreTrainedConfig)."""
+        if not self.head.endswith("classification"):
+            return []
+        given = checked(self.path, "id2label", whole.get("id2label") or {}, dict)
+        number = len(given) or whole.get("num_labels") or 2
+        count = checked(self.path, "id2label, num_labels", number, int, 1, MAX_LABELS)
+        labels = [given.get(str(i), None if given else f"LABEL_{i}") for i in range(count)]
+        for i, label in enumerate(labels):
+            checked(self.path, f"id2label {i}", label, str)
+            if not label or not all(c.isprintable() for c in label):
+                fail(self.path, f"id2label {i}", "printable text", repr(label))
+        return labels
 
     def _check_numbers(self):
         for key, most in SIZES.items():
@@ -558,6 +615,12 @@ def ungroup(groups, *widths):
     return [(g * sum(widths) + s, w) for s, w in zip(starts, widths) for g in range(groups)]
 
 
+def text_prefix(names):
+    """What the names of the language model's tensors begin with: it is a part of a model that sees too, or of a class
+    that calls it otherwise (transformers, Qwen3NextForQuestionAnswering)."""
+    return next((p for p in ("model.language_model.", "transformer.") if p + "embed_tokens.weight" in names), "model.")
+
+
 class Plan:
     """What goes into the file: self.tensors in order, self.wanted the names of the source tensors they need.
 
@@ -567,20 +630,28 @@ class Plan:
     def __init__(self, config, mtp, tied, packed=frozenset(), source=None, path=None):
         self.c, self.packed, self.tensors, self.wanted = config, packed, [], set()
         self.source, self.path = source, path
-        if mtp and not config.num_experts:
-            fail(config.path, "num_experts", "at least 1 for the MTP head", 0)
+        model = text_prefix(source.names() if source else ())
         D, V = config.hidden_size, config.vocab_size
-        self.matrix("embed_tokens", "head", [V, D], self.rows("model.embed_tokens.weight", V, D))
+        self.matrix("embed_tokens", "head", [V, D], self.rows(model + "embed_tokens.weight", V, D))
         for i, (attention, sparse) in enumerate(zip(config.layers, config.sparse)):
-            self.layer(f"model.layers.{i}.", f"layers.{i}.", attention, sparse)
-        self.vector("norm", "model.norm.weight", D)
-        if not tied:
+            self.layer(f"{model}layers.{i}.", f"layers.{i}.", attention, sparse)
+        self.vector("norm", model + "norm.weight", D)
+        if config.head != "causal_lm":
+            self.classifier(*("qa_outputs", 2) if config.head == "question_answering" else ("score", len(config.labels)))
+        elif not tied:
             self.matrix("lm_head", "head", [V, D], self.rows("lm_head.weight", V, D))
         if mtp:
             self.matrix("mtp.fc", "matrix", [D, 2 * D], self.rows("mtp.fc.weight", D, 2 * D))
             for name in ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"):
                 self.vector(name, name + ".weight", D)
-            self.layer("mtp.layers.0.", "mtp.layers.0.", attention=1, sparse=1)
+            self.layer("mtp.layers.0.", "mtp.layers.0.", attention=1, sparse=config.num_experts > 0)
+
+    def classifier(self, name, n):
+        """A head of n outputs; its bias is optional (that of sequence classification has none)."""
+        D = self.c.hidden_size
+        self.matrix(name, "small", [n, D], self.rows(name + ".weight", n, D))
+        if self.source and name + ".bias" in self.source.names():
+            self.vector(name + "_bias", name + ".bias", n)
 
     def want(self, name, *shape):
         """The name of a source tensor, which has to have the shape and a type that can be read."""
@@ -616,16 +687,21 @@ class Plan:
         (self.experts if sparse else self.dense)(src + "mlp.", dst + "mlp.")
 
     def linear(self, src, dst):
-        """Gated DeltaNet. The checkpoint groups rows by key head: [q k v.. z..] and [b.. a..] (transformers,
-        Qwen3NextGatedDeltaNet.fix_query_key_value_ordering); here all q, all k, all v, all z, and all b, all a."""
+        """Gated DeltaNet: all q, all k, all v, all z, and all b, all a. Qwen3-Next's checkpoints group these rows by key
+        head, [q k v.. z..] and [b.. a..] (transformers, Qwen3NextGatedDeltaNet.fix_query_key_value_ordering); Qwen3.5's
+        have in_proj_qkv, in_proj_z, in_proj_b and in_proj_a in this order."""
         c, src, dst = self.c, src + "linear_attn.", dst + "linear_attn."
         D, Kd, Vd, nk, nv = c.hidden_size, c.key_dim, c.value_dim, c.linear_num_key_heads, c.linear_num_value_heads
         dk, dv, K, ratio = c.linear_key_head_dim, c.linear_value_head_dim, c.linear_conv_kernel_dim, nv // nk
         R, channels = 2 * Kd + 2 * Vd, 2 * Kd + Vd
-        self.matrix(dst + "in_proj_qkvz", "matrix", [R, D], self.rows(
-            src + "in_proj_qkvz.weight", R, D, ungroup(nk, dk, dk, ratio * dv, ratio * dv)))
-        self.matrix(dst + "in_proj_ba", "small", [2 * nv, D], self.rows(
-            src + "in_proj_ba.weight", 2 * nv, D, ungroup(nk, ratio, ratio)))
+        if c.fused:
+            qkvz = self.rows(src + "in_proj_qkvz.weight", R, D, ungroup(nk, dk, dk, ratio * dv, ratio * dv))
+            ba = self.rows(src + "in_proj_ba.weight", 2 * nv, D, ungroup(nk, ratio, ratio))
+        else:
+            qkvz = self.rows(src + "in_proj_qkv.weight", channels, D) + self.rows(src + "in_proj_z.weight", Vd, D)
+            ba = self.rows(src + "in_proj_b.weight", nv, D) + self.rows(src + "in_proj_a.weight", nv, D)
+        self.matrix(dst + "in_proj_qkvz", "matrix", [R, D], qkvz)
+        self.matrix(dst + "in_proj_ba", "small", [2 * nv, D], ba)
         conv = self.want(src + "conv1d.weight", channels, 1, K)
         self.floats(dst + "conv1d", [K, channels], lambda source: source.rows(conv, 0, channels).T)
         self.vector(dst + "A_log", src + "A_log", nv)
@@ -683,9 +759,11 @@ class Plan:
         return self.rows(f"{src}{e}.down_proj.weight", D, I),
 
     def refuse_others(self):
-        """Refuse a source with tensors that nobody would read."""
+        """Refuse a source with tensors that nobody would read, but for those of a vision part, and of what only helps to
+        generate in a model that does not."""
+        unread = "lm_head.weight", "model.visual.", *["mtp."] * (self.c.head != "causal_lm")
         for name in self.source.names():
-            if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and not name.startswith(unread):
                 fail(self.source.where(name), f"{name} is not a tensor of this model")
 
 
@@ -999,7 +1077,11 @@ META_KEYS = """hidden_size num_hidden_layers vocab_size num_attention_heads num_
 
 def config_meta(config, type_name, tensors):
     """Metadata of the model itself."""
-    meta = dict(model_type="qwen3_next", weights_type=type_name)
+    meta = dict(model_type=config.model_type, weights_type=type_name, head=config.head)
+    if config.labels:
+        meta["labels"] = config.labels
+    if config.pad is not None and config.pad >= 0:
+        meta["pad_token_id"] = config.pad
     meta.update({key: getattr(config, key) for key in META_KEYS})
     meta.update(norm_topk_prob=int(config.norm_topk_prob), layer_types=config.layers, mlp_types=config.sparse,
                 has_mtp=int(any(t.name == "mtp.fc" for t in tensors)), rms_norm_eps=float(config.rms_norm_eps),
@@ -1597,8 +1679,11 @@ class TokenizerFile:
         if len(steps) != 2 or any(item(steps, 0, k) != v for k, v in split.items()) or any(
                 (item(steps, 1, k) or False) != v for k, v in level.items()):
             fail(self.path, "pre_tokenizer", "Split, isolated, then ByteLevel without regex", json.dumps(steps)[:200])
-        if j.get("post_processor") is not None and item(j, "post_processor", "type") != "ByteLevel":
-            fail(self.path, "post_processor", "ByteLevel or none", json.dumps(j["post_processor"])[:200])
+        after = j.get("post_processor")
+        adds_nothing = (item(after, "type") == "TemplateProcessing" and item(after, "single", 0, "Sequence", "id") == "A"
+                        and item(after, "single", 1) is None)
+        if after is not None and item(after, "type") != "ByteLevel" and not adds_nothing:
+            fail(self.path, "post_processor", "ByteLevel, none or one that adds no token", json.dumps(after)[:200])
         return SPLIT_PATTERNS.index(pattern), normalizer is not None
 
     def _added_token(self, i, entry):
@@ -1799,9 +1884,10 @@ def join_pieces(chat, messages):
     if messages[0][0] != "system":
         out.append(chat["default_system"])
     for role, content in messages:
+        content = strip(content, chat[role + "_trim"])
         if role == "assistant" and chat["thinking"] and chat["think_end"] in content:
             content = strip(content.rpartition(chat["think_end"])[2], chat["think_trim"])
-        out += [chat[role + "_prefix"], strip(content, chat[role + "_trim"]), chat[role + "_suffix"]]
+        out += [chat[role + "_prefix"], content, chat[role + "_suffix"]]
     return "".join(out + [chat["generation_prompt"]])
 
 
@@ -1944,7 +2030,7 @@ def same_tensor(source, a, b):
 
 def is_tied(config, source):
     """No head of its own: config.json calls it tied, and the checkpoint lacks it or has it equal to the embedding."""
-    names = "model.embed_tokens.weight", "lm_head.weight"
+    names = text_prefix(source.names()) + "embed_tokens.weight", "lm_head.weight"
     if not config.tie_word_embeddings or "lm_head.weight" not in source.names():
         return config.tie_word_embeddings
     shape = config.vocab_size, config.hidden_size
@@ -1968,7 +2054,7 @@ def export_model(args):
         source = Merged(source, extra)
     names = source.names()
     packed = {name for name in names if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
-    mtp = any(name.startswith("mtp.") for name in names)
+    mtp = config.head == "causal_lm" and any(name.startswith("mtp.") for name in names)
     plan = Plan(config, mtp, is_tied(config, source), packed, source, directory)
     plan.refuse_others()
     tokenizer_json = inside(directory, "tokenizer.json")

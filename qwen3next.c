@@ -181,6 +181,7 @@ enum {
     MAX_TRIAL = MAX_DRAFT + 1, /* tokens of a forward that may be taken back */
     MAX_THREADS = 256,
     MAX_STOPS = 16,
+    MAX_LABELS = 1 << 16, /* classes of a classifier */
 };
 
 #define SNAPSHOT_BYTES ((size_t)2 << 30) /* of a conversation, to go back to its turns, at most */
@@ -767,14 +768,28 @@ typedef struct {
 
 typedef struct { float temperature, top_p, min_p, repetition_penalty, presence_penalty; int top_k; } SamplerSettings;
 
+/* What stands on top of the layers: a matrix that turns a row after the final norm into scores of ... */
+typedef enum { CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, N_HEADS } HeadKind;
+static const char *const HEAD_NAMES[N_HEADS] = {"causal_lm", "sequence_classification", "token_classification", "question_answering"};
+
+typedef struct {
+    HeadKind kind;
+    Matrix weight;        /* ... the next token: lm_head [V][D]; a text's or token's classes: score [labels][D]; an answer's start and end:
+                             qa_outputs [2][D] */
+    const float *bias;    /* [rows] or NULL */
+    Str *labels;          /* [rows] names of the classes; NULL: has none */
+    int pad_token_id;     /* a text's class is read at its last token that is not this; -1: at its last */
+} Head;
+
 typedef struct {
     Mapping file;
     const Header *header;         /* copies of what the file begins with: */
     const MetaRecord *meta;       /* [n_meta] */
     const TensorRecord *tensors;  /* [n_tensors] */
     Config config;
-    Matrix embed_tokens, lm_head; /* [V][D]; lm_head is embed_tokens when tied */
+    Matrix embed_tokens;          /* [V][D]; lm_head, too, when tied */
     const float *norm;            /* [D] */
+    Head head;
     Layer *layers;                /* [num_hidden_layers] */
     Mtp mtp;
     bool quantized;               /* some matrix is: activations are needed as int8 */
@@ -1395,8 +1410,50 @@ static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
     mtp->layer.input_layernorm = bind_floats(r, layer, "input_layernorm", REQUIRED, D, 0);
     mtp->layer.post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, D, 0);
     bind_attention(r, c, layer, &mtp->layer.attn);
-    bind_mlp(r, c, layer, true, &mtp->layer.mlp);
+    bind_mlp(r, c, layer, c->num_experts > 0, &mtp->layer.mlp);
     mtp->layer.mlp.index = c->has_sparse;
+}
+
+/* The strings of a list, each stored after its length as u32. */
+static Str *read_list(const Reader *r, const MetaRecord *list)
+{
+    Str *strings = grow(NULL, list->count, sizeof *strings);
+    memset(strings, 0, list->count * sizeof *strings);
+    size_t at = 0;
+    for (uint32_t i = 0, length; i < list->count; i++, at += length) {
+        bool fits = list->size - at >= sizeof length;
+        if (fits) memcpy(&length, r->file.data + list->offset + at, sizeof length);
+        at += sizeof length;
+        if (!fits || list->size - at < length) die("%s: key %s: entry %u: cut off", r->file.path, list->key, i);
+        str_add(&strings[i], r->file.data + list->offset + at, length);
+    }
+    return strings;
+}
+
+/* The head: its kind tells which matrix, and how many rows that has. */
+static void bind_head(Reader *r, Model *m)
+{
+    Head *h = &m->head;
+    Str kind = meta_string(r, "head");
+    int D = m->config.hidden_size;
+    for (h->kind = CAUSAL_LM; kind.len && h->kind < N_HEADS && strcmp(kind.data, HEAD_NAMES[h->kind]);) h->kind++;
+    if (h->kind == N_HEADS) die("%s: key head: wanted causal_lm, ..._classification or question_answering, found %.40s", r->file.path, kind.data);
+    free(kind.data);
+    h->pad_token_id = meta_int(r, "pad_token_id", -1, m->config.vocab_size - 1, -1);
+    if (h->kind == CAUSAL_LM) {
+        h->weight = bind_matrix(r, "", "lm_head", OPTIONAL, 0, false, m->config.vocab_size, D);
+        if (!h->weight.data) h->weight = m->embed_tokens;
+    } else if (h->kind == QUESTION_ANSWERING) {
+        h->weight = bind_matrix(r, "", "qa_outputs", REQUIRED, 0, false, 2, D);
+        h->bias = bind_floats(r, "", "qa_outputs_bias", OPTIONAL, 2, 0);
+    } else {
+        const MetaRecord *list = find_meta(r, "labels", META_LIST);
+        int n = list && list->count <= MAX_LABELS ? (int)list->count : 0;
+        if (!n) die("%s: key labels: wanted 1 to %d names, found %u", r->file.path, MAX_LABELS, list ? list->count : 0);
+        h->weight = bind_matrix(r, "", "score", REQUIRED, 0, false, n, D);
+        h->bias = bind_floats(r, "", "score_bias", OPTIONAL, n, 0);
+        h->labels = read_list(r, list);
+    }
 }
 
 /* The hash of a checkpoint: of all up to the first tensor, and of the first 64 bytes of each. Damage further on in the
@@ -1428,9 +1485,8 @@ static Model open_model(const char *path)
     m.embed_tokens = bind_matrix(&r, "", "embed_tokens", REQUIRED, 0, false, V, D);
     bind_layers(&r, &m);
     m.norm = bind_floats(&r, "", "norm", REQUIRED, D, 0);
-    m.lm_head = bind_matrix(&r, "", "lm_head", OPTIONAL, 0, false, V, D);
-    if (!m.lm_head.data) m.lm_head = m.embed_tokens;
-    bind_mtp(&r, &m.config, &m.mtp);
+    bind_head(&r, &m);
+    if (m.head.kind == CAUSAL_LM) bind_mtp(&r, &m.config, &m.mtp);
     for (uint32_t i = 0; i < r.header->n_tensors; i++) {
         m.quantized |= r.tensors[i].type >= Q8;
         if (r.tensors[i].type == Q4 && !find_meta(&r, "q4_levels", META_INT)) die("%s: key q4_levels: missing", path);
@@ -2428,11 +2484,11 @@ static bool forward(Engine *e, const int *tokens, int n, Forward kind)
     return true;
 }
 
-/* Logits of rows [first, first + n) of the last forward, n <= HEAD_ROWS: work.logits[i][vocab]. */
+/* Logits of rows [first, first + n) of the last forward, n <= HEAD_ROWS: work.logits[i][rows of the head]. */
 static const float *head_logits(Engine *e, int first, int n)
 {
     double start = now();
-    matmul(e, &e->model.lm_head, &e->work.xn, (size_t)first, n, e->work.logits, e->work.logits_ld, NULL);
+    matmul(e, &e->model.head.weight, &e->work.xn, (size_t)first, n, e->work.logits, e->work.logits_ld, e->model.head.bias);
     e->seconds[T_HEAD] += now() - start;
     return e->work.logits;
 }
@@ -2540,7 +2596,7 @@ static void shortlist_init(Shortlist *s, int vocab)
 static int shortlist_guess(Engine *e, const Shortlist *list, double *p)
 {
     Work *w = &e->work;
-    Matrix part = e->model.lm_head;
+    Matrix part = e->model.head.weight;
     part.rows = list->n * TILE;
     Matmul m = {e, &part, &w->xn, 1, 0, w->logits, w->logits_ld, NULL, list->tile};
     parallel_for(e->pool, matrix_items(e, &part), matmul_item, &m);
@@ -2699,11 +2755,11 @@ static void work_init(Engine *e, int batch)
     Work *w = &e->work;
     bool q = e->model.quantized;
     size_t n = (size_t)max_int(batch, MAX_TRIAL), D = (size_t)c->hidden_size, H = (size_t)c->num_attention_heads, hd = (size_t)c->head_dim;
-    bool sparse = c->has_sparse || e->state.mtp;
+    bool sparse = c->has_sparse || (e->state.mtp && c->num_experts);
     size_t k = sparse ? (size_t)c->num_experts_per_tok : 0, E = sparse ? (size_t)c->num_experts : 0;
     size_t linear_rows = (size_t)(c->conv_dim + c->value_dim), qgkv_rows = 2 * (H + (size_t)c->num_key_value_heads) * hd;
     size_t inner = sparse ? (size_t)max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size) : 1;
-    if (c->has_dense) inner = inner > (size_t)c->intermediate_size ? inner : (size_t)c->intermediate_size;
+    if (c->has_dense) inner = max_size(inner, (size_t)c->intermediate_size);
     w->batch = batch;
     w->xn = acts_init(n, D, q);
     w->x = reserve(n * w->xn.ld, "residual stream");
@@ -2725,7 +2781,7 @@ static void work_init(Engine *e, int batch)
     w->h = acts_init(n * (k + 1), inner, q);
     w->pair_rows = (int)n + MAX_TRIAL;
     if (e->state.mtp) w->pair = acts_init((size_t)w->pair_rows, 2 * D, q);
-    w->logits_ld = round_up((size_t)c->vocab_size, TILE);
+    w->logits_ld = round_up((size_t)e->model.head.weight.rows, TILE);
     w->logits = reserve(HEAD_ROWS * w->logits_ld, "logits");
     size_t group = H / (size_t)c->num_key_value_heads, blocks = (MAX_ROWS * group + 3) / 4; /* a kernel takes 4 rows or more */
     size_t hdp = round_up(hd, TILE), ranges = (size_t)attn_ranges(e->state.ctx);
@@ -3305,8 +3361,49 @@ static int added_token_at(const Tokenizer *t, const uint8_t *s, const char *trus
 /* Whether so many bytes of text make more than `room` tokens for sure, which then need not be found: NFC makes at least a third. */
 static bool text_too_long(const Tokenizer *t, size_t bytes, int room) { return bytes / 3 / t->longest > (size_t)max_int(room, 0); }
 
-/* Append a prompt's tokens to out. */
-static void encode(const Tokenizer *t, const Prompt *p, Tokens *out)
+enum { MAX_TRIES = 16 }; /* characters that one takes in: Hangul's take 2 */
+
+/* Bytes of the shortest beginning of s[0..n), n > 0, that NFC turns into the same bytes whatever comes after it; *normal: into how
+ * many. Such an end lies before a character that starts anew (class 0) and that what is before it does not take in. */
+static size_t normal_unit(const Tokenizer *t, const uint8_t *s, size_t n, size_t *normal)
+{
+    size_t end, len;
+    utf8_get(s, n, &end);
+    *normal = end;
+    if (!t->nfc) return end;
+    for (int tries = 0; end < n && s[end] >= 0xcc; end += len) { /* below U+0300 all characters start anew */
+        bool starts = !combining_class(t, utf8_get(s + end, n - end, &len));
+        if (starts && tries++ == MAX_TRIES) break;
+        Str before = {0}, after = {0}, both = {0};
+        if (starts) nfc(t, &before, s, end), nfc(t, &after, s + end, len), nfc(t, &both, s, end + len);
+        starts = starts && before.len + after.len == both.len && !memcmp(both.data, before.data, before.len);
+        free(before.data), free(after.data), free(both.data);
+        if (starts) break;
+    }
+    Str whole = {0};
+    nfc(t, &whole, s, end);
+    *normal = whole.len;
+    free(whole.data);
+    return end;
+}
+
+/* Append where the tokens from `first` on, which stand for the plain text s[0..n), begin and end in it, plus `base`: at whole
+ * characters, with their marks, so that tokens that share one overlap. */
+static void plain_spans(const Tokenizer *t, const uint8_t *s, size_t n, size_t base, const Tokens *ids, int first, Tokens *spans)
+{
+    size_t begin = 0, end = 0, normal_end = 0, done = 0, normal; /* of the unit; in normal bytes: where it ends, the tokens so far */
+    for (int i = first; i < ids->len; i++) {
+        size_t to = done + t->offsets[ids->id[i] + 1] - t->offsets[ids->id[i]];
+        for (; normal_end <= done && end < n; normal_end += normal) begin = end, end += normal_unit(t, s + end, n - end, &normal);
+        tokens_add(spans, (int)(base + begin));
+        for (; normal_end < to && end < n; normal_end += normal) begin = end, end += normal_unit(t, s + end, n - end, &normal);
+        tokens_add(spans, (int)(base + end));
+        done = to;
+    }
+}
+
+/* Append a prompt's tokens to out, and to spans, if not NULL, two numbers for each: where it begins and ends in the prompt. */
+static void encode(const Tokenizer *t, const Prompt *p, Tokens *out, Tokens *spans)
 {
     const uint8_t *s = (const uint8_t *)p->bytes.data;
     size_t n = p->bytes.len, plain = 0;
@@ -3317,12 +3414,17 @@ static void encode(const Tokenizer *t, const Prompt *p, Tokens *out)
     for (size_t i = 0, len; i < n; i++) {
         int id = starts[s[i]] && p->trust.data[i] ? added_token_at(t, s + i, p->trust.data + i, n - i, &len) : -1;
         if (id < 0) continue;
+        int first = out->len;
         encode_plain(t, &m, s + plain, i - plain, out);
+        if (spans) plain_spans(t, s + plain, i - plain, plain, out, first, spans);
         tokens_add(out, id);
         plain = i + len;
+        if (spans) tokens_add(spans, (int)i), tokens_add(spans, (int)plain);
         i = plain - 1;
     }
+    int first = out->len;
     encode_plain(t, &m, s + plain, n - plain, out);
+    if (spans) plain_spans(t, s + plain, n - plain, plain, out, first, spans);
     free(m.symbol);
     free(m.heap);
 }
@@ -4023,7 +4125,7 @@ static ExpertCache *experts_plan(const Model *m)
     c->layer = grow(NULL, (size_t)m->config.has_sparse + 1, sizeof *c->layer);
     for (int i = 0; i < m->config.num_hidden_layers; i++)
         if (m->layers[i].mlp.gate.data) c->layer[c->n_layers++] = &m->layers[i].mlp;
-    if (m->mtp.fc.data) c->layer[c->n_layers++] = &m->mtp.layer.mlp;
+    if (m->mtp.fc.data && m->mtp.layer.mlp.gate.data) c->layer[c->n_layers++] = &m->mtp.layer.mlp;
     c->slot_bytes = expert_slot_bytes(c, c->part_at);
     return c;
 }
@@ -4850,19 +4952,19 @@ static void add_turn(Prompt *p, const Str *prefix, const char *text, size_t n, i
     add_piece(p, suffix);
 }
 
-/* What the template keeps of an earlier answer: without its thinking, trimmed. */
+/* What the template keeps of an earlier answer: trimmed, without its thinking, and trimmed where that ended. */
 static void kept_answer(const ChatPieces *c, const Str *answer, const char **text, size_t *n)
 {
     *text = answer->data;
     *n = answer->len;
-    const char *end = answer->data + answer->len;
-    for (const char *s = answer->data; c->thinking && (s = memmem(s, (size_t)(end - s), c->think_end.data, c->think_end.len));) {
+    trim(text, n, c->assistant_trim);
+    const char *start = *text, *end = start + *n;
+    for (const char *s = start; c->thinking && (s = memmem(s, (size_t)(end - s), c->think_end.data, c->think_end.len));) {
         s += c->think_end.len;
         *text = s;
         *n = (size_t)(end - s);
     }
-    if (c->thinking && *text != answer->data) trim(text, n, c->think_trim);
-    trim(text, n, c->assistant_trim);
+    if (*text != start) trim(text, n, c->think_trim);
 }
 
 /* ---- 17. Generate: the one loop that makes tokens ---- */
@@ -5122,38 +5224,49 @@ static int parse_ids(const Run *r, const Str *text, Tokens *out)
     return out->len;
 }
 
-/* The prompt's bytes from -i, -f or standard input. */
-static Str prompt_text(const Run *r)
+/* The bytes of an input: a text as given, or what a file holds; - as either, and neither, is standard input. */
+static Str input_text(const char *text, const char *file)
 {
     Str s = {0};
-    const char *file = r->args.file ? r->args.file : r->args.text && strcmp(r->args.text, "-") ? NULL : "-";
+    if (!file && (!text || !strcmp(text, "-"))) file = "-";
     sig_atomic_t was = watching;
     watching = false; /* a signal ends the program here and now: nothing is there to save, and reading may take for ever */
     if (interrupted) exit(signal_status()); /* it came before */
     if (file && !read_file(file, &s)) exit(1);
     watching = was;
-    if (!file) str_add(&s, r->args.text, strlen(r->args.text));
+    if (!file) str_add(&s, text, strlen(text));
     return s;
 }
 
-/* The prompt's tokens: ids as given, or text, encoded with special tokens recognised. Must fit into the context. */
+/* The prompt's bytes from -i, -f or standard input. */
+static Str prompt_text(const Run *r) { return input_text(r->args.text, r->args.file); }
+
+/* Append an input's tokens: ids as given, or text, encoded with special tokens recognised; spans: as encode. There must be some,
+ * and all tokens must fit into `room`. */
+static void input_tokens(Run *r, const Str *text, int room, Tokens *out, Tokens *spans)
+{
+    int before = out->len;
+    if (r->args.ids) {
+        parse_ids(r, text, out);
+    } else {
+        Prompt p = {0};
+        if (text_too_long(need_tokenizer(r), text->len, room))
+            die("prompt: %zu bytes do not fit into the context of %d tokens (-c sets it)", text->len, room);
+        prompt_add(&p, text->data, text->len, true);
+        encode(r->tokenizer, &p, out, spans);
+        free_prompt(&p);
+    }
+    if (out->len == before) die("prompt: wanted at least one token, found none");
+    if (out->len > room) die("prompt: %d tokens do not fit into the context of %d (-c sets it)", out->len, room);
+}
+
+/* The prompt's tokens. */
 static Tokens prompt_tokens(Run *r, int room)
 {
     Tokens out = {0};
     Str text = prompt_text(r);
-    if (r->args.ids) {
-        parse_ids(r, &text, &out);
-    } else {
-        Prompt p = {0};
-        if (text_too_long(need_tokenizer(r), text.len, room))
-            die("prompt: %zu bytes do not fit into the context of %d tokens (-c sets it)", text.len, room);
-        prompt_add(&p, text.data, text.len, true);
-        encode(r->tokenizer, &p, &out);
-        free_prompt(&p);
-    }
+    input_tokens(r, &text, room, &out, NULL);
     free(text.data);
-    if (!out.len) die("prompt: wanted at least one token, found none");
-    if (out.len > room) die("prompt: %d tokens do not fit into the context of %d (-c sets it)", out.len, room);
     return out;
 }
 
@@ -5758,7 +5871,7 @@ typedef struct {
 static int tokens_before(const Tokenizer *t, const Prompt *p, const Tokens *whole)
 {
     Tokens part = {0};
-    encode(t, p, &part);
+    encode(t, p, &part, NULL);
     bool same = part.len <= whole->len;
     for (int i = 0; same && i < part.len; i++) same = part.id[i] == whole->id[i];
     free(part.id);
@@ -5782,13 +5895,13 @@ static void chat_encode(Conversation *c, const Str *text, Message *m)
     *m = (Message){.place = c->place};
     if (c->place == OPEN && c->unfed >= 0) tokens_add(&m->turn, c->unfed);
     m->words = m->turn.len;
-    encode(tokenizer, &whole, &rest);
-    encode(tokenizer, &cue, &m->cue);
+    encode(tokenizer, &whole, &rest, NULL);
+    encode(tokenizer, &cue, &m->cue, NULL);
     int closed = tokens_before(tokenizer, &opening, &rest), ready = tokens_before(tokenizer, &asked, &rest);
     if (c->place == ASKED && ready) {
         fed = ready;
     } else if (c->place == ASKED) { /* the user's first characters make another token of the last ones before them */
-        encode(tokenizer, &asked, &header);
+        encode(tokenizer, &asked, &header, NULL);
         go_back(c, max_int(0, c->run->engine.state.tokens.len - header.len));
         m->place = c->place = CLOSED;
     } else if (ready || closed) {
@@ -5929,7 +6042,7 @@ static void chat_regen(Conversation *c)
         Tokens cue = {0};
         go_back(c, turn->cue.n_tokens);
         add_piece(&p, &c->run->engine.model.chat.generation_prompt);
-        encode(c->run->tokenizer, &p, &cue);
+        encode(c->run->tokenizer, &p, &cue, NULL);
         bool fits = cue.len < c->run->engine.state.ctx - c->run->engine.state.tokens.len;
         c->place = CUT_BACK;
         if (fits) feed(c->run, cue.id, cue.len, false), remember(c, &turn->begin);
@@ -6244,7 +6357,7 @@ static int mode_tokenize(Run *r)
     Prompt p = {0};
     Tokens ids = {0};
     prompt_add(&p, text.data, text.len, true);
-    encode(t, &p, &ids);
+    encode(t, &p, &ids, NULL);
     for (int i = 0; i < ids.len; i++) {
         printf(r->args.ids ? "%d\n" : "%d\t", ids.id[i]);
         size_t n;
@@ -6351,6 +6464,127 @@ static int mode_perplexity(Run *r)
     return 0;
 }
 
+/* A token's bytes, escaped, or with --ids its number. */
+static void print_piece(const Run *r, int id)
+{
+    size_t n;
+    const uint8_t *bytes = r->args.ids ? NULL : token_bytes(r->tokenizer, id, &n);
+    if (bytes) print_escaped(bytes, n);
+    else printf("%d", id);
+}
+
+/* A label, a space and a score: the head's output for it. */
+static void print_label(const Head *h, int i, float score)
+{
+    put_text(stdout, h->labels[i].data, h->labels[i].len);
+    printf(" %.9g\n", (double)score);
+}
+
+/* What classifiers look at, position by position. */
+typedef struct { const Run *r; const Tokens *prompt; int at; } Classify;
+
+/* The scores of all classes, when this is the position a text's class is read at. */
+static void print_classes(void *arg, int pos, const float *scores)
+{
+    const Classify *c = arg;
+    const Head *h = &c->r->engine.model.head;
+    for (int i = 0; pos == c->at && i < h->weight.rows; i++) print_label(h, i, scores[i]);
+}
+
+/* -m classify: a class a line. A text's class is read at its last token, or the last that is no padding (transformers,
+ * GenericForSequenceClassification). */
+static int mode_classify(Run *r)
+{
+    Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
+    Classify c = {r, &prompt, prompt.len - 1};
+    while (c.at > 0 && prompt.id[c.at] == r->engine.model.head.pad_token_id) c.at--;
+    each_logits(r, &prompt, print_classes, &c);
+    return interrupted ? signal_status() : 0;
+}
+
+/* The likeliest class of one token. */
+static void print_tag(void *arg, int pos, const float *scores)
+{
+    const Classify *c = arg;
+    const Head *h = &c->r->engine.model.head;
+    int best = likeliest(scores, h->weight.rows);
+    print_piece(c->r, c->prompt->id[pos]);
+    putchar(' ');
+    print_label(h, best, scores[best]);
+}
+
+/* -m tag: a token a line, with its likeliest class. */
+static int mode_tag(Run *r)
+{
+    Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
+    each_logits(r, &prompt, print_tag, &(Classify){r, &prompt, 0});
+    return interrupted ? signal_status() : 0;
+}
+
+/* Scores of every position: how well an answer begins there, and how well one ends there. */
+typedef struct { float *start, *end; } Ends; /* [n] each */
+
+static void keep_ends(void *arg, int pos, const float *scores)
+{
+    Ends *e = arg;
+    e->start[pos] = scores[0];
+    e->end[pos] = scores[1];
+}
+
+/* The answer: a span of tokens, first to last, and its score, start + end. */
+typedef struct { int first, last; double score; } Answer;
+
+/* The best span of at most `most` tokens (0: any number) within positions [from, to); of equals the first. */
+static Answer best_answer(const Ends *e, int from, int to, int most)
+{
+    Answer best = {from, from, -INFINITY};
+    for (int last = from, start = from; last < to; last++) { /* start: where the best of what may begin it is */
+        if (most && last - start >= most) {
+            start = last - most + 1;
+            for (int i = start + 1; i <= last; i++) start = e->start[i] > e->start[start] ? i : start;
+        }
+        start = e->start[last] > e->start[start] ? last : start;
+        double score = (double)e->start[start] + (double)e->end[last];
+        if (score > best.score) best = (Answer){start, last, score};
+    }
+    return best;
+}
+
+/* Print text with its backslashes and control characters escaped: one line, other characters as they are. */
+static void print_line(const char *text, size_t n)
+{
+    for (size_t i = 0, len; i < n; i += len) {
+        const uint8_t *s = (const uint8_t *)text + i;
+        utf8_get(s, n - i, &len);
+        if (s[0] == '\\' || is_control(s, n - i)) print_escaped(s, len);
+        else fwrite(s, 1, len, stdout);
+    }
+}
+
+/* -m answer: the span of the context (-f) that answers the question (-i), its score, and where it begins and ends in the
+ * context: bytes, with --ids tokens. The model reads the question, then the context. */
+static int mode_answer(Run *r)
+{
+    Tokens ids = {0}, spans = {0};
+    Str question = input_text(r->args.text, NULL), context = input_text(NULL, r->args.file);
+    input_tokens(r, &question, r->engine.state.ctx, &ids, NULL);
+    int from = ids.len;
+    input_tokens(r, &context, r->engine.state.ctx, &ids, &spans);
+    Ends ends = {grow(NULL, (size_t)ids.len, sizeof(float)), grow(NULL, (size_t)ids.len, sizeof(float))};
+    each_logits(r, &ids, keep_ends, &ends);
+    if (interrupted) return signal_status();
+    Answer a = best_answer(&ends, from, ids.len, (int)r->args.n);
+    int begin = a.first - from, end = a.last + 1 - from;
+    if (r->args.ids) {
+        for (int i = a.first; i <= a.last; i++) printf(i > a.first ? ",%d" : "%d", ids.id[i]);
+    } else {
+        begin = spans.id[2 * begin], end = spans.id[2 * end - 1];
+        print_line(context.data + begin, (size_t)(end - begin));
+    }
+    printf(" %.9g %d %d\n", a.score, begin, end);
+    return 0;
+}
+
 /* What the matrices that one token meets amount to: bytes read, and multiplications (with an addition each). */
 typedef struct { double bytes, macs; } Cost;
 
@@ -6377,7 +6611,7 @@ static Cost layers_cost(const Model *m)
 }
 
 /* Bytes of weights one decoded token reads: everything but the embedding and the experts not chosen. */
-static double bytes_per_token(const Model *m) { return layers_cost(m).bytes + (double)m->lm_head.matrix_bytes; }
+static double bytes_per_token(const Model *m) { return layers_cost(m).bytes + (double)m->head.weight.matrix_bytes; }
 
 /* -m inspect: metadata, tensors, totals. */
 static int mode_inspect(Run *r)
@@ -6711,7 +6945,7 @@ typedef struct {
 
 #define AT(field) offsetof(Args, field)
 static const Option OPTIONS[] = {
-    {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect"},
+    {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect, classify, tag, answer"},
     {"input", "i", TEXT, AT(text), 0, 0, "TEXT", "the prompt; - reads standard input"},
     {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file"},
     {"ids", NULL, FLAG, AT(ids), 0, 0, NULL, "prompt and output are token ids (tokenize: text in, ids out)"},
@@ -6830,25 +7064,33 @@ static Args parse_args(int argc, char **argv)
     return a;
 }
 
-/* engine: needs state and threads; watches: looks at `interrupted` by itself */
-typedef struct { const char *name; int (*run)(Run *r); bool engine, watches; } Mode;
+/* engine: needs state and threads; watches: looks at `interrupted` by itself; head: what the model must have, N_HEADS: any */
+typedef struct { const char *name; int (*run)(Run *r); bool engine, watches; HeadKind head; } Mode;
 
 static const Mode MODES[] = {
-    {"chat", mode_chat, true, true}, {"generate", mode_generate, true, true}, {"logits", mode_logits, true, true},
-    {"perplexity", mode_perplexity, true, true}, {"tokenize", mode_tokenize, false, false}, {"bench", mode_bench, true, true},
-    {"inspect", mode_inspect, false, false}};
+    {"chat", mode_chat, true, true, CAUSAL_LM}, {"generate", mode_generate, true, true, CAUSAL_LM}, {"logits", mode_logits, true, true, CAUSAL_LM},
+    {"perplexity", mode_perplexity, true, true, CAUSAL_LM}, {"tokenize", mode_tokenize, false, false, N_HEADS}, {"bench", mode_bench, true, true, CAUSAL_LM},
+    {"inspect", mode_inspect, false, false, N_HEADS}, {"classify", mode_classify, true, true, SEQUENCE_CLASSIFICATION},
+    {"tag", mode_tag, true, true, TOKEN_CLASSIFICATION}, {"answer", mode_answer, true, true, QUESTION_ANSWERING}};
+enum { N_MODES = sizeof MODES / sizeof *MODES };
 
 /* The mode asked for, or the default for this prompt and terminal. */
 static const Mode *choose_mode(Args *a)
 {
-    static const char *const later[] = {"classify", "tag", "answer", "trace"};
     bool prompt = a->text || a->file;
     if (!a->mode) a->mode = !prompt && isatty(0) ? "chat" : "generate";
-    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
-        if (!strcmp(a->mode, later[i])) usage_error("-m %s: this version cannot do that yet", a->mode);
-    for (size_t i = 0; i < sizeof MODES / sizeof *MODES; i++)
+    for (int i = 0; i < N_MODES; i++)
         if (!strcmp(a->mode, MODES[i].name)) return &MODES[i];
     usage_error("-m %s: no such mode", a->mode);
+}
+
+/* A mode works with one kind of head. */
+static void check_head(const Mode *mode, const Model *m)
+{
+    const Mode *other = MODES; /* that works with the one there is */
+    if (mode->head == N_HEADS || mode->head == m->head.kind) return;
+    while (other->head != m->head.kind) other++;
+    die("%s: head: -m %s wants %s, found %s (-m %s)", m->file.path, mode->name, HEAD_NAMES[mode->head], HEAD_NAMES[m->head.kind], other->name);
 }
 
 /* The type of keys and values of this name, or N_KV. */
@@ -6864,7 +7106,10 @@ static void check_args(const Args *a)
 {
     bool logits = !strcmp(a->mode, "logits");
     if (!a->model) usage_error("wanted a model, found none");
-    if (a->text && a->file) usage_error("-i and -f: one prompt is enough");
+    bool answer = !strcmp(a->mode, "answer");
+    if (!answer && a->text && a->file) usage_error("-i and -f: one prompt is enough");
+    if (answer && !(a->text && a->file)) usage_error("-m answer: wants the question as -i TEXT and what to find the answer in as -f FILE");
+    if (answer && !strcmp(a->text, "-") && !strcmp(a->file, "-")) usage_error("-i - and -f -: standard input can be but one of them");
     if (logits && !a->out) usage_error("-m logits: wants -o FILE");
     if (!logits && a->out) usage_error("-o: only -m logits writes a file");
     if (!logits && a->dump) usage_error("--dump: goes with -m logits");
@@ -7024,6 +7269,7 @@ int main(int argc, char **argv)
     const Mode *mode = choose_mode(&r.args);
     check_args(&r.args);
     r.engine.model = open_model(r.args.model);
+    check_head(mode, &r.engine.model);
     if (mode->engine) start_engine(&r);
     watching = mode->watches;
     int status = mode->run(&r);

@@ -24,6 +24,8 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    16 disk       with experts from disk: the same bits, and no more is read than is missing
    17 plots      of the numbers that the engine printed; the same bytes every time
    18 fuzzing    seeds for `make fuzz`; what it found; faults at every request, signal and write
+   19 heads      classify, tag, answer: labels, spans and scores equal transformers'
+   20 siblings   Qwen3.5 and 3.6, dense and of experts: logits, drafts, tokenizer, template
 """
 
 import atexit
@@ -70,6 +72,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.generation import logits_process as lp
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 ROOT = Path(__file__).resolve().parent
@@ -399,7 +404,11 @@ KINDS = {
 def random_model(seed=0, **changes):
     """A Qwen3NextForCausalLM in float32 whose every weight matters: no norm is one, no decay is alike, and routers
     are decided enough that rounding can't change which experts win."""
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**{**TINY, **changes})).eval()
+    return randomized(Qwen3NextForCausalLM(Qwen3NextConfig(**{**TINY, **changes})).eval(), seed)
+
+
+def randomized(model, seed):
+    """The model with random weights of such scales, in place."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape, std, mean=0.0):
@@ -418,7 +427,7 @@ def random_model(seed=0, **changes):
             new = normal(weight.shape, 0.6)
         elif "embed_tokens" in name:
             new = normal(weight.shape, 1.0)
-        elif name.endswith("mlp.gate.weight") or name.endswith("in_proj_ba.weight"):
+        elif re.search(r"(mlp\.gate|in_proj_(ba|b|a))\.weight$", name):
             new = normal(weight.shape, 2.0 / math.sqrt(weight.shape[-1]))
         else:
             new = normal(weight.shape, 1.2 / math.sqrt(weight.shape[-1]))
@@ -976,14 +985,14 @@ def small_tokenizer():
 SEPARATOR = "<|fim_pad|>"            # an added token: what stands on its two sides is tokenized apart
 
 
-def engine_encode(texts):
+def engine_encode(texts, path=TOKENIZER, library=None):
     """Ids that the engine gives each text (str or bytes). All go in one call, separated by an added token."""
     raw = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
-    path = WORK / f"texts-{os.getpid()}.txt"
-    path.write_bytes(SEPARATOR.encode().join(raw))
-    output = engine(token_model(), "-m", "tokenize", "--ids", "-f", path, "-z", TOKENIZER)
+    file = WORK / f"texts-{os.getpid()}.txt"
+    file.write_bytes(SEPARATOR.encode().join(raw))
+    output = engine(token_model(), "-m", "tokenize", "--ids", "-f", file, "-z", path)
     ids = [int(word) for word in output.split()]
-    separator = real_tokenizer().token_to_id(SEPARATOR)
+    separator = (library or real_tokenizer()).token_to_id(SEPARATOR)
     parts = [[]]
     for id in ids:
         parts.append([]) if id == separator else parts[-1].append(id)
@@ -1004,10 +1013,11 @@ def token_model():
     return random_checkpoint("real vocabulary", "q8")
 
 
-def check_ids(texts):
+def check_ids(texts, path=TOKENIZER, library=None):
     """Compare the engine with the library on every text; say which text differs."""
-    expected = [encoding.ids for encoding in real_tokenizer().encode_batch(texts, add_special_tokens=False)]
-    for text, ours, wanted in zip(texts, engine_encode(texts), expected):
+    library = library or real_tokenizer()
+    expected = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+    for text, ours, wanted in zip(texts, engine_encode(texts, path, library), expected):
         assert ours == wanted, f"{text!r}\n{[hex(ord(c)) for c in text][:40]}\n ours  {ours}\n wanted {wanted}"
 
 
@@ -1242,7 +1252,7 @@ TOOLS = r"""
 
 # The shapes of the released templates. Instruct: every turn alike. Thinking: the generation prompt opens a thought,
 # and answers before the last question lose theirs. Coder: another writer's style, the system turn taken off first.
-# The last two are nobody's: a default system prompt, and white space stripped from everything.
+# Qwen3.5: thoughts, and white space stripped from everything. The last two are nobody's: a default system prompt, and white space stripped from everything.
 TEMPLATES = {
     "instruct": TOOLS + r"""
 {%- for message in messages %}
@@ -1345,6 +1355,56 @@ TEMPLATES = {
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """,
+    "qwen3.5": r"""
+{%- macro text_of(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- elif content is none or content is undefined %}
+        {{- '' }}
+    {%- else %}
+        {{- raise_exception('This content is no text.') }}
+    {%- endif %}
+{%- endmacro %}
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + text_of(messages[0].content) | trim + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query_index=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set ns.last_query_index = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- if ns.last_query_index < 0 %}
+    {{- raise_exception('Nobody asks anything.') }}
+{%- endif %}
+{%- for message in messages %}
+    {%- set content = text_of(message.content) | trim %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('The system speaks first.') }}
+    {%- elif message.role == 'user' %}
+        {{- '<|im_start|>user\n' + content + '<|im_end|>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') | trim %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {{- '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n' + content }}
+        {%- else %}
+            {{- '<|im_start|>assistant\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- else %}
+        {{- '<think>\n' }}
+    {%- endif %}
+{%- endif %}""",
     "default system": r"""{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}
 {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}
@@ -1355,7 +1415,7 @@ TEMPLATES = {
 }
 
 # What the scripted models below answer to everything, under greedy decoding. Every token may occur only once.
-SCRIPTS = {"thinking": "Let me see what this is</think>\n\nHello there! How can you tell?"}
+SCRIPTS = {"qwen3.5": "Hm, who is that</think>  Hello there! How can you tell?", "thinking": "Let me see what this is</think>\n\nHello there! How can you tell?"}
 SCRIPT = "Hello there! How can I help you today?"
 
 
@@ -3408,6 +3468,13 @@ DRAFT_KINDS = ("plain", "head dims differ", "n_v = 3 n_k", "130 experts", "tied"
                "real head sizes", "all linear", "all attention", "one expert")
 
 
+# transformers' parts of each model: norm, decoder layer, rotary embedding.
+MTP_PARTS = {"qwen3_next": [qwen3_next.Qwen3NextRMSNorm, qwen3_next.Qwen3NextDecoderLayer, qwen3_next.Qwen3NextRotaryEmbedding],
+             "qwen3_5_text": [qwen3_5.Qwen3_5RMSNorm, qwen3_5.Qwen3_5DecoderLayer, qwen3_5.Qwen3_5TextRotaryEmbedding],
+             "qwen3_5_moe_text": [qwen3_5_moe.Qwen3_5MoeRMSNorm, qwen3_5_moe.Qwen3_5MoeDecoderLayer,
+                                  qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding]}
+
+
 class MtpModule(torch.nn.Module):
     """The MTP head as vLLM's qwen3_next_mtp.py computes it, of transformers' parts; its parameters are named as in
     the released checkpoints, but for the prefix mtp. and for the experts, which transformers packs."""
@@ -3417,12 +3484,13 @@ class MtpModule(torch.nn.Module):
         config = copy.deepcopy(config)
         config.layer_types, config.mlp_only_layers, config.decoder_sparse_step = [FULL], [], 1
         D, eps = config.hidden_size, config.rms_norm_eps
-        self.pre_fc_norm_embedding = qwen3_next.Qwen3NextRMSNorm(D, eps)
-        self.pre_fc_norm_hidden = qwen3_next.Qwen3NextRMSNorm(D, eps)
+        norm, decoder_layer, rotary_embedding = MTP_PARTS[config.model_type]
+        self.pre_fc_norm_embedding = norm(D, eps)
+        self.pre_fc_norm_hidden = norm(D, eps)
         self.fc = torch.nn.Linear(2 * D, D, bias=False)
-        self.layers = torch.nn.ModuleList([qwen3_next.Qwen3NextDecoderLayer(config, 0)])
-        self.norm = qwen3_next.Qwen3NextRMSNorm(D, eps)
-        self.rotary_emb = qwen3_next.Qwen3NextRotaryEmbedding(config)
+        self.layers = torch.nn.ModuleList([decoder_layer(config, 0)])
+        self.norm = norm(D, eps)
+        self.rotary_emb = rotary_embedding(config)
 
     def forward(self, h, embedding):
         """Pair t is the state h [1, n, D] at t, after the final norm, with the embedding [1, n, D] of token t + 1;
@@ -3430,7 +3498,10 @@ class MtpModule(torch.nn.Module):
         x = self.fc(torch.cat([self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(h)], -1))
         n = x.shape[1]
         unseen = torch.full((1, 1, n, n), -math.inf).triu(1)
-        return self.norm(self.layers[0](x, self.rotary_emb(x, torch.arange(n)[None]), unseen))
+        positions = torch.arange(n)[None]
+        if self.rotary_emb.__class__.__module__ != qwen3_next.__name__:
+            positions = positions[None].expand(3, -1, -1)      # time, height and width: of text, all alike
+        return self.norm(self.layers[0](x, self.rotary_emb(x, positions), unseen))
 
 
 class DraftingModel(torch.nn.Module):
@@ -3445,9 +3516,10 @@ class DraftingModel(torch.nn.Module):
             return [tensors.pop(f"layers.0.mlp.experts.{e}.{matrix}_proj.weight")
                     for e in range(model.config.num_experts)]
 
-        gate_up = [torch.cat(pair) for pair in zip(experts("gate"), experts("up"))]
-        tensors["layers.0.mlp.experts.gate_up_proj"] = torch.stack(gate_up)                   # [E, 2I, D]
-        tensors["layers.0.mlp.experts.down_proj"] = torch.stack(experts("down"))              # [E, D, I]
+        if "layers.0.mlp.gate.weight" in tensors:
+            gate_up = [torch.cat(pair) for pair in zip(experts("gate"), experts("up"))]
+            tensors["layers.0.mlp.experts.gate_up_proj"] = torch.stack(gate_up)               # [E, 2I, D]
+            tensors["layers.0.mlp.experts.down_proj"] = torch.stack(experts("down"))          # [E, D, I]
         self.head.load_state_dict(tensors)
 
     def forward(self, ids, drafts=DRAFTS, use_cache=False):
@@ -4834,3 +4906,345 @@ if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "fuzz-seeds":
         sys.exit("usage: python test_all.py fuzz-seeds FOLDER (the tests: python -m pytest test_all.py)")
     fuzz_seeds(Path(sys.argv[2]).resolve())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 19 Heads: classify, tag, answer
+# ----------------------------------------------------------------------------------------------------------------
+
+LABELS = ["negative", "neither nor", "\u00fcberw\u00e4ltigend", "\u6b63", "O"]
+
+# The classes of transformers with a head that generates nothing: mode, and the models that have such a class.
+HEAD_CLASSES = {
+    "classify": {"qwen3_next": transformers.Qwen3NextForSequenceClassification,
+                 "qwen3_5_text": qwen3_5.Qwen3_5TextForSequenceClassification},
+    "tag": {"qwen3_next": transformers.Qwen3NextForTokenClassification, "qwen3_5_text": qwen3_5.Qwen3_5ForTokenClassification},
+    "answer": {"qwen3_next": transformers.Qwen3NextForQuestionAnswering}}
+
+
+# What each variant changes in TINY, or in the weights' type.
+HEADS = {"plain": {}, "bf16": dict(weights="bf16"), "dense sibling": dict(model_type="qwen3_5_text"), "tied": dict(tie_word_embeddings=True),
+         "two labels": dict(id2label={0: "no", 1: "yes"}), "many labels": dict(id2label={i: f"class {i}" for i in range(501)}),
+         "one label": dict(id2label={0: "grade"})}
+OTHER_HEADS = {"padding": dict(pad_token_id=7), "real vocabulary": dict(vocab_size=151936, hidden_size=32)}
+
+
+@functools.cache
+def head_case(mode, variant="plain"):
+    """(model in float32, exported checkpoint) with the head of a mode, random."""
+    changes = {**TINY, **({} if mode == "answer" else dict(id2label=dict(enumerate(LABELS)))), **(HEADS | OTHER_HEADS)[variant]}
+    weights, model_type = changes.pop("weights", "f32"), changes.pop("model_type", "qwen3_next")
+    config = Qwen3NextConfig(**changes) if model_type == "qwen3_next" else transformers.Qwen3_5TextConfig(**without_experts(changes))
+    model = randomized(HEAD_CLASSES[mode][model_type](config).eval(), 7)
+    model = rounded_to_bf16(model) if weights == "bf16" else model
+    model.save_pretrained(WORK / "hf" / f"{mode} {variant}")
+    return model, export(WORK / "hf" / f"{mode} {variant}", WORK / f"{mode} {variant}.bin", "--type", weights, "--check")
+
+
+def without_experts(sizes):
+    """The sizes of a dense model."""
+    return {key: value for key, value in sizes.items() if "expert" not in key and key != "moe_intermediate_size"}
+
+
+def near(ours, reference, scale):
+    """Whether a number is within tolerance, in standard deviations of the scores that it is one of."""
+    return abs(float(ours) - float(reference)) < TOLERANCE * float(scale.std())
+
+
+@pytest.mark.parametrize("variant", HEADS)
+def test_classes_of_a_text_equal_transformers(variant):
+    model, checkpoint = head_case("classify", variant)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    for n in PROMPTS:
+        ids = random_ids(n, 389, n)
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        rows = [line.rsplit(" ", 1) for line in engine(checkpoint, "-m", "classify", "--ids", "-i", spaced(ids)).decode().splitlines()]
+        assert [row[0] for row in rows] == labels
+        scale = logits if len(labels) > 1 else torch.tensor([-1.0, 1.0])
+        assert all(near(row[1], logit, scale) for row, logit in zip(rows, logits)), (n, rows, logits)
+
+
+def test_padding_at_the_end_is_not_classified():
+    """transformers reads the class at the last token that is not pad_token_id; of padding only, at the first."""
+    model, checkpoint = head_case("classify", "padding")
+    for ids in ([5, 6, 7, 7], [7, 5, 6, 7], [5, 7, 6], [7], [7, 7, 7], [5, 6]):
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        rows = engine(checkpoint, "-m", "classify", "--ids", "-i", spaced(ids)).decode().splitlines()
+        assert all(near(row.rsplit(" ", 1)[1], logit, logits) for row, logit in zip(rows, logits)), ids
+
+
+@pytest.mark.parametrize("variant", set(HEADS) - {"one label"})
+def test_classes_of_tokens_equal_transformers(variant):
+    model, checkpoint = head_case("tag", variant)
+    for n, options in [(n, ()) for n in PROMPTS] + [(200, ("--batch", 7, "-j", 3))]:
+        ids = random_ids(n, 389, n)
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        lines = engine(checkpoint, "-m", "tag", "--ids", "-i", spaced(ids), *options).decode().splitlines()
+        assert len(lines) == n
+        for id, line, row in zip(ids, lines, logits):
+            token, rest = line.split(" ", 1)
+            label, score = rest.rsplit(" ", 1)
+            index = [model.config.id2label[i] for i in range(len(row))].index(label)
+            assert token == str(id) and near(score, row.max(), logits) and near(score, row[index], logits)
+
+
+def test_tokens_are_tagged_as_they_are_printed_by_tokenize():
+    _, checkpoint = head_case("tag", "real vocabulary")
+    text = "Z\u00fcrich\n ist sch\u00f6n. \u6f22\u5b57 <|im_end|>"
+    lines = engine(checkpoint, "-m", "tag", "-i", text, "-z", TOKENIZER).decode().splitlines()
+    tokens = engine(checkpoint, "-m", "tokenize", "-i", text, "-z", TOKENIZER).decode().splitlines()
+    assert len(lines) == len(tokens) > 8
+    for line, token in zip(lines, tokens):
+        assert line.startswith(token.split("\t", 1)[1] + " ") and any(f" {label} " in line for label in LABELS)
+
+
+def best_span(start, end, most=None):
+    """(first, last, score) of the span of tokens with the largest start + end, first <= last < first + most; float64."""
+    scores = start.double()[:, None] + end.double()[None]
+    inside = torch.ones_like(scores).triu() if most is None else torch.ones_like(scores).triu().tril(most - 1)
+    scores[inside == 0] = -math.inf
+    first, last = divmod(int(scores.argmax()), len(end))
+    return first, last, float(scores[first, last])
+
+
+@pytest.mark.parametrize("variant", ["plain", "bf16", "tied"])
+def test_answers_equal_transformers(variant):
+    """The question's tokens, then the context's; the best span lies in the context."""
+    model, checkpoint = head_case("answer", variant)
+    file = WORK / "context.ids"
+    for n in range(1, 60, 3):
+        ids, asked = random_ids(n + n % 7 + 1, 389, n), n % 7 + 1
+        file.write_text(spaced(ids[asked:]))
+        out = model(torch.tensor([ids]), use_cache=False)
+        start, end = out.start_logits[0, asked:], out.end_logits[0, asked:]
+        for most in (None, 1, 4):
+            first, last, score = best_span(start, end, most)
+            options = [] if most is None else ["-n", most]
+            line = engine(checkpoint, "-m", "answer", "--ids", "-i", spaced(ids[:asked]), "-f", file, *options).decode()
+            span, found, begin, stop = line.split()
+            scale = torch.cat([out.start_logits[0], out.end_logits[0]])
+            assert near(found, score, scale) and (begin, stop) == (str(first), str(last + 1)), (line, first, last, score)
+            assert span == ",".join(map(str, ids[asked:][first:last + 1]))
+
+
+CONTEXTS = [
+    "Die Z\u00fcrcher Hochschule liegt in Winterthur; \u00fcber 14\u202f000 Studierende.", "\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002\u5927\u962a\u3082\u5927\u304d\u3044\u3002",
+    "plain ASCII text, nothing else\nin two lines", "\U0001f600 smile \U0001f468\u200d\U0001f469\u200d\U0001f467 family \U0001f1e9\U0001f1ea flag",
+    unicodedata.normalize("NFD", "Caf\u00e9 cr\u00e8me \u00e0 Z\u00fcrich, \uac00\uac01 \u1ea5 \u1ec7"), "a\u0323\u0307b\u0307\u0323 \u1e0a\u0323 q\u0307\u0323x",
+    "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645 \u0e19\u0e49\u0e33 \u0e1b\u0e25\u0e32", "x<|im_end|>\u0338y e<|im_end|>\u0301 \u2126\u212b"]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_offsets_of_answers_in_any_text(context, tmp_path):
+    """Byte offsets are those of whole characters with their marks, and what is printed is what lies between them. The
+    tokens there are the library's, whose own offsets (characters) lie within."""
+    model, checkpoint = head_case("answer", "real vocabulary")
+    (tmp_path / "context").write_text(context, newline="")
+    raw = context.encode()
+    for question in ("Where?", "Wer ist\u00b4s?", "\u8ab0", "q" * 30, "e\u0301"):
+        asked = real_tokenizer().encode(question, add_special_tokens=False).ids
+        encoding = real_tokenizer().encode(context, add_special_tokens=False)
+        out = model(torch.tensor([asked + encoding.ids]), use_cache=False)
+        first, last, score = best_span(out.start_logits[0, len(asked):], out.end_logits[0, len(asked):])
+        line = engine(checkpoint, "-m", "answer", "-i", question, "-f", tmp_path / "context", "-z", TOKENIZER)
+        text, found, begin, end = line.removesuffix(b"\n").rsplit(b" ", 3)
+        begin, end = int(begin), int(end)
+        assert near(found, score, torch.cat([out.start_logits[0], out.end_logits[0]]))
+        span = raw[begin:end].decode()                          # cuts no character
+        assert text == raw[begin:end].replace(b"\\", b"\\\\").replace(b"\n", b"\\n")
+        assert encoding.offsets[first][0] >= len(raw[:begin].decode()), (line, encoding.offsets[first])
+        assert encoding.offsets[last][1] <= len(raw[:end].decode())
+        whole = b"".join(real_file().tokens[id] for id in encoding.ids[first:last + 1])
+        if "<|im_end|>" not in context:                         # NFC would join it with the mark behind it
+            shown = unicodedata.normalize("NFC", span).encode() # no more than what tokens that split a character leave of it
+            assert whole in shown and len(shown) - len(whole) < 8, (whole, shown)
+            assert not unicodedata.combining(context[len(raw[:end].decode()):][:1] or "x")
+
+
+def test_heads_want_their_modes(tmp_path):
+    """A model without the head that a mode wants is refused in one line that names the mode for it."""
+    (tmp_path / "c").write_text("1 2 3")
+    models = {"generate": random_checkpoint("plain")} | {mode: head_case(mode)[1] for mode in HEAD_CLASSES}
+    for has, model in models.items():
+        for mode in ["generate", "chat", "logits", "perplexity", "bench", *HEAD_CLASSES]:
+            if mode == has or has == "generate" and mode in ("chat", "logits", "perplexity", "bench"):
+                continue
+            options = dict(logits=["-o", tmp_path / "o"], answer=["-f", tmp_path / "c"]).get(mode, [])
+            prompt = [] if mode in ("bench", "chat") else ["-i", 1, "--ids"]
+            result = run(ENGINE, model, "-m", mode, *prompt, *options)
+            words = result.stderr.decode()
+            assert result.returncode == 1 and words.count("\n") == 1 and f"-m {mode} wants" in words, words
+            assert "(-m " in words and not (tmp_path / "o").exists()
+        assert run(ENGINE, model, "-m", "inspect").returncode == 0
+    for options in (["-i", "1"], ["-f", tmp_path / "c"], [], ["-i", "-", "-f", "-"]):
+        result = run(ENGINE, models["answer"], "-m", "answer", "--ids", *options)
+        assert result.returncode == 2 and result.stderr.count(b"\n") == 1
+    for options in (["-i", ""], ["-i", "1", "-c", 3]):
+        result = run(ENGINE, models["answer"], "-m", "answer", "--ids", "-f", tmp_path / "c", *options)
+        assert result.returncode == 1 and result.stderr.startswith(b"qwen3next: prompt: ") and result.stderr.count(b"\n") == 1
+
+
+def test_damaged_heads():
+    """Labels and heads that are none."""
+    data = read_checkpoint(head_case("classify")[1])
+    record, _, count, offset, size = data.meta_records["labels"]
+    kind, _, _, kind_at, kind_size = data.meta_records["head"]
+    cases = [patched(data.data, (record + 44, "I", n)) for n in (0, 1, count + 1, 1 << 31, 0xffffffff)]
+    cases += [patched(data.data, (offset, "I", n)) for n in (size, 1 << 31, 0xffffffff)]
+    cases += [patched(data.data, (record + 40, "I", 2)), patched(data.data, (kind_at, "B", 0x58)), patched(data.data, (kind_at, "B", 0))]
+    for i, case in enumerate(cases):
+        file = WORK / "damaged-head.bin"
+        file.write_bytes(patched(case, (32, "Q", checkpoint_hash(case, list(data.tensors.values())))))
+        result = run(DEBUG_ENGINE, file, "-m", "classify", "--ids", "-i", "1 2")
+        assert result.returncode == 1 and result.stderr.count(b"\n") == 1, (i, result)
+
+
+@pytest.mark.parametrize("what, changes, words", [
+    ("label of two lines", dict(id2label={"0": "a\nb", "1": "c"}), ["id2label 0", "printable"]), ("a number as label", dict(id2label={"0": 1}), ["id2label 0"]),
+    ("holes", dict(id2label={"0": "a", "2": "b"}), ["id2label 1"]), ("too few", dict(id2label={"0": "a"}), ["score.weight", "[1, 64]"]),
+    ("another class", dict(architectures=["Qwen3NextForMaskedLM"]), ["architectures", "ForMaskedLM"]),
+    ("two heads", dict(architectures=["Qwen3NextForCausalLM", "Qwen3NextForTokenClassification"]), ["architectures", "one kind"]),
+    ("padding beyond the vocabulary", dict(pad_token_id=389), ["pad_token_id", "388"])])
+def test_heads_that_export_refuses(what, changes, words, tmp_path):
+    head_case("classify")
+    source = WORK / "hf" / "classify plain"
+    shutil.copytree(source, tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "id2label": dict(enumerate(LABELS)), **changes}))
+    result = run(*EXPORT, tmp_path / "hf", "-o", tmp_path / "m.bin")
+    message = result.stderr.decode()
+    assert result.returncode == 1 and message.count("\n") == 1 and all(word in message for word in words), message
+    assert not (tmp_path / "m.bin").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 20 Siblings: Qwen3.5 and 3.6, the text part
+# ----------------------------------------------------------------------------------------------------------------
+
+VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, num_position_embeddings=16)
+MROPE = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[2, 1, 1], mrope_interleaved=True)
+
+# name -> (whether it has experts, whether it sees, changes of the sizes)
+SIBLINGS = {
+    "dense": (False, False, {}), "dense, tied": (False, False, dict(tie_word_embeddings=True)),
+    "dense, n_v = 3 n_k, layer order": (False, False, dict(linear_num_value_heads=6, num_hidden_layers=5, layer_types=[FULL, LINEAR, LINEAR, FULL, LINEAR])),
+    "dense that sees": (False, True, {}), "dense that sees, tied": (False, True, dict(tie_word_embeddings=True)),
+    "experts": (True, False, {}), "experts, head dims differ, attention_bias": (True, False, dict(linear_value_head_dim=40, attention_bias=True)),
+    "experts that see": (True, True, dict(num_experts=7, num_experts_per_tok=3, partial_rotary_factor=0.5)),
+    "odd sizes": (True, False, dict(KINDS["odd sizes"], rope_parameters=dict(MROPE, partial_rotary_factor=0.5)))}
+
+
+@functools.cache
+def sibling(name, bf16=False):
+    """(model in float32, its directory) of one of the siblings."""
+    experts, sees, changes = SIBLINGS[name]
+    sizes = {**TINY, "rope_parameters": MROPE, **changes}
+    if experts:
+        sizes.pop("intermediate_size")
+        config, outer = transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeConfig
+        lone, seeing = transformers.Qwen3_5MoeForCausalLM, transformers.Qwen3_5MoeForConditionalGeneration
+    else:
+        sizes = without_experts(sizes)
+        config, outer = transformers.Qwen3_5TextConfig, transformers.Qwen3_5Config
+        lone, seeing = transformers.Qwen3_5ForCausalLM, transformers.Qwen3_5ForConditionalGeneration
+    directory = WORK / "hf" / f"{name}-{'bf16' if bf16 else 'f32'}"
+    if sees:
+        config = outer(text_config=sizes, vision_config=dict(VISION, out_hidden_size=sizes["hidden_size"]),
+                       tie_word_embeddings=sizes.get("tie_word_embeddings", False))
+    else:
+        config = config(**sizes)
+    for seed in itertools.count(sum(name.encode())):
+        model = randomized((seeing if sees else lone)(config).eval(), seed)
+        model = rounded_to_bf16(model) if bf16 else model
+        if router_margin(model, random_ids(max(PROMPTS), config.get_text_config().vocab_size)) > 1e-4:
+            break
+    copied = type(model)(config).to(torch.bfloat16 if bf16 else torch.float32)
+    copied.load_state_dict(model.state_dict())
+    copied.save_pretrained(directory)
+    return model, directory
+
+
+@functools.cache
+def sibling_checkpoint(name, weights):
+    return export(sibling(name, weights == "bf16")[1], WORK / f"{name}-{weights}.bin", "--type", weights, "--check")
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_equal_transformers(name, weights, report):
+    model, _ = sibling(name, weights == "bf16")
+    errors = {}
+    for n in PROMPTS:
+        ids = random_ids(n, model.config.get_text_config().vocab_size)
+        reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        errors[n] = logits_error(engine_logits(sibling_checkpoint(name, weights), ids), reference)
+    report(f"{name}, {weights}: largest error {max(errors.values()):.1e} of the standard deviation")
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "dense, n_v = 3 n_k, layer order"])
+def test_siblings_draft_as_the_module(name, tmp_path, report):
+    """Their MTP heads: a dense model's has one network, that of a model of experts has experts."""
+    model, directory = sibling(name)
+    for seed in itertools.count(1):
+        tensors = mtp_tensors(model, seed)
+        ids = random_ids(40, model.config.vocab_size, seed)
+        drafting = DraftingModel(model, tensors)
+        if router_margin(drafting, ids) > 1e-4 and draft_margin(drafting(torch.tensor([ids]))) > 1e-3:
+            break
+    save_file(tensors, tmp_path / "mtp.safetensors", {"format": "pt"})
+    checkpoint = export(directory, tmp_path / "m.bin", "--type", "f32", "--mtp", tmp_path / "mtp.safetensors")
+    error = logits_error(engine_draft_logits(checkpoint, ids), mtp_reference(model, tensors, ids))
+    report(f"{name}: drafts' largest error {error:.1e} of the standard deviation")
+    assert error < TOLERANCE
+    plain = engine(checkpoint, "--ids", "-i", spaced(ids), "-n", 40, "-s", 3, "-d", 0)
+    for drafts in (1, 3):
+        assert engine(checkpoint, "--ids", "-i", spaced(ids), "-n", 40, "-s", 3, "-d", drafts) == plain
+
+
+def test_siblings_with_little_memory():
+    """Experts from disk: the same bits; a dense model has none and says so."""
+    whole = engine_logits(sibling_checkpoint("experts", "f32"), random_ids(50, 389))
+    size = sibling_checkpoint("experts", "f32").stat().st_size
+    np.testing.assert_array_equal(engine_logits(sibling_checkpoint("experts", "f32"), random_ids(50, 389), "--memory", size // 2), whole)
+    result = run(ENGINE, sibling_checkpoint("dense", "f32"), "--ids", "-i", 1, "-n", 1, "--memory", 1000)
+    assert result.returncode == 1 and result.stderr.count(b"\n") == 1
+
+
+@functools.cache
+def qwen3_5_tokenizer():
+    """transformers' tokenizer of Qwen3.5, with the real vocabulary of Qwen3 (theirs is larger, and not here), as
+    (library's object, tokenizer.bin)."""
+    qwen3 = json.loads(real_tokenizer(with_added=False).to_str())["model"]
+    made = Qwen3_5Tokenizer(vocab={**qwen3["vocab"], "<|endoftext|>": len(qwen3["vocab"])}, merges=[tuple(pair) for pair in qwen3["merges"]])
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", SEPARATOR]})
+    folder = WORK / "qwen3.5"
+    made.save_pretrained(folder)
+    path = export_tokenizer(folder / "tokenizer.json", folder / "tokenizer.bin")
+    return made.backend_tokenizer, path
+
+
+def test_ids_equal_qwen3_5_s_tokenizer():
+    """Its split pattern counts marks as letters: the same texts, and many more with marks in all places."""
+    library, path = qwen3_5_tokenizer()
+    texts, rng = list(corpus(random.Random(35))), random.Random(36)
+    for _ in range(1000):
+        pools = [MARKS, BASES, list("aZ1 .'\n-"), PHRASES[rng.randrange(len(PHRASES))], list("\u0903\u093e\u09be\u0488\u20dd\ufe0f")]
+        texts.append("".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 40))))
+    check_ids(texts, path, library)
+    differ = sum(a.ids != b.ids for a, b in zip(library.encode_batch(texts), real_tokenizer(False).encode_batch(texts)))
+    assert differ > 200                                          # the pattern matters to these texts
+
+
+@pytest.mark.parametrize("what, change, words", [
+    ("vision only", lambda c: c.pop("text_config"), ["text_config"]), ("another text model", lambda c: c["text_config"].update(model_type="llama"), ["text_config", "llama"]),
+    ("a gate that is none", lambda c: c["text_config"].update(attn_output_gate=False), ["attn_output_gate"]),
+    ("quantized", lambda c: c.update(quantization_config={"quant_method": "fp8"}), ["quantization_config"])])
+def test_siblings_that_export_refuses(what, change, words, tmp_path):
+    shutil.copytree(sibling("dense that sees")[1], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    change(config)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    result = run(*EXPORT, tmp_path / "hf", "-o", tmp_path / "m.bin")
+    message = result.stderr.decode()
+    assert result.returncode == 1 and message.count("\n") == 1 and all(word in message for word in words), message

@@ -37,7 +37,7 @@
  *          10 forward, 10a multi-token prediction   11 state
  *     III  12 tokenizer   13 sampler
  *     IV   14 threads, 14a experts from disk   15 kernels (compiled once for each instruction set)
- *     V    16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat   19 other modes
+ *     V    16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat   19 other modes, 19a trace
  *          20 benchmark   21 command line   22 Windows   23 fuzzing
  *
  * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
@@ -897,6 +897,7 @@ typedef struct {
     ExpertCache *experts;  /* when the checkpoint is larger than memory, else NULL: all of it is mapped */
     const Kernels *kernels;
     const char *dump_dir;  /* --dump: where intermediate tensors go, or NULL */
+    struct Trace *trace;   /* -m trace: what looks at each layer (section 19a), or NULL */
     double seconds[5];     /* spent in: projections, DeltaNet, attention, experts, head */
 } Engine;
 
@@ -1914,6 +1915,19 @@ static void gdn_walk(Pass *p)
     parallel_for(p->e->pool, c->linear_num_value_heads, gdn_head, p);
 }
 
+/* decay and beta of all value heads [n][nv], for --dump. */
+static void dump_gates(const Pass *p)
+{
+    int nv = p->e->model.config.linear_num_value_heads;
+    if (!p->e->dump_dir) return;
+    float *gates = grow(NULL, (size_t)p->n * 2 * (size_t)nv, sizeof *gates); /* [n][decay of all, beta of all] */
+    for (int t = 0; t < p->n; t++)
+        for (int h = 0; h < nv; h++) gdn_gates(p, h, p->e->state.tape_len + t, 1, gates + 2 * t * nv + h, gates + (2 * t + 1) * nv + h);
+    dump(p, "linear_attn.decay", gates, p->n, nv, 2 * (size_t)nv);
+    dump(p, "linear_attn.beta", gates + nv, p->n, nv, 2 * (size_t)nv);
+    free(gates);
+}
+
 /* The whole mixer: work.out = W_out (heads of W_in xn). */
 static void gdn_mixer(Pass *p)
 {
@@ -1926,10 +1940,15 @@ static void gdn_mixer(Pass *p)
     matmul(e, &a->in_proj_qkvz, &w->xn, 0, p->n, proj, w->proj_ld, NULL);
     matmul(e, &a->in_proj_ba, &w->xn, 0, p->n, ba, w->ba_ld, NULL);
     double projected = now();
-    dump(p, "linear_attn.qkvz", proj, p->n, c->conv_dim + c->value_dim, w->proj_ld);
+    dump(p, "linear_attn.in_proj_qkvz", proj, p->n, c->conv_dim + c->value_dim, w->proj_ld); /* all q, all k, all v, all z */
+    dump(p, "linear_attn.in_proj_ba", ba, p->n, 2 * c->linear_num_value_heads, w->ba_ld);    /* all b, all a */
     w->mix.cols = c->value_dim;
     gdn_walk(p);
-    dump(p, "linear_attn.gated_norm", w->mix.f, p->n, c->value_dim, w->mix.ld);
+    dump(p, "linear_attn.query", proj, p->n, c->key_dim, w->proj_ld); /* convolved, silu, l2norm, / sqrt(dk) */
+    dump(p, "linear_attn.key", proj + c->key_dim, p->n, c->key_dim, w->proj_ld); /* convolved, silu, l2norm */
+    dump(p, "linear_attn.value", proj + 2 * c->key_dim, p->n, c->value_dim, w->proj_ld); /* convolved, silu */
+    dump_gates(p);
+    dump(p, "linear_attn.norm", w->mix.f, p->n, c->value_dim, w->mix.ld); /* gated by silu(z): what out_proj takes */
     parallel_for(e->pool, p->n, quantize_mix_item, p);
     double mixed = now();
     matmul(e, &a->out_proj, &w->mix, 0, p->n, w->out, w->xn.ld, NULL);
@@ -1979,6 +1998,20 @@ static float kv_scale(const float *x, int n)
     return max / 127;
 }
 
+/* What kv_put stored there. */
+static float kv_get(KvType type, const uint8_t *cache, size_t at, float scale)
+{
+    if (type == KV_F32) return ((const float *)(const void *)cache)[at];
+    if (type == KV_F16) return f16_to_float(((const uint16_t *)(const void *)cache)[at]);
+    return (float)((const int8_t *)cache)[at] * scale;
+}
+
+/* Where number i of the key of a position lies in its head's cache. */
+static size_t k_offset(const Config *c, int pos, int i)
+{
+    return ((size_t)(pos / TILE) * (size_t)c->head_dim + (size_t)i) * TILE + (size_t)(pos % TILE);
+}
+
 /* Norm and rotate one token's keys, and store its keys and values. */
 static void attn_store(void *arg, int t, int thread)
 {
@@ -2000,8 +2033,7 @@ static void attn_store(void *arg, int t, int thread)
             s->v_scale[scale] = v_scale = kv_scale(v, hd);
         }
         for (int i = 0; i < hd; i++) {
-            size_t at = ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE);
-            kv_put(s->kv_type, s->k + head * s->kv_head, at, k[i], k_scale);
+            kv_put(s->kv_type, s->k + head * s->kv_head, k_offset(c, pos, i), k[i], k_scale);
             kv_put(s->kv_type, s->v + head * s->kv_head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[i], v_scale);
         }
     }
@@ -2020,6 +2052,22 @@ static void attn_prepare(void *arg, int t, int thread)
         for (int i = 0; i < hd; i++) q[i] *= 1 / sqrtf((float)hd); /* scores are q . k / sqrt(hd) */
     }
     attn_store(arg, t, thread);
+}
+
+/* What head h of token t looks at, by definition and slowly: weights = softmax(q k' / sqrt(hd)) over positions 0 to its own.
+ * All that follows in this section computes the same, fast, and sums up values with it. */
+static void attn_weights(const Pass *p, int t, int h, float *weights)
+{
+    const Config *c = &p->e->model.config;
+    const State *s = &p->e->state;
+    size_t head = kv_head(p, h / (c->num_attention_heads / c->num_key_value_heads));
+    const float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim; /* attn_prepare has divided it */
+    for (int pos = 0; pos <= p->pos + t; pos++) {
+        float scale = s->kv_type == KV_Q8 ? s->k_scale[head * s->kv_positions + (size_t)pos] : 0;
+        weights[pos] = 0;
+        for (int i = 0; i < c->head_dim; i++) weights[pos] += q[i] * kv_get(s->kv_type, s->k + head * s->kv_head, k_offset(c, pos, i), scale);
+    }
+    softmax(p->e->kernels, weights, p->pos + t + 1);
 }
 
 /* Softmax attention of up to MAX_ROWS query rows over a range of positions, unfinished:
@@ -2183,12 +2231,17 @@ static void attn_mixer(Pass *p)
     Work *w = &e->work;
     const Config *c = &e->model.config;
     const SelfAttn *a = &p->layer->attn;
-    int G = c->num_key_value_heads, q_dim = c->num_attention_heads * c->head_dim;
+    int G = c->num_key_value_heads, q_dim = c->num_attention_heads * c->head_dim, kv_dim = G * c->head_dim;
     double start = now();
     matmul(e, &a->qgkv_proj, &w->xn, 0, p->n, w->proj, w->proj_ld, a->qgkv_bias);
     double projected = now();
+    dump(p, "self_attn.q_proj", w->proj, p->n, q_dim, w->proj_ld);
+    dump(p, "self_attn.gate", w->proj + q_dim, p->n, q_dim, w->proj_ld); /* before sigmoid */
+    dump(p, "self_attn.k_proj", w->proj + 2 * q_dim, p->n, kv_dim, w->proj_ld);
+    dump(p, "self_attn.v_proj", w->proj + 2 * q_dim + kv_dim, p->n, kv_dim, w->proj_ld);
     parallel_for(e->pool, p->n, attn_prepare, p);
-    dump(p, "self_attn.qgkv", w->proj, p->n, a->qgkv_proj.rows, w->proj_ld); /* q and k normed and rotated */
+    dump(p, "self_attn.query", w->proj, p->n, q_dim, w->proj_ld); /* normed, rotated, / sqrt(hd) */
+    dump(p, "self_attn.key", w->proj + 2 * q_dim, p->n, kv_dim, w->proj_ld); /* normed, rotated */
     w->mix.cols = q_dim;
     if (p->n <= MAX_ROWS) {
         parallel_for(e->pool, G * attn_blocks(p) * attn_ranges(p->pos + p->n), attn_split, p);
@@ -2196,7 +2249,7 @@ static void attn_mixer(Pass *p)
     } else {
         parallel_for(e->pool, G * attn_blocks(p), attn_block, p);
     }
-    dump(p, "self_attn.gated", w->mix.f, p->n, q_dim, w->mix.ld);
+    dump(p, "self_attn.gated", w->mix.f, p->n, q_dim, w->mix.ld); /* attention times sigmoid(gate): what o_proj takes */
     parallel_for(e->pool, p->n, quantize_mix_item, p);
     double mixed = now();
     matmul(e, &a->o_proj, &w->mix, 0, p->n, w->out, w->xn.ld, a->o_bias);
@@ -2412,8 +2465,10 @@ static void mlp_block(Pass *p)
     w->n_ffn = 0;
     if (mlp->gate.data) {
         matmul(e, &mlp->gate, &w->xn, 0, p->n, w->router, w->router_ld, NULL);
-        dump(p, "mlp.router_logits", w->router, p->n, c->num_experts, w->router_ld);
+        dump(p, "mlp.gate", w->router, p->n, c->num_experts, w->router_ld); /* the router's logits */
         parallel_for(e->pool, p->n, moe_route_item, p);
+        dump(p, "mlp.top_weight", w->top_weight, p->n, c->num_experts_per_tok, (size_t)c->num_experts_per_tok); /* by expert, ascending */
+        dump(p, "mlp.shared_weight", w->shared_weight, p->n, 1, 1); /* sigmoid(shared_expert_gate . x) */
         moe_group(p);
     } else { /* a dense layer: one network for all tokens */
         ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, 0, 0, p->n);
@@ -2429,6 +2484,8 @@ static void mlp_block(Pass *p)
 static size_t kv_bytes(const State *s, const Config *c, int n);
 static void mtp_fill(Engine *e);
 static void mtp_wait_item(void *arg, int t, int thread);
+static void trace_mixer(const Pass *p);
+static void trace_layer(const Pass *p);
 
 /* The embedding of token t opens its residual stream. */
 static void embed_item(void *arg, int t, int thread)
@@ -2447,11 +2504,15 @@ static void decoder_layer(Pass *p, bool add_out)
     int D = p->e->model.config.hidden_size;
     add_and_norm(p, p->layer->input_layernorm, add_out);
     dump(p, "input", w->x, p->n, D, w->xn.ld);
+    dump(p, "input_layernorm", w->xn.f, p->n, D, w->xn.ld);
     if (p->layer->full_attention) attn_mixer(p);
     else gdn_mixer(p);
-    dump(p, "mixer", w->out, p->n, D, w->xn.ld);
+    dump(p, p->layer->full_attention ? "self_attn" : "linear_attn", w->out, p->n, D, w->xn.ld);
+    if (p->e->trace) trace_mixer(p);
     add_and_norm(p, p->layer->post_attention_layernorm, true);
+    dump(p, "post_attention_layernorm", w->xn.f, p->n, D, w->xn.ld);
     mlp_block(p);
+    if (p->e->trace) trace_layer(p);
 }
 
 /* What becomes of a forward's tokens. TRIAL: n <= MAX_TRIAL, and state_keep says afterwards how many of them stay. STOPPABLE:
@@ -2469,6 +2530,7 @@ static bool forward(Engine *e, const int *tokens, int n, Forward kind)
     Pass p = {.e = e, .tokens = tokens, .n = n, .pos = s->tokens.len, .trial = kind == TRIAL};
     fill_rope(m, e->work.rope, p.pos, n);
     parallel_for(e->pool, n, embed_item, &p);
+    dump(&p, "embed_tokens", e->work.x, n, m->config.hidden_size, e->work.xn.ld);
     for (int i = 0; i < m->config.num_hidden_layers; i++) {
         if (kind == STOPPABLE && interrupted) return false;
         p.layer = &m->layers[i];
@@ -2476,6 +2538,7 @@ static bool forward(Engine *e, const int *tokens, int n, Forward kind)
     }
     p.layer = NULL;
     add_and_norm(&p, m->norm, true);
+    dump(&p, "output", e->work.x, n, m->config.hidden_size, e->work.xn.ld);
     dump(&p, "norm", e->work.xn.f, n, m->config.hidden_size, e->work.xn.ld);
     if (s->mtp) parallel_for(e->pool, n, mtp_wait_item, &p);
     for (int t = 0; t < n; t++) tokens_add(&s->tokens, tokens[t]);
@@ -6417,6 +6480,14 @@ static void dump_drafts(Run *r, int n)
     free(logits);
 }
 
+/* --dump wants a folder. */
+static void check_dump_dir(const Run *r)
+{
+    struct stat info;
+    if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
+        die("--dump %s: wanted a folder to write to", r->args.dump);
+}
+
 /* -m logits: every position's logits to -o FILE. */
 static int mode_logits(Run *r)
 {
@@ -6424,9 +6495,7 @@ static int mode_logits(Run *r)
     Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
     if (prompt.len + max_int(0, (int)r->args.draft) > r->engine.state.ctx)
         die("-d %d: no room after a prompt of %d tokens in a context of %d", (int)r->args.draft, prompt.len, r->engine.state.ctx);
-    struct stat info;
-    if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
-        die("--dump %s: wanted a folder to write to", r->args.dump);
+    check_dump_dir(r);
     const char *input = input_file(r, out);
     if (input) die("-o %s: that is %s, which is being read", out, input);
     LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
@@ -6643,6 +6712,266 @@ static int mode_inspect(Run *r)
     }
     printf("total %zu bytes\nread per token %.0f bytes\n", m->file.size, bytes_per_token(m));
     return 0;
+}
+
+/* ---- 19a. Trace: what the layers do with a prompt, in numbers ---- */
+
+enum { TOP_TOKENS = 5, TOP_POSITIONS = 3 };
+
+/* One of the largest of many: which, and how much of the whole. */
+typedef struct { int index; float weight; } Top;
+
+/* What one layer did to one token. */
+typedef struct {
+    int layer, pos, id;
+    bool full_attention;
+    float input_norm, mixer_norm, mlp_norm, output_norm; /* |x| of the residual stream before; |what is added|; |x| after */
+    int heads;
+    const float *decay, *beta;    /* [heads] DeltaNet: how much of its memory stayed, how strongly it wrote (gdn_gates) */
+    const float *gate, *entropy;  /* [heads] attention: mean of sigmoid(gate); entropy of attn_weights, in nats */
+    const Top *positions;       /* [heads][TOP_POSITIONS] attention: where it looked most; index -1: nowhere else */
+    int n_experts;                /* 0: a dense layer */
+    const Top *experts;         /* [n_experts] the heaviest first (moe_route_item) */
+    float shared_weight;          /* of the shared expert */
+    int n_next;                   /* 0: the model has no lm_head */
+    Top next[TOP_TOKENS];       /* likeliest next tokens, were this the last layer: softmax(lm_head . norm(x)) */
+} LayerView;
+
+typedef struct Trace {
+    Run *r;
+    const Tokens *prompt;
+    FILE *json;                   /* -o: a line for every layer and token; NULL: none */
+    float *input_norm, *mixer_norm; /* [batch], set before the MLP runs */
+    float *a, *b;                 /* [the most heads of a layer] decay and beta, or gate and entropy */
+    Top *positions, *experts;   /* [heads][TOP_POSITIONS], [num_experts_per_tok] */
+    float *weights;               /* [context] */
+} Trace;
+
+/* sqrt(sum x^2) */
+static float vector_norm(const Kernels *kn, const float *x, int n) { return sqrtf(kn->dot(x, x, n)); }
+
+/* The k largest of p[0..n), the first of equals first; index -1 beyond the n-th. */
+static void find_top(const float *p, int n, int k, Top *top)
+{
+    for (int i = 0; i < k; i++) top[i] = (Top){-1, -INFINITY};
+    for (int i = 0; i < n; i++) {
+        if (!(p[i] > top[k - 1].weight)) continue;
+        int at = k - 1;
+        for (; at > 0 && p[i] > top[at - 1].weight; at--) top[at] = top[at - 1];
+        top[at] = (Top){i, p[i]};
+    }
+}
+
+/* After a mixer, before x takes its output in. */
+static void trace_mixer(const Pass *p)
+{
+    const Work *w = &p->e->work;
+    int D = p->e->model.config.hidden_size;
+    for (int t = 0; t < p->n; t++) {
+        p->e->trace->input_norm[t] = vector_norm(p->e->kernels, w->x + (size_t)t * w->xn.ld, D);
+        p->e->trace->mixer_norm[t] = vector_norm(p->e->kernels, w->out + (size_t)t * w->xn.ld, D);
+    }
+}
+
+/* The mixer's part of a view. */
+static void view_mixer(const Pass *p, int t, LayerView *v)
+{
+    Trace *trace = p->e->trace;
+    const Config *c = &p->e->model.config;
+    v->full_attention = p->layer->full_attention;
+    v->heads = v->full_attention ? c->num_attention_heads : c->linear_num_value_heads;
+    v->decay = v->gate = trace->a;
+    v->beta = v->entropy = trace->b;
+    v->positions = trace->positions;
+    for (int h = 0; h < v->heads; h++) {
+        if (!v->full_attention) {
+            gdn_gates(p, h, p->e->state.tape_len + t, 1, &trace->a[h], &trace->b[h]);
+            continue;
+        }
+        float *weights = trace->weights;
+        trace->a[h] = trace->b[h] = 0;
+        p->e->kernels->sigmoid(weights, attn_gate(p, t, h), c->head_dim);
+        for (int i = 0; i < c->head_dim; i++) trace->a[h] += weights[i] / (float)c->head_dim;
+        attn_weights(p, t, h, weights);
+        for (int pos = 0; pos <= v->pos; pos++) trace->b[h] -= weights[pos] > 0 ? weights[pos] * logf(weights[pos]) : 0;
+        find_top(weights, v->pos + 1, TOP_POSITIONS, trace->positions + h * TOP_POSITIONS);
+    }
+}
+
+/* The MLP's part: which experts, the heaviest first. */
+static void view_mlp(const Pass *p, int t, LayerView *v)
+{
+    Trace *trace = p->e->trace;
+    const Work *w = &p->e->work;
+    int k = p->e->model.config.num_experts_per_tok;
+    v->n_experts = p->layer->mlp.gate.data ? k : 0;
+    v->experts = trace->experts;
+    if (!v->n_experts) return;
+    find_top(w->top_weight + (size_t)t * (size_t)k, k, k, trace->experts);
+    for (int i = 0; i < k && trace->experts[i].index >= 0; i++) trace->experts[i].index = w->top_expert[t * k + trace->experts[i].index];
+    v->shared_weight = w->shared_weight[t];
+}
+
+/* A string of JSON. Bytes that are no UTF-8 become U+FFFD. */
+static void json_string(FILE *f, const uint8_t *s, size_t n)
+{
+    putc('"', f);
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t cp = utf8_get(s + i, n - i, &len);
+        if (cp >= RAW_BYTE) fputs("\\ufffd", f);
+        else if (cp == '"' || cp == '\\') fprintf(f, "\\%c", (char)cp);
+        else if (is_control(s + i, n - i)) fprintf(f, "\\u%04x", cp);
+        else fwrite(s + i, 1, len, f);
+    }
+    putc('"', f);
+}
+
+/* A token's text as JSON has it; with --ids its number. */
+static void print_quoted(const Run *r, FILE *f, int id)
+{
+    size_t n;
+    const uint8_t *bytes = r->args.ids ? NULL : token_bytes(r->tokenizer, id, &n);
+    if (bytes) json_string(f, bytes, n);
+    else fprintf(f, "%d", id);
+}
+
+/* A number of JSON, which has no word for those that are none. */
+static void json_number(FILE *f, const char *before, float x)
+{
+    if (fabsf(x) < INFINITY) fprintf(f, "%s%.9g", before, (double)x);
+    else fprintf(f, "%snull", before);
+}
+
+/* "name": [numbers] */
+static void json_numbers(FILE *f, const char *name, const float *x, int n)
+{
+    fprintf(f, ", \"%s\": [", name);
+    for (int i = 0; i < n; i++) json_number(f, i ? ", " : "", x[i]);
+    putc(']', f);
+}
+
+/* [[index, weight], ...], as many as there are. */
+static void json_tops(FILE *f, const Top *tops, int n)
+{
+    putc('[', f);
+    for (int i = 0; i < n && tops[i].index >= 0; i++) {
+        fprintf(f, i ? ", [%d" : "[%d", tops[i].index);
+        json_number(f, ", ", tops[i].weight);
+        putc(']', f);
+    }
+    putc(']', f);
+}
+
+/* A view as a line of JSON. */
+static void json_view(const Run *r, FILE *f, const LayerView *v)
+{
+    fprintf(f, "{\"layer\": %d, \"type\": \"%s\", \"position\": %d, \"id\": %d", v->layer, v->full_attention ? "full_attention" : "linear_attention",
+            v->pos, v->id);
+    if (!r->args.ids) fputs(", \"token\": ", f), print_quoted(r, f, v->id);
+    json_number(f, ", \"input_norm\": ", v->input_norm);
+    json_number(f, ", \"mixer_norm\": ", v->mixer_norm);
+    json_number(f, ", \"mlp_norm\": ", v->mlp_norm);
+    json_number(f, ", \"output_norm\": ", v->output_norm);
+    json_numbers(f, v->full_attention ? "gate" : "decay", v->gate, v->heads);
+    json_numbers(f, v->full_attention ? "entropy" : "beta", v->entropy, v->heads);
+    if (v->full_attention) fputs(", \"positions\": [", f);
+    for (int h = 0; v->full_attention && h < v->heads; h++) fputs(h ? ", " : "", f), json_tops(f, v->positions + h * TOP_POSITIONS, TOP_POSITIONS);
+    if (v->full_attention) putc(']', f);
+    if (v->n_experts) fputs(", \"experts\": ", f), json_tops(f, v->experts, v->n_experts), json_number(f, ", \"shared_weight\": ", v->shared_weight);
+    if (v->n_next) fputs(", \"next\": ", f), json_tops(f, v->next, v->n_next);
+    if (v->n_next && !r->args.ids) fputs(", \"next_tokens\": [", f);
+    for (int i = 0; !r->args.ids && i < v->n_next && v->next[i].index >= 0; i++) fputs(i ? ", " : "", f), print_quoted(r, f, v->next[i].index);
+    fputs(v->n_next && !r->args.ids ? "]}\n" : "}\n", f);
+}
+
+/* A row of the table: numbers, 16 a line. */
+static void print_numbers(const char *name, const float *x, int n)
+{
+    for (int i = 0; i < n; i++) printf(i == 0 ? "  %-10s %.3f" : i % 16 ? "%s %.3f" : "%s\n             %.3f", i ? "" : name, (double)x[i]);
+    putchar('\n');
+}
+
+/* A view as rows of the table. */
+static void print_view(const Run *r, const Tokens *prompt, const LayerView *v)
+{
+    printf("layer %d, %s: |x| %.4g -> %.4g, mixer +%.4g, mlp +%.4g\n", v->layer, v->full_attention ? "gated attention" : "Gated DeltaNet",
+           (double)v->input_norm, (double)v->output_norm, (double)v->mixer_norm, (double)v->mlp_norm);
+    print_numbers(v->full_attention ? "gate" : "decay", v->gate, v->heads);
+    print_numbers(v->full_attention ? "entropy" : "beta", v->entropy, v->heads);
+    for (int h = 0; v->full_attention && h < v->heads; h++) {
+        printf("  head %-5d", h);
+        for (const Top *s = v->positions + h * TOP_POSITIONS; s < v->positions + (h + 1) * TOP_POSITIONS && s->index >= 0; s++) {
+            printf(" %.3f at %d ", (double)s->weight, s->index);
+            print_quoted(r, stdout, prompt->id[s->index]);
+        }
+        putchar('\n');
+    }
+    for (int i = 0; i < v->n_experts; i++) printf(i ? " %d (%.3f)" : "  experts    %d (%.3f)", v->experts[i].index, (double)v->experts[i].weight);
+    if (v->n_experts) printf(" shared (%.3f)\n", (double)v->shared_weight);
+    for (int i = 0; i < v->n_next && v->next[i].index >= 0; i++) {
+        printf(i ? " %.3f " : "  next       %.3f ", (double)v->next[i].weight);
+        print_quoted(r, stdout, v->next[i].index);
+    }
+    if (v->n_next) putchar('\n');
+}
+
+/* At the end of a layer: x + out is what the next one gets. For each token of the batch a line of JSON, or nothing; for the
+ * prompt's last token rows of the table. work.xn and work.logits are free until the next norm. */
+static void trace_layer(const Pass *p)
+{
+    Engine *e = p->e;
+    Trace *trace = e->trace;
+    Work *w = &e->work;
+    const Config *c = &e->model.config;
+    int D = c->hidden_size, last = trace->prompt->len - 1 - p->pos, first = trace->json ? 0 : last;
+    for (int t = first; t < p->n; t++) {
+        LayerView v = {.layer = (int)(p->layer - e->model.layers), .pos = p->pos + t, .id = p->tokens[t],
+                       .input_norm = trace->input_norm[t], .mixer_norm = trace->mixer_norm[t]};
+        float *out = w->out + (size_t)t * w->xn.ld, *x = w->x + (size_t)t * w->xn.ld, *row = w->xn.f + (size_t)t * w->xn.ld;
+        v.mlp_norm = vector_norm(e->kernels, out, D);
+        for (int i = 0; i < D; i++) row[i] = x[i] + out[i];
+        v.output_norm = vector_norm(e->kernels, row, D);
+        view_mixer(p, t, &v);
+        view_mlp(p, t, &v);
+        if (e->model.head.kind == CAUSAL_LM) { /* as in forward's end */
+            rmsnorm(e->kernels, row, row, e->model.norm, D, c->rms_norm_eps);
+            quantize_row(e, &w->xn, (size_t)t);
+            head_logits(e, t, 1);
+            softmax(e->kernels, w->logits, c->tokenizer_size);
+            v.n_next = TOP_TOKENS;
+            find_top(w->logits, c->tokenizer_size, TOP_TOKENS, v.next);
+        }
+        if (trace->json) json_view(trace->r, trace->json, &v);
+        if (t == last) print_view(trace->r, trace->prompt, &v);
+    }
+}
+
+/* -m trace: a table of what each layer did to the prompt's last token; -o FILE: of every token, as JSON lines. */
+static int mode_trace(Run *r)
+{
+    Engine *e = &r->engine;
+    const Config *c = &e->model.config;
+    OutFile out = {0};
+    Tokens prompt = prompt_tokens(r, e->state.ctx);
+    check_dump_dir(r);
+    const char *input = r->args.out ? input_file(r, r->args.out) : NULL;
+    if (input) die("-o %s: that is %s, which is being read", r->args.out, input);
+    size_t heads = (size_t)max_int(c->num_attention_heads, c->linear_num_value_heads), batch = (size_t)max_int(e->work.batch, MAX_TRIAL);
+    Trace trace = {.r = r, .prompt = &prompt, .a = grow(NULL, heads, sizeof(float)), .b = grow(NULL, heads, sizeof(float))};
+    trace.input_norm = grow(NULL, batch, sizeof(float));
+    trace.mixer_norm = grow(NULL, batch, sizeof(float));
+    trace.positions = grow(NULL, heads * TOP_POSITIONS, sizeof(Top));
+    trace.experts = grow(NULL, (size_t)c->num_experts_per_tok, sizeof(Top));
+    trace.weights = grow(NULL, (size_t)max_int(prompt.len, c->head_dim), sizeof(float));
+    if (r->args.out && !out_open(&out, r->args.out)) return 1;
+    trace.json = out.file;
+    e->trace = &trace;
+    printf("position %d, the last: ", prompt.len - 1);
+    print_quoted(r, stdout, prompt.id[prompt.len - 1]);
+    putchar('\n');
+    feed(r, prompt.id, prompt.len, true);
+    bool written = !r->args.out || out_close(&out, !interrupted, false);
+    return interrupted ? signal_status() : !written;
 }
 
 /* ---- 20. Benchmark ---- */
@@ -6945,11 +7274,11 @@ typedef struct {
 
 #define AT(field) offsetof(Args, field)
 static const Option OPTIONS[] = {
-    {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect, classify, tag, answer"},
+    {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect, classify, tag, answer, trace"},
     {"input", "i", TEXT, AT(text), 0, 0, "TEXT", "the prompt; - reads standard input"},
     {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file"},
     {"ids", NULL, FLAG, AT(ids), 0, 0, NULL, "prompt and output are token ids (tokenize: text in, ids out)"},
-    {"output", "o", TEXT, AT(out), 0, 0, "FILE", "where logits writes: float32, [tokens][vocab]"},
+    {"output", "o", TEXT, AT(out), 0, 0, "FILE", "where logits writes: float32, [tokens][vocab]; trace: JSON lines of every token"},
     {"temp", "t", REAL, AT(temperature), 0, 100, "X", "temperature; 0 takes the likeliest token"},
     {"top-p", "p", REAL, AT(top_p), 0, 1, "X", "keep the likeliest tokens up to this probability"},
     {"top-k", "k", WHOLE, AT(top_k), 0, 1e9, "N", "keep the N likeliest tokens; 0: all"},
@@ -6969,7 +7298,7 @@ static const Option OPTIONS[] = {
     {"reasoning", "r", WHOLE, AT(thinking), 0, 1, "0|1", "chat: hide or show (default) what the model thinks before it answers"},
     {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
     {"memory", NULL, BYTES, AT(memory), 1, 1e15, "N", "bytes of weights to keep in memory, suffix M or G (2^20, 2^30); default: what is free"},
-    {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits also writes named intermediate tensors there (.npy)"},
+    {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits and trace also write named intermediate tensors there (.npy)"},
     {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
     {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models), f32 or q8"},
     {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 1024, more when experts come from disk"},
@@ -7071,7 +7400,8 @@ static const Mode MODES[] = {
     {"chat", mode_chat, true, true, CAUSAL_LM}, {"generate", mode_generate, true, true, CAUSAL_LM}, {"logits", mode_logits, true, true, CAUSAL_LM},
     {"perplexity", mode_perplexity, true, true, CAUSAL_LM}, {"tokenize", mode_tokenize, false, false, N_HEADS}, {"bench", mode_bench, true, true, CAUSAL_LM},
     {"inspect", mode_inspect, false, false, N_HEADS}, {"classify", mode_classify, true, true, SEQUENCE_CLASSIFICATION},
-    {"tag", mode_tag, true, true, TOKEN_CLASSIFICATION}, {"answer", mode_answer, true, true, QUESTION_ANSWERING}};
+    {"tag", mode_tag, true, true, TOKEN_CLASSIFICATION}, {"answer", mode_answer, true, true, QUESTION_ANSWERING},
+    {"trace", mode_trace, true, true, N_HEADS}};
 enum { N_MODES = sizeof MODES / sizeof *MODES };
 
 /* The mode asked for, or the default for this prompt and terminal. */
@@ -7111,9 +7441,10 @@ static void check_args(const Args *a)
     if (answer && !(a->text && a->file)) usage_error("-m answer: wants the question as -i TEXT and what to find the answer in as -f FILE");
     if (answer && !strcmp(a->text, "-") && !strcmp(a->file, "-")) usage_error("-i - and -f -: standard input can be but one of them");
     if (logits && !a->out) usage_error("-m logits: wants -o FILE");
-    if (!logits && a->out) usage_error("-o: only -m logits writes a file");
-    if (!logits && a->dump) usage_error("--dump: goes with -m logits");
-    bool drafts = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate") || !strcmp(a->mode, "bench") || a->dump;
+    bool trace = !strcmp(a->mode, "trace");
+    if (!logits && !trace && a->out) usage_error("-o: only -m logits and -m trace write a file");
+    if (!logits && !trace && a->dump) usage_error("--dump: goes with -m logits and -m trace");
+    bool drafts = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate") || !strcmp(a->mode, "bench") || (logits && a->dump);
     if (a->draft > 0 && !drafts) usage_error("-d: goes with -m chat, generate and bench, and with --dump");
     if ((a->depth || a->prompt) && strcmp(a->mode, "bench")) usage_error("--%s: goes with -m bench", a->depth ? "depth" : "prompt");
     if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");

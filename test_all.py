@@ -26,6 +26,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    18 fuzzing    seeds for `make fuzz`; what it found; faults at every request, signal and write
    19 heads      classify, tag, answer: labels, spans and scores equal transformers'
    20 siblings   Qwen3.5 and 3.6, dense and of experts: logits, drafts, tokenizer, template
+   21 inside     every dumped tensor and every number of a trace equals what hooks in transformers see
 """
 
 import atexit
@@ -5248,3 +5249,218 @@ def test_siblings_that_export_refuses(what, change, words, tmp_path):
     result = run(*EXPORT, tmp_path / "hf", "-o", tmp_path / "m.bin")
     message = result.stderr.decode()
     assert result.returncode == 1 and message.count("\n") == 1 and all(word in message for word in words), message
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 21 Inside: --dump and -m trace
+# ----------------------------------------------------------------------------------------------------------------
+
+class Hooks:
+    """What happens inside a model of transformers: a forward over ids, with hooks at every module and in place of the two
+    functions that mix tokens. seen: the engine's name of a tensor -> float32 [n, columns]; weights: layer -> attention
+    weights [H, n, n]."""
+
+    def __init__(self, model, ids):
+        self.config, self.n = model.config.get_text_config(), len(ids)
+        self.seen, self.weights, self.layer = {}, {}, None
+        text = model.model.language_model if hasattr(model.model, "language_model") else model.model
+        module = sys.modules[type(text).__module__]
+        model.set_attn_implementation("eager")
+        hooks = [text.embed_tokens.register_forward_hook(lambda m, i, out: self.see("embed_tokens", out)),
+                 text.norm.register_forward_hook(lambda m, i, out: (self.see("output", i[0]), self.see("norm", out))[:0] or None)]
+        for number, layer in enumerate(text.layers):
+            hooks += self.hook_layer(f"layers.{number}.", number, layer)
+        delta_rule, attention = module.torch_chunk_gated_delta_rule, module.eager_attention_forward
+
+        def watch_delta_rule(query, key, value, g, beta, **kwargs):
+            unit = lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+            heads = self.config.linear_num_key_heads                    # transformers has repeated them
+            self.see(self.layer + "linear_attn.query", unit(query)[:, :, ::query.shape[2] // heads] / query.shape[-1] ** 0.5)
+            self.see(self.layer + "linear_attn.key", unit(key)[:, :, ::key.shape[2] // heads])
+            for name, tensor in dict(value=value, decay=g.exp(), beta=beta).items():
+                self.see(f"{self.layer}linear_attn.{name}", tensor)
+            return delta_rule(query, key, value, g=g, beta=beta, **kwargs)
+
+        def watch_attention(m, query, key, value, *args, **kwargs):
+            self.see(self.layer + "self_attn.query", query.transpose(1, 2) / query.shape[-1] ** 0.5)
+            self.see(self.layer + "self_attn.key", key.transpose(1, 2))
+            out, weights = attention(m, query, key, value, *args, **kwargs)
+            self.weights[m.layer_idx] = weights[0].numpy()
+            return out, weights
+
+        module.torch_chunk_gated_delta_rule, module.eager_attention_forward = watch_delta_rule, watch_attention
+        try:
+            self.logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            module.torch_chunk_gated_delta_rule, module.eager_attention_forward = delta_rule, attention
+            for hook in hooks:
+                hook.remove()
+
+    def see(self, name, tensor):
+        self.seen[name] = tensor.detach().float().reshape(self.n, -1).numpy().copy()
+
+    def hook_layer(self, name, number, layer):
+        """The hooks of one layer."""
+        def enter(m, args, kwargs):
+            self.layer = name
+            self.see(name + "input", args[0] if args else kwargs["hidden_states"])
+
+        def out_as(key, change=lambda x: x):
+            return lambda m, i, out: self.see(name + key, change(out[0] if isinstance(out, tuple) else out)) and None
+
+        yield layer.register_forward_pre_hook(enter, with_kwargs=True)
+        for key in ("input_layernorm", "post_attention_layernorm", "mlp"):
+            yield getattr(layer, key).register_forward_hook(out_as(key))
+        yield from self.hook_attention(name, layer.self_attn) if hasattr(layer, "self_attn") else self.hook_linear(name, layer.linear_attn)
+        if hasattr(layer.mlp, "experts"):
+            yield layer.mlp.gate.register_forward_hook(lambda m, i, out: self.see_router(name, out))
+            yield layer.mlp.shared_expert_gate.register_forward_hook(out_as("mlp.shared_weight", torch.sigmoid))
+
+    def see_router(self, name, out):
+        """The router's logits; weights by expert, ascending."""
+        logits, weights, experts = out
+        self.see(name + "mlp.gate", logits)
+        self.see(name + "mlp.top_weight", weights.gather(1, experts.argsort(1)))
+        self.see(name + "mlp.experts", experts)
+
+    def hook_attention(self, name, mixer):
+        def see_q(m, i, out):
+            q, gate = out.view(self.n, self.config.num_attention_heads, 2, -1).unbind(2)
+            self.see(name + "self_attn.q_proj", q)
+            self.see(name + "self_attn.gate", gate)
+
+        yield mixer.q_proj.register_forward_hook(see_q)
+        for key in ("k_proj", "v_proj"):
+            yield getattr(mixer, key).register_forward_hook(lambda m, i, out, key=key: self.see(f"{name}self_attn.{key}", out))
+        yield mixer.o_proj.register_forward_hook(lambda m, i, out: self.see(name + "self_attn.gated", i[0]))
+        yield mixer.register_forward_hook(lambda m, i, out: self.see(name + "self_attn", out[0]))
+
+    def hook_linear(self, name, mixer):
+        name, c, parts = name + "linear_attn", self.config, {}
+        dk, dv, groups = c.linear_key_head_dim, c.linear_value_head_dim, c.linear_num_key_heads
+        ratio = c.linear_num_value_heads // groups
+
+        def see_fused(key, widths):                                     # of a group's part of each: sorted as the engine has them
+            return lambda m, i, out: self.see(f"{name}.{key}", torch.cat(
+                [part.reshape(self.n, -1) for part in out.view(self.n, groups, -1).split(widths, 2)], 1))
+
+        def see_apart(key, part, others):
+            def look(m, i, out):
+                parts[part] = out
+                if all(p in parts for p in others):
+                    self.see(f"{name}.{key}", torch.cat([parts.pop(p) for p in others], -1))
+            return look
+
+        if hasattr(mixer, "in_proj_qkvz"):
+            yield mixer.in_proj_qkvz.register_forward_hook(see_fused("in_proj_qkvz", [dk, dk, ratio * dv, ratio * dv]))
+            yield mixer.in_proj_ba.register_forward_hook(see_fused("in_proj_ba", [ratio, ratio]))
+        else:
+            for key, others in (("in_proj_qkvz", ("qkv", "z")), ("in_proj_ba", ("b", "a"))):
+                for part in others:
+                    yield getattr(mixer, "in_proj_" + part).register_forward_hook(see_apart(key, part, others))
+        yield mixer.norm.register_forward_hook(lambda m, i, out: self.see(name + ".norm", out))
+        yield mixer.register_forward_hook(lambda m, i, out: self.see(name, out))
+
+
+INSIDE = ["plain", "head dims differ", "n_v = 3 n_k", "mlp_only_layers", "attention_bias", "layer order", "yarn", "odd sizes", "norm_topk_prob false",
+          "sibling dense", "sibling experts", "sibling dense that sees"]
+
+
+def inside_case(kind):
+    """(model, checkpoint in f32) of a kind or sibling."""
+    name = kind.removeprefix("sibling ")
+    return (sibling(name)[0], sibling_checkpoint(name, "f32")) if name != kind else (kind_model(kind), random_checkpoint(kind))
+
+
+@pytest.mark.parametrize("options", [(), ("--batch", 7)], ids=["at once", "in batches"])
+@pytest.mark.parametrize("kind", INSIDE)
+def test_every_dumped_tensor_equals_the_hooks(kind, options, tmp_path, report):
+    """No tensor more, none less, each within tolerance of its own standard deviation."""
+    model, checkpoint = inside_case(kind)
+    ids = random_ids(40, model.config.get_text_config().vocab_size)
+    hooks, worst = Hooks(model, ids), {}
+    engine_logits(checkpoint, ids, "--dump", tmp_path, *options)
+    dumped = {file.name.removesuffix(".npy"): np.load(file) for file in tmp_path.iterdir()}
+    assert set(dumped) == {name for name in hooks.seen if not name.endswith("mlp.experts")}
+    for name, tensor in dumped.items():
+        assert tensor.dtype == np.float32 and tensor.shape == hooks.seen[name].shape, name
+        worst[name] = float(np.abs(tensor - hooks.seen[name]).max() / hooks.seen[name].std())
+    name = max(worst, key=worst.get)
+    report(f"{kind}: {len(dumped)} tensors, largest error {worst[name]:.1e} of the standard deviation, in {name}")
+    assert worst[name] < TOLERANCE, worst
+
+
+def near_all(ours, reference, tolerance=TOLERANCE):
+    """Whether numbers agree within tolerance of the largest of them."""
+    reference = np.asarray(reference, np.float64)
+    return np.abs(np.asarray(ours, np.float64) - reference).max() < tolerance * max(np.abs(reference).max(), 1e-9)
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kind", INSIDE)
+def test_every_number_of_a_trace_equals_the_hooks(kind, kv, tmp_path):
+    model, checkpoint = inside_case(kind)
+    config, n = model.config.get_text_config(), 23
+    ids = random_ids(n, config.vocab_size)
+    hooks = Hooks(model, ids)
+    seen, tolerance = hooks.seen, TOLERANCE if kv == "f32" else 2e-2
+    engine(checkpoint, "-m", "trace", "--ids", "-i", spaced(ids), "-o", tmp_path / "t", "--kv", kv, "--batch", 9)
+    lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    assert sorted((line["layer"], line["position"]) for line in lines) == [(l, t) for l in range(config.num_hidden_layers) for t in range(n)]
+    text = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    for line in lines:
+        layer, t = line["layer"], line["position"]
+        after = seen[f"layers.{layer + 1}.input" if layer + 1 < config.num_hidden_layers else "output"][t]
+        mixer = "self_attn" if line["type"] == "full_attention" else "linear_attn"
+        assert line["type"] == config.layer_types[layer] and line["id"] == ids[t] and "token" not in line
+        norms = [np.linalg.norm(x) for x in (seen[f"layers.{layer}.input"][t], seen[f"layers.{layer}.{mixer}"][t], seen[f"layers.{layer}.mlp"][t], after)]
+        assert near_all([line[name] for name in ("input_norm", "mixer_norm", "mlp_norm", "output_norm")], norms, tolerance)
+        if mixer == "linear_attn":
+            assert near_all(line["decay"], seen[f"layers.{layer}.linear_attn.decay"][t]), line
+            assert near_all(line["beta"], seen[f"layers.{layer}.linear_attn.beta"][t], tolerance)
+        else:
+            gate = 1 / (1 + np.exp(-seen[f"layers.{layer}.self_attn.gate"][t].reshape(config.num_attention_heads, -1)))
+            weights = hooks.weights[layer][:, t, :t + 1]
+            assert near_all(line["gate"], gate.mean(1), tolerance)
+            assert np.abs(np.array(line["entropy"]) + (weights * np.log(np.maximum(weights, 1e-30))).sum(1)).max() < tolerance * 3
+            for head, positions in zip(weights, line["positions"]):
+                assert len(positions) == min(3, t + 1) and near_all([w for _, w in positions], np.sort(head)[::-1][:3], tolerance)
+                assert near_all([head[i] for i, _ in positions], [w for _, w in positions], tolerance)
+        if f"layers.{layer}.mlp.gate" in seen:
+            assert {e for e, _ in line["experts"]} == set(seen[f"layers.{layer}.mlp.experts"][t].astype(int).tolist())
+            assert near_all([w for _, w in line["experts"]], np.sort(seen[f"layers.{layer}.mlp.top_weight"][t])[::-1], tolerance)
+            assert near_all(line["shared_weight"], seen[f"layers.{layer}.mlp.shared_weight"][t], tolerance)
+        else:
+            assert "experts" not in line and "shared_weight" not in line
+        p = model.lm_head(text.norm(torch.tensor(after))).softmax(-1).numpy()
+        assert near_all([w for _, w in line["next"]], np.sort(p)[::-1][:5], tolerance * 5) and near_all([p[i] for i, _ in line["next"]], [w for _, w in line["next"]], tolerance * 5)
+
+
+def test_trace_for_people(tmp_path):
+    """The table: the last token's rows of all layers, numbers that are those of the JSON lines; the tokens' text in both."""
+    text = "Once upon a time there was a \u201clittle\u201d \U0001f989"
+    if not DEMO.exists():
+        pytest.skip("no demo checkpoint")
+    table = engine(DEMO, "-m", "trace", "-i", text, "-o", tmp_path / "t", "-z", TOKENIZER, "-j", 2).decode()
+    lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    tokens = [line["token"] for line in lines if line["layer"] == 0]
+    ids = real_tokenizer().encode(text).ids
+    assert [line["id"] for line in lines if line["layer"] == 0] == ids
+    texts = [real_file().tokens[id] for id in ids]
+    assert all(token.encode() == text or "\ufffd" in token for token, text in zip(tokens, texts)) and "\ufffd" in "".join(tokens)
+    last = [line for line in lines if line["position"] == len(ids) - 1]
+    blocks = re.split(r"^layer \d+, ", table, flags=re.M)[1:]
+    assert len(blocks) == len(last) and table.startswith(f"position {len(ids) - 1}")
+    for block, line in zip(blocks, last):
+        assert block.startswith("gated attention" if line["type"] == "full_attention" else "Gated DeltaNet")
+        shown = re.findall(r"\d\.\d{3}\b", block.split("\n", 1)[1])
+        wanted = [f"{x:.3f}" for x in line.get("gate", line.get("decay")) + line.get("entropy", line.get("beta"))]
+        assert shown[:len(wanted)] == wanted
+        assert f"-> {line['output_norm']:.4g}, mixer +{line['mixer_norm']:.4g}, mlp +{line['mlp_norm']:.4g}" in block
+        assert all(json.dumps(token, ensure_ascii=False) in block for token in line["next_tokens"])
+    alone = engine(DEMO, "-m", "trace", "-i", text, "-z", TOKENIZER).decode()
+    assert alone == table
+    assert run(ENGINE, DEMO, "-m", "trace", "-i", "a", "-o", DEMO).returncode == 1
+    for mode in HEAD_CLASSES:                                    # models without a next token
+        lines = engine(head_case(mode)[1], "-m", "trace", "--ids", "-i", "1 2", "-o", "/dev/stdout").decode().splitlines()
+        assert sum(line.startswith("{") and "next" not in json.loads(line) for line in lines) == 8

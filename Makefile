@@ -48,6 +48,23 @@ BENCH_CONFIG = {"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size":
 plots: .venv/installed                    ## draw demo/*.svg from demo/measured.tsv
 	$(PYTHON) demo/plots.py draw
 
+# The option table as a page for man (`man build/qwen3next.1`) and as completion for bash (`. build/qwen3next.bash`).
+man: build/qwen3next.1                    ## a manual page, from what -h prints
+build/qwen3next.1: qwen3next
+	@mkdir -p build
+	./qwen3next -h | awk 'NR == 1 { print ".TH QWEN3NEXT 1\n.SH NAME\nqwen3next - Qwen3-Next on a CPU\n.SH SYNOPSIS\n" substr($$0, 8) "\n.SH DESCRIPTION"; next } \
+	  /^  / { if (!n++) print ".SH OPTIONS"; left = substr($$0, 3, 28); gsub(/^ +| +$$/, "", left); print ".TP\n.B " left "\n" substr($$0, 32); next } \
+	  { print }' | sed 's/-/\\-/g' > $@
+
+completion: build/qwen3next.bash          ## completion for bash, from what -h prints
+build/qwen3next.bash: qwen3next
+	@mkdir -p build
+	./qwen3next -h | awk '/^  / { for (i = 1; i <= 2; i++) if ($$i ~ /^-/) { sub(/,$$/, "", $$i); words = words " " $$i } } \
+	  /--mode/ { modes = $$0; sub(/.*MODE +/, "", modes); gsub(/,/, "", modes) } \
+	  END { printf "_qwen3next() {\n  local words=\"%s\"\n  case $$3 in -m|--mode) words=\"%s\" ;; esac\n", words, modes; \
+	  printf "  case $$2,$$3 in -*,*|*,-m|*,--mode) COMPREPLY=($$(compgen -W \"$$words\" -- \"$$2\")) ;; esac\n}\n"; \
+	  print "complete -o default -F _qwen3next qwen3next" }' > $@
+
 # Finds memory errors and undefined behaviour at the place where they happen. Slow; the tests use it on damaged files.
 debug: qwen3next-debug                    ## build with AddressSanitizer and UndefinedBehaviorSanitizer
 qwen3next-debug: qwen3next.c Makefile
@@ -124,4 +141,4 @@ help:                                     ## list these targets
 clean:                                    ## remove everything that was built
 	rm -rf qwen3next qwen3next-debug qwen3next-tsan qwen3next-plain qwen3next-arm qwen3next-musl qwen3next-clang qwen3next-fuzz qwen3next.exe build
 
-.PHONY: run test bench plots debug tsan plain arm musl windows fuzz help clean
+.PHONY: run test bench plots man completion debug tsan plain arm musl windows fuzz help clean

@@ -1,4 +1,4 @@
-/* qwen3next.c - Qwen3-Next on a CPU, in one file of C.
+/* qwen3next.c - Qwen3-Next, and its siblings of the same blocks (Qwen3.5, 3.6), on a CPU, in one file of C.
  *
  *     gcc -O3 -pthread qwen3next.c -o qwen3next -lm && ./qwen3next model.bin
  *
@@ -4953,11 +4953,18 @@ static void report_ids(const Run *r, const char *verb, const int *ids, int n)
     fputc('\n', stderr);
 }
 
-/* How far a long prompt has been read, on a terminal. */
-static void show_progress(const Run *r, int done, int n)
+/* How far something has got that takes a while, on a terminal. */
+static void show_progress(const Run *r, const char *what, int done, int n, const char *unit)
 {
-    if (r->args.quiet || n <= r->engine.work.batch / 4 || !isatty(2)) return;
-    fprintf(stderr, "\rprompt: %d of %d tokens%s", done, n, done == n ? "\r\033[K" : "");
+    if (r->args.quiet || !isatty(2)) return;
+    fprintf(stderr, "\r\033[K");
+    if (done < n) fprintf(stderr, "%s: %d of %d %s", what, done, n, unit);
+}
+
+/* How far a prompt has been read, if it is a long one. */
+static void show_prompt(const Run *r, int done, int n)
+{
+    if (n > r->engine.work.batch / 4) show_progress(r, "prompt", done, n, "tokens");
 }
 
 /* Count a token that now stands at position pos, and whether the model has read it there before (that an answer made
@@ -4986,7 +4993,7 @@ static int feed(Run *r, const int *ids, int n, bool may_stop)
             ledger_add(&r->ledger, pos + i, ids[done + i], false);
         }
         done += batch;
-        show_progress(r, done, n);
+        show_prompt(r, done, n);
     }
     report_ids(r, "fed", ids, done);
     r->prompt_seconds += now() - start;
@@ -6447,7 +6454,7 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
             for (int i = 0; i < n; i++) take(arg, done + row + i, logits + (size_t)i * e->work.logits_ld);
         }
         done += batch;
-        show_progress(r, done, prompt->len);
+        show_prompt(r, done, prompt->len);
     }
 }
 
@@ -7144,6 +7151,7 @@ static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
         if (i == 0 && cache) experts_count_anew(cache);
         double took = bench_tokens(r, n, false);
         if (i >= 0) sample_add(&speed, n / took), seconds += took;
+        show_progress(r, "prefill", i + 1, BENCH_ROUNDS, "prompts");
     }
     if (interrupted) return;
     printf("prefill_%d %.2f tok/s\nprefill_%d_slowest %.2f tok/s\nprefill_%d_fastest %.2f tok/s\n", n, median(&speed), n,
@@ -7174,6 +7182,7 @@ static void bench_decode(Run *r, Machine *m, int n)
         seconds += took;
         sample_add(&bandwidth, reading);
         sample_add(&share, reading > 0 ? 100 * bytes * slice / took / 1e9 / reading : 0);
+        show_progress(r, "decode", n - left + slice, n, "tokens");
     }
     if (interrupted) return;
     printf("decode_%d %.2f tok/s\n", n, n / seconds);
@@ -7218,6 +7227,7 @@ static void bench_drafts(Run *r, int drafts, int n)
             double seconds = 0, plain = bench_tokens(r, BENCH_SLICE, true) / BENCH_SLICE;
             int made = bench_steps(r, drafts, right[i], BENCH_SLICE, &seconds, &experts);
             steps += BENCH_SLICE;
+            show_progress(r, "drafts", min_int(done + BENCH_SLICE, n), n, "steps");
             all += seconds;
             tokens += made;
             if (gain.n == BENCH_SAMPLES) continue;
@@ -7275,8 +7285,8 @@ typedef struct {
 #define AT(field) offsetof(Args, field)
 static const Option OPTIONS[] = {
     {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect, classify, tag, answer, trace"},
-    {"input", "i", TEXT, AT(text), 0, 0, "TEXT", "the prompt; - reads standard input"},
-    {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file"},
+    {"input", "i", TEXT, AT(text), 0, 0, "TEXT", "the prompt; - reads standard input. answer: the question"},
+    {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file. answer: where to find the answer"},
     {"ids", NULL, FLAG, AT(ids), 0, 0, NULL, "prompt and output are token ids (tokenize: text in, ids out)"},
     {"output", "o", TEXT, AT(out), 0, 0, "FILE", "where logits writes: float32, [tokens][vocab]; trace: JSON lines of every token"},
     {"temp", "t", REAL, AT(temperature), 0, 100, "X", "temperature; 0 takes the likeliest token"},
@@ -7286,7 +7296,7 @@ static const Option OPTIONS[] = {
     {"presence-penalty", NULL, REAL, AT(presence), -100, 100, "X", "subtracted from logits of tokens in this answer"},
     {"repetition-penalty", NULL, REAL, AT(repetition), 1e-3, 100, "X", "divides logits of tokens in the text"},
     {"seed", "s", WHOLE, AT(seed), 0, 9e18, "N", "seed; default: the clock"},
-    {"tokens", "n", WHOLE, AT(n), 0, 1e9, "N", "tokens to make; 0, the default: until it stops"},
+    {"tokens", "n", WHOLE, AT(n), 0, 1e9, "N", "tokens to make (answer: at most); 0, the default: until it stops"},
     {"ctx", "c", WHOLE, AT(ctx), 1, 1 << 28, "N", "context; default: what the model was trained for"},
     {"yarn", NULL, REAL, AT(yarn), 1, 256, "X", "stretch the context to X times what the model was trained for, by YaRN"},
     {"system", "y", TEXT, AT(system), 0, 0, "TEXT", "system prompt"},

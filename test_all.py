@@ -2168,10 +2168,14 @@ extra -i x                                  2 extra
 -m logits --ids -i 1 -o /nowhere/at/all     1 /nowhere/at/all
 --dump /nowhere/at/all --ids -i 1           2 --dump
 -m logits -o WORK/x --ids -i 1 --dump /nowhere/at/all   1 /nowhere/at/all
--m classify -i x                            12 classify
--m tag -i x                                 12 tag
--m answer -i x                              12 answer
--m trace -i x                               12 trace
+-m classify -i x                            1 classify
+-m tag -i x                                 1 tag
+-m answer -i x                              2 answer
+-m answer -i x -f /nowhere/at/all           1 answer
+-m trace -i x -o /nowhere/at/all            1 /nowhere/at/all
+-m trace -i x --dump /nowhere/at/all        1 /nowhere/at/all
+-m trace -i x -d 1                          2 -d
+-m trace --ids -i 352                       1 352
 -i x -d 9                                   2 -d
 -i x --load /nowhere/at/all                 1 /nowhere/at/all
 -i x --load /                               1 /
@@ -2189,7 +2193,7 @@ extra -i x                                  2 extra
 
 @pytest.mark.parametrize("line", BAD_COMMANDS, ids=lambda line: line.split("  ")[0])
 def test_bad_command_line(line):
-    """One line, the status of a usage error, and the option's name; what is for later is refused by its name."""
+    """One line, the status of a usage error, and the option's name."""
     command, expected = re.split(r"\s{2,}", line)
     statuses, name = expected.split()
     command = command.replace("WORK", str(WORK))
@@ -3346,7 +3350,7 @@ def readme_commands():
 
 
 # What a test does not run: what runs this test, what takes long, what needs the network or the real model's files.
-NOT_RUN = re.compile(r"git clone|make (test|bench|run|plots)|^cd |pip |hf download|huggingface|80B|Qwen3-Next|sudo|apt|curl"
+NOT_RUN = re.compile(r"git clone|make (test|bench|run|plots)|^cd |pip |hf download|huggingface|80B|Qwen3-Next|[Qq]wen3\.5|sudo|apt|curl"
                      r"|wget|SOURCE|MODEL|\.\.\.")
 
 
@@ -3369,6 +3373,20 @@ def test_readme_commands_run(tmp_path):
         assert result.returncode == 0, f"{command}\n{result.stderr.decode()}"
         ran += 1
     assert ran, "no command of the README was run"
+
+
+def test_manual_page_and_completion():
+    """Both hold every option of -h; bash, asked, completes options and modes."""
+    (ROOT / "build" / "qwen3next.bash").unlink(missing_ok=True)
+    assert run("make", "--silent", "man", "completion", cwd=ROOT).returncode == 0
+    page = (ROOT / "build" / "qwen3next.1").read_text().replace("\\-", "-")
+    options = re.findall(r"^  (?:-\w, |    )(--[\w-]+)", engine(ENGINE, "-h").decode(), re.M)
+    assert len(options) > 30 and all(re.search(rf"^\.B .*{option}( |$)", page, re.M) for option in options)
+    assert page.count(".TP") == len(options) and page.startswith(".TH QWEN3NEXT 1\n.SH NAME\n")
+    ask = '. build/qwen3next.bash; _qwen3next ./qwen3next "$0" "$1"; echo "${COMPREPLY[@]}"'
+    for words, answer in {("--me", "x"): "--memory", ("tr", "-m"): "trace", ("an", "--mode"): "answer", ("fil", "-f"): "", ("--t", "x"): "--temp --top-p"}.items():
+        found = run("bash", "-c", ask, *words, cwd=ROOT).stdout.decode().split()
+        assert set(answer.split()) <= set(found) and (answer or not found), (words, found)
 
 
 def test_readme_options_exist():

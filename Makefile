@@ -111,7 +111,7 @@ test-%: qwen3next-% qwen3next qwen3next-debug .venv/installed
 
 # ---- Fuzzing: section 23 of qwen3next.c under libFuzzer (clang; Debian: libclang-rt-14-dev). Every target runs FUZZ_SECONDS;
 # what it learns stays in build/fuzz, what makes it fail is build/fuzz/TARGET-crash-...
-FUZZ_TARGETS ?= checkpoint tokenizer saved text chat options
+FUZZ_TARGETS ?= checkpoint heads tokenizer saved text spans chat options
 FUZZ_SECONDS ?= 60
 FUZZ_CC ?= clang
 fuzz: qwen3next-fuzz build/fuzz/seeds     ## fuzz each input of the program for FUZZ_SECONDS=60

@@ -6913,7 +6913,7 @@ static void print_view(const Run *r, const Tokens *prompt, const LayerView *v)
         }
         putchar('\n');
     }
-    for (int i = 0; i < v->n_experts; i++) printf(i ? " %d (%.3f)" : "  experts    %d (%.3f)", v->experts[i].index, (double)v->experts[i].weight);
+    for (int i = 0; i < v->n_experts && v->experts[i].index >= 0; i++) printf(i ? " %d (%.3f)" : "  experts    %d (%.3f)", v->experts[i].index, (double)v->experts[i].weight);
     if (v->n_experts) printf(" shared (%.3f)\n", (double)v->shared_weight);
     for (int i = 0; i < v->n_next && v->next[i].index >= 0; i++) {
         printf(i ? " %.3f " : "  next       %.3f ", (double)v->next[i].weight);
@@ -7726,7 +7726,7 @@ enum { MAX_LIVE = 1 << 16 };
 
 /* What a run is given and what it leaves behind. */
 static struct {
-    char input[64], model[PATH_MAX], tokenizer[PATH_MAX]; /* the files it may read; of all others there is but one: */
+    char input[64], file[3][PATH_MAX];                    /* the files it may read; of all others there is but one: */
     char scratch[64], temporary[80];                      /* ... whatever their names are, and what becomes it */
     int fd;                                               /* of the input, which lies in memory */
     struct { void *p; size_t mapped; } live[MAX_LIVE];    /* memory it has: from malloc, or so many bytes mapped */
@@ -7778,21 +7778,27 @@ static void *fuzz_mmap(void *at, size_t bytes, int protection, int flags, int fd
 static const char *fuzz_path(const char *path)
 {
     size_t n = strlen(path);
-    if (!strcmp(path, fuzz.input) || !strcmp(path, fuzz.model) || !strcmp(path, fuzz.tokenizer)) return path;
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(path, fuzz.input) || !strcmp(path, fuzz.file[i])) return path;
     return n > 4 && !strcmp(path + n - 4, ".tmp") ? fuzz.temporary : fuzz.scratch;
 }
 
 /* The inputs: how the program meets them (INPUT: the file), and where in one its own size stands (0: nowhere). */
-static const struct { const char *name; size_t size_at; const char *commands[3]; } FUZZ_TARGETS[] = {
+static const struct { const char *name; size_t size_at; const char *commands[4]; } FUZZ_TARGETS[] = {
     {"checkpoint", offsetof(Header, file_size),
-     {"INPUT -m inspect", "INPUT --ids -i 1\n0\n1 -n 12 -c 48 -s 1 -j 1 -q", "INPUT -m perplexity --ids -i 0\n1\n1 -c 48 -j 1 --cpu plain --kv q8 -q"}},
+     {"INPUT -m inspect", "INPUT --ids -i 1\n0\n1 -n 12 -c 48 -s 1 -j 1 -q", "INPUT -m perplexity --ids -i 0\n1\n1 -c 48 -j 1 --cpu plain --kv q8 -q",
+      "INPUT -m trace --ids -i 0\n1 -o kept -c 48 -j 1 -q"}},
+    {"heads", offsetof(Header, file_size),
+     {"INPUT -m classify --ids -i 1\n0 -c 48 -j 1 -q", "INPUT -m tag --ids -i 1\n0 -c 48 -j 1 -q", "INPUT -m answer -i Who? -f - -z TOKENIZER -c 96 -j 1 -q"}},
     {"tokenizer", offsetof(TokenizerHeader, file_size), {"MODEL -m tokenize -z INPUT -i The\nowl's\t12\té\u0323가각\u1112\u1161<|im_end|>...!"}},
     {"saved", offsetof(SavedHeader, file_size),
      {"MODEL --ids -n 3 -c 64 -j 1 -q --load INPUT --save kept", "MODEL -m chat -z TOKENIZER -n 3 -c 64 -j 1 -q --load INPUT"}},
     {"text", 0, {"MODEL -m tokenize -z TOKENIZER -f INPUT"}},
+    {"spans", 0, {"ANSWER -m answer -i Who? -f INPUT -z TOKENIZER -c 96 -j 1 -q"}},
     {"chat", 0, {"MODEL -m chat -z TOKENIZER -n 3 -c 96 -s 1 -j 1 -q --save kept"}},
     {"options", 0, {NULL}}};
 
+static const struct { const char *word, *file; } FUZZ_FILES[] = {{"MODEL", "model.bin"}, {"TOKENIZER", "tokenizer.bin"}, {"ANSWER", "answer.bin"}};
 static const char FUZZ_LINES[] = "Hi\n/undo\n/regen\n/save kept\nAnd?\n/load kept\n/regen\n/show\n"; /* said after loading */
 
 /* Make the input's file, or standard input, hold these bytes. */
@@ -7808,7 +7814,9 @@ static void fuzz_run(const char *command)
     int argc = 1, n = snprintf(line, sizeof line, "%s", command);
     for (char *word = line; word < line + n; word += strlen(word) + 1) {
         word[strcspn(word, " ")] = 0;
-        argv[argc++] = !strcmp(word, "INPUT") ? fuzz.input : !strcmp(word, "MODEL") ? fuzz.model : !strcmp(word, "TOKENIZER") ? fuzz.tokenizer : word;
+        argv[argc++] = !strcmp(word, "INPUT") ? fuzz.input : word;
+        for (int i = 0; i < 3; i++)
+            if (!strcmp(word, FUZZ_FILES[i].word)) argv[argc - 1] = fuzz.file[i];
     }
     argv[0] = (char *)(uintptr_t)PROGRAM, argv[argc] = NULL;
     (unlink)(fuzz.scratch);
@@ -7842,8 +7850,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         (exit)(1);
     }
     if (!fuzz.fd) { /* the first */
-        snprintf(fuzz.model, sizeof fuzz.model, "%s/model.bin", getenv("QWEN3NEXT_FUZZ_FOLDER"));
-        snprintf(fuzz.tokenizer, sizeof fuzz.tokenizer, "%s/tokenizer.bin", getenv("QWEN3NEXT_FUZZ_FOLDER"));
+        for (int i = 0; i < 3; i++) snprintf(fuzz.file[i], sizeof fuzz.file[i], "%s/%s", getenv("QWEN3NEXT_FUZZ_FOLDER"), FUZZ_FILES[i].file);
         snprintf(fuzz.scratch, sizeof fuzz.scratch, "/tmp/qwen3next-fuzz-%ld", (long)getpid());
         snprintf(fuzz.temporary, sizeof fuzz.temporary, "%s.tmp", fuzz.scratch);
         fuzz.fd = memfd_create("input", 0);
@@ -7857,7 +7864,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     fuzz_write(fuzz.fd, copy.data, n);
     fuzz_write(0, !strcmp(name, "chat") ? copy.data : FUZZ_LINES, !strcmp(name, "chat") ? n : strlen(FUZZ_LINES));
     if (!strcmp(name, "options")) fuzz_options(copy.data, n);
-    for (int i = 0; i < 3 && FUZZ_TARGETS[target].commands[i]; i++) {
+    for (int i = 0; i < 4 && FUZZ_TARGETS[target].commands[i]; i++) {
         fuzz_run(FUZZ_TARGETS[target].commands[i]);
         while (fuzz.n_live) fuzz_free(fuzz.live[fuzz.n_live - 1].p); /* all of it: the next one begins anew */
         memset(mapped, 0, sizeof mapped);

@@ -4339,7 +4339,7 @@ def test_plots_of_what_is_not_there(tmp_path):
 # 18 Fuzzing and faults
 # ----------------------------------------------------------------------------------------------------------------
 
-FUZZ_TARGETS = ("checkpoint", "tokenizer", "saved", "text", "chat", "options")     # qwen3next.c, section 23
+FUZZ_TARGETS = ("checkpoint", "heads", "tokenizer", "saved", "text", "spans", "chat", "options")     # qwen3next.c, section 23
 
 # As small as can be, so that most of a file is directory: a mutation then meets something that is read.
 SMALLEST = dict(
@@ -4370,7 +4370,7 @@ def fuzz_model(path):
 
 
 def fuzz_seeds(folder):
-    """Write model.bin, tokenizer.bin and, for every target, a folder of seeds: where `make fuzz` begins."""
+    """Write model.bin, answer.bin, tokenizer.bin and, for every target, a folder of seeds: where `make fuzz` begins."""
     for target in FUZZ_TARGETS:
         (folder / target).mkdir(parents=True, exist_ok=True)
 
@@ -4385,6 +4385,12 @@ def fuzz_seeds(folder):
             result = run(*EXPORT, "--random", WORK / "smallest.json", "--seed", 1, "--type", weights, "-o", WORK / "smallest.bin")
             assert result.returncode == 0, result.stderr
             seed("checkpoint", f"{kind}-{weights}", (WORK / "smallest.bin").read_bytes())
+    for architecture in ("Qwen3NextForSequenceClassification", "Qwen3NextForTokenClassification", "Qwen3NextForQuestionAnswering"):
+        config = {**SMALLEST, "architectures": [architecture], "mtp": False, "vocab_size": 352, "id2label": {"0": "no", "1": "yes"}, "pad_token_id": 1}
+        (WORK / "smallest.json").write_text(json.dumps(config))
+        result = run(*EXPORT, "--random", WORK / "smallest.json", "--seed", 1, "--type", "f32", "-o", folder / "answer.bin")
+        assert result.returncode == 0, result.stderr
+        seed("heads", architecture, (folder / "answer.bin").read_bytes())
     small = small_tokenizer()[0].read_bytes()
     seed("tokenizer", "small", small)
     for number, text in enumerate(FUZZ_CHATS):
@@ -4393,6 +4399,7 @@ def fuzz_seeds(folder):
     rng = random.Random(1)
     for number in range(20):
         seed("text", f"characters-{number}", "".join(random_character(rng) for _ in range(rng.choice([3, 30, 300]))))
+        seed("spans", f"marks-{number}", "".join(rng.choice(rng.choice((MARKS, BASES, JAMO, SPECIALS))) for _ in range(rng.choice([3, 10, 30]))))
     for number, line in enumerate(BAD_COMMANDS + ["-i x -t 0.5 -p .9 -k 40 -s 1 -n 5 -c 64 -j 2 -d 3 -q -v --echo",
                                                   "-m chat -y text --save a --load b", "-m bench --depth 5 --prompt 3 --memory 1.5G"]):
         seed("options", str(number), "model\n" + "\n".join(re.split(r"\s{2,}", line)[0].split()))

@@ -1415,18 +1415,26 @@ static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
     mtp->layer.mlp.index = c->has_sparse;
 }
 
-/* The strings of a list, each stored after its length as u32. */
+/* The string of a list (size bytes at data) that begins at *at, after its length as u32; *at moves behind it. NULL: cut off. */
+static const uint8_t *next_string(const uint8_t *data, size_t size, size_t *at, uint32_t *n)
+{
+    if (size - *at < sizeof *n) return NULL;
+    memcpy(n, data + *at, sizeof *n);
+    if (size - *at - sizeof *n < *n) return NULL;
+    *at += sizeof *n + *n;
+    return data + *at - *n;
+}
+
+/* All strings of a list. */
 static Str *read_list(const Reader *r, const MetaRecord *list)
 {
     Str *strings = grow(NULL, list->count, sizeof *strings);
     memset(strings, 0, list->count * sizeof *strings);
     size_t at = 0;
-    for (uint32_t i = 0, length; i < list->count; i++, at += length) {
-        bool fits = list->size - at >= sizeof length;
-        if (fits) memcpy(&length, r->file.data + list->offset + at, sizeof length);
-        at += sizeof length;
-        if (!fits || list->size - at < length) die("%s: key %s: entry %u: cut off", r->file.path, list->key, i);
-        str_add(&strings[i], r->file.data + list->offset + at, length);
+    for (uint32_t i = 0, n; i < list->count; i++) {
+        const uint8_t *text = next_string(r->file.data + list->offset, list->size, &at, &n);
+        if (!text) die("%s: key %s: entry %u: cut off", r->file.path, list->key, i);
+        str_add(&strings[i], text, n);
     }
     return strings;
 }
@@ -6689,29 +6697,38 @@ static Cost layers_cost(const Model *m)
 /* Bytes of weights one decoded token reads: everything but the embedding and the experts not chosen. */
 static double bytes_per_token(const Model *m) { return layers_cost(m).bytes + (double)m->head.weight.matrix_bytes; }
 
+/* A string of the metadata, in quotes. */
+static void print_string(const uint8_t *text, size_t n)
+{
+    fputs(" \"", stdout);
+    print_escaped(text, n);
+    putchar('"');
+}
+
+/* A key and its values. */
+static void print_meta(const Model *m, const MetaRecord *meta)
+{
+    const uint8_t *data = m->file.data + meta->offset, *text;
+    uint32_t n;
+    fputs(meta->key, stdout);
+    for (uint32_t k = 0; k < meta->count && meta->type <= META_FLOAT; k++) {
+        int64_t whole;
+        double real;
+        memcpy(&whole, data + 8 * (size_t)k, 8), memcpy(&real, data + 8 * (size_t)k, 8);
+        if (meta->type == META_INT) printf(" %lld", (long long)whole);
+        else printf(" %.9g", real);
+    }
+    if (meta->type == META_STRING) print_string(data, meta->size);
+    for (size_t at = 0; meta->type == META_LIST && (text = next_string(data, meta->size, &at, &n));) print_string(text, n);
+    putchar('\n');
+}
+
 /* -m inspect: metadata, tensors, totals. */
 static int mode_inspect(Run *r)
 {
     const Model *m = &r->engine.model;
-    const MetaRecord *meta = m->meta;
     const TensorRecord *t = m->tensors;
-    for (uint32_t i = 0; i < m->header->n_meta; i++) {
-        printf("%s", meta[i].key);
-        for (uint32_t k = 0; k < meta[i].count && meta[i].type <= META_FLOAT; k++) {
-            const uint8_t *at = m->file.data + meta[i].offset + 8 * (size_t)k;
-            int64_t whole;
-            double real;
-            memcpy(&whole, at, 8), memcpy(&real, at, 8);
-            if (meta[i].type == META_INT) printf(" %lld", (long long)whole);
-            else printf(" %.9g", real);
-        }
-        if (meta[i].type == META_STRING) {
-            fputs(" \"", stdout);
-            print_escaped(m->file.data + meta[i].offset, meta[i].size);
-            putchar('"');
-        }
-        putchar('\n');
-    }
+    for (uint32_t i = 0; i < m->header->n_meta; i++) print_meta(m, &m->meta[i]);
     for (uint32_t i = 0; i < m->header->n_tensors; i++) {
         printf("%-48s %-5s [", t[i].name, TYPE_NAMES[t[i].type]);
         for (uint32_t k = 0; k < t[i].rank; k++) printf(k ? ", %llu" : "%llu", (unsigned long long)t[i].shape[k]);

@@ -4668,9 +4668,14 @@ def fault_commands(folder):
     yield "tokenize", [*base, *vocabulary, "-i", "ça va? \u1112\u1161", "-m", "tokenize"], b""
     yield "inspect", [*base, "-m", "inspect"], b""
     yield "experts", [*base, "--ids", "-i", "1 2 3", "-n", 3, "--memory", least_memory(model)], b""
+    yield "trace", [*base, *vocabulary, "-i", "The owl", "-m", "trace", "-o", folder / "kept"], b""
+    heads = fuzz_folder() / "heads"
+    yield "classify", [DEBUG_ENGINE, heads / "Qwen3NextForSequenceClassification", *vocabulary, "-j", 2, "-q", "-i", "The owl", "-m", "classify"], b""
+    yield "answer", [DEBUG_ENGINE, fuzz_folder() / "answer.bin", *vocabulary, "-j", 2, "-q", "-i", "Who?", "-f", "-", "-m", "answer"], "ça va? \u1112\u1161".encode()
 
 
-@pytest.mark.parametrize("mode", ["generate", "load", "chat", "logits", "perplexity", "tokenize", "inspect", "experts"])
+@pytest.mark.parametrize("mode", ["generate", "load", "chat", "logits", "perplexity", "tokenize", "inspect", "experts", "trace", "classify",
+                                  "answer"])
 def test_any_request_may_fail(mode, tmp_path, report):
     """Memory, files, threads: the N-th request is refused (debug build). It ends in one line and status 1, or, where a chat
     goes on, in a line; what was there before stays or is replaced whole."""
@@ -4916,7 +4921,10 @@ def test_no_data_race_in_any_mode(weights, tsan_engine, tmp_path):
     commands = [[*base, *ids, "-n", 30, "-d", 2, "--save", saved], [*base, "--ids", "--load", saved, "-n", 20],
                 [*base, *ids, "-m", "logits", "-o", tmp_path / "logits", "-d", 2, "--dump", tmp_path], [*base, *ids, "-m", "perplexity"],
                 [*base, "-m", "bench", "-n", 16, "--prompt", 64, "-d", 1], [*base, *ids, "-n", 12, "--memory", least_memory(model)],
-                [*base, "-m", "inspect"]]
+                [*base, "-m", "inspect"], [*base, *ids, "-m", "trace", "-o", tmp_path / "trace"]]
+    for mode in HEAD_CLASSES:
+        (tmp_path / "context").write_text(spaced(random_ids(70, 389)))
+        commands.append([tsan_engine, head_case(mode)[1], "-j", 4, *ids, "-m", mode, *(["-f", tmp_path / "context"] if mode == "answer" else [])])
     if weights == "q8":
         commands += [[tsan_engine, DEMO, "-j", 4, "-m", "chat", "-n", 30], [tsan_engine, DEMO, "-m", "tokenize", "-i", STORY]]
     for command in commands:
@@ -4926,12 +4934,6 @@ def test_no_data_race_in_any_mode(weights, tsan_engine, tmp_path):
     process.stdout.read(8)
     process.send_signal(signal.SIGTERM)
     assert b"ThreadSanitizer" not in process.communicate(timeout=60)[1] and process.returncode in (0, 143)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "fuzz-seeds":
-        sys.exit("usage: python test_all.py fuzz-seeds FOLDER (the tests: python -m pytest test_all.py)")
-    fuzz_seeds(Path(sys.argv[2]).resolve())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -5489,3 +5491,9 @@ def test_trace_for_people(tmp_path):
     for mode in HEAD_CLASSES:                                    # models without a next token
         lines = engine(head_case(mode)[1], "-m", "trace", "--ids", "-i", "1 2", "-o", "/dev/stdout").decode().splitlines()
         assert sum(line.startswith("{") and "next" not in json.loads(line) for line in lines) == 8
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "fuzz-seeds":
+        sys.exit("usage: python test_all.py fuzz-seeds FOLDER (the tests: python -m pytest test_all.py)")
+    fuzz_seeds(Path(sys.argv[2]).resolve())

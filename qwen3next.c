@@ -770,12 +770,13 @@ typedef struct { float temperature, top_p, min_p, repetition_penalty, presence_p
 
 /* What stands on top of the layers: a matrix that turns a row after the final norm into scores of ... */
 typedef enum { CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, N_HEADS } HeadKind;
-static const char *const HEAD_NAMES[N_HEADS] = {"causal_lm", "sequence_classification", "token_classification", "question_answering"};
+static const char *const HEAD_NAMES[N_HEADS] = {"causal_lm", "sequence_classification", "token_classification",
+                                                "question_answering"};
 
 typedef struct {
     HeadKind kind;
-    Matrix weight;        /* ... the next token: lm_head [V][D]; a text's or token's classes: score [labels][D]; an answer's start and end:
-                             qa_outputs [2][D] */
+    Matrix weight;        /* ... the next token: lm_head [V][D]; a text's or a token's classes: score [labels][D]; an
+                             answer's beginning and end: qa_outputs [2][D] */
     const float *bias;    /* [rows] or NULL */
     Str *labels;          /* [rows] names of the classes; NULL: has none */
     int pad_token_id;     /* a text's class is read at its last token that is not this; -1: at its last */
@@ -1446,7 +1447,8 @@ static void bind_head(Reader *r, Model *m)
     Str kind = meta_string(r, "head");
     int D = m->config.hidden_size;
     for (h->kind = CAUSAL_LM; kind.len && h->kind < N_HEADS && strcmp(kind.data, HEAD_NAMES[h->kind]);) h->kind++;
-    if (h->kind == N_HEADS) die("%s: key head: wanted causal_lm, ..._classification or question_answering, found %.40s", r->file.path, kind.data);
+    if (h->kind == N_HEADS)
+        die("%s: key head: wanted causal_lm, ..._classification or question_answering, found %.40s", r->file.path, kind.data);
     free(kind.data);
     h->pad_token_id = meta_int(r, "pad_token_id", -1, m->config.vocab_size - 1, -1);
     if (h->kind == CAUSAL_LM) {
@@ -1930,7 +1932,10 @@ static void dump_gates(const Pass *p)
     if (!p->e->dump_dir) return;
     float *gates = grow(NULL, (size_t)p->n * 2 * (size_t)nv, sizeof *gates); /* [n][decay of all, beta of all] */
     for (int t = 0; t < p->n; t++)
-        for (int h = 0; h < nv; h++) gdn_gates(p, h, p->e->state.tape_len + t, 1, gates + 2 * t * nv + h, gates + (2 * t + 1) * nv + h);
+        for (int h = 0; h < nv; h++) {
+            float *decay = gates + 2 * t * nv + h;
+            gdn_gates(p, h, p->e->state.tape_len + t, 1, decay, decay + nv);
+        }
     dump(p, "linear_attn.decay", gates, p->n, nv, 2 * (size_t)nv);
     dump(p, "linear_attn.beta", gates + nv, p->n, nv, 2 * (size_t)nv);
     free(gates);
@@ -2070,10 +2075,11 @@ static void attn_weights(const Pass *p, int t, int h, float *weights)
     const State *s = &p->e->state;
     size_t head = kv_head(p, h / (c->num_attention_heads / c->num_key_value_heads));
     const float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim; /* attn_prepare has divided it */
+    const uint8_t *keys = s->k + head * s->kv_head;
     for (int pos = 0; pos <= p->pos + t; pos++) {
         float scale = s->kv_type == KV_Q8 ? s->k_scale[head * s->kv_positions + (size_t)pos] : 0;
         weights[pos] = 0;
-        for (int i = 0; i < c->head_dim; i++) weights[pos] += q[i] * kv_get(s->kv_type, s->k + head * s->kv_head, k_offset(c, pos, i), scale);
+        for (int i = 0; i < c->head_dim; i++) weights[pos] += q[i] * kv_get(s->kv_type, keys, k_offset(c, pos, i), scale);
     }
     softmax(p->e->kernels, weights, p->pos + t + 1);
 }
@@ -2475,7 +2481,8 @@ static void mlp_block(Pass *p)
         matmul(e, &mlp->gate, &w->xn, 0, p->n, w->router, w->router_ld, NULL);
         dump(p, "mlp.gate", w->router, p->n, c->num_experts, w->router_ld); /* the router's logits */
         parallel_for(e->pool, p->n, moe_route_item, p);
-        dump(p, "mlp.top_weight", w->top_weight, p->n, c->num_experts_per_tok, (size_t)c->num_experts_per_tok); /* by expert, ascending */
+        int k = c->num_experts_per_tok;
+        dump(p, "mlp.top_weight", w->top_weight, p->n, k, (size_t)k); /* in order of the experts' numbers */
         dump(p, "mlp.shared_weight", w->shared_weight, p->n, 1, 1); /* sigmoid(shared_expert_gate . x) */
         moe_group(p);
     } else { /* a dense layer: one network for all tokens */
@@ -3434,8 +3441,8 @@ static bool text_too_long(const Tokenizer *t, size_t bytes, int room) { return b
 
 enum { MAX_TRIES = 16 }; /* characters that one takes in: Hangul's take 2 */
 
-/* Bytes of the shortest beginning of s[0..n), n > 0, that NFC turns into the same bytes whatever comes after it; *normal: into how
- * many. Such an end lies before a character that starts anew (class 0) and that what is before it does not take in. */
+/* Bytes of the shortest beginning of s[0..n), n > 0, that NFC turns into the same bytes whatever comes after it; *normal: into
+ * how many. Such an end lies before a character that starts anew (class 0) and that what is before it does not take in. */
 static size_t normal_unit(const Tokenizer *t, const uint8_t *s, size_t n, size_t *normal)
 {
     size_t end, len;
@@ -3462,7 +3469,8 @@ static size_t normal_unit(const Tokenizer *t, const uint8_t *s, size_t n, size_t
  * characters, with their marks, so that tokens that share one overlap. */
 static void plain_spans(const Tokenizer *t, const uint8_t *s, size_t n, size_t base, const Tokens *ids, int first, Tokens *spans)
 {
-    size_t begin = 0, end = 0, normal_end = 0, done = 0, normal; /* of the unit; in normal bytes: where it ends, the tokens so far */
+    size_t begin = 0, end = 0;                       /* of a unit */
+    size_t normal_end = 0, done = 0, normal;         /* in bytes of normal text: of the unit; of the tokens so far */
     for (int i = first; i < ids->len; i++) {
         size_t to = done + t->offsets[ids->id[i] + 1] - t->offsets[ids->id[i]];
         for (; normal_end <= done && end < n; normal_end += normal) begin = end, end += normal_unit(t, s + end, n - end, &normal);
@@ -6832,7 +6840,7 @@ static void view_mlp(const Pass *p, int t, LayerView *v)
     v->experts = trace->experts;
     if (!v->n_experts) return;
     find_top(w->top_weight + (size_t)t * (size_t)k, k, k, trace->experts);
-    for (int i = 0; i < k && trace->experts[i].index >= 0; i++) trace->experts[i].index = w->top_expert[t * k + trace->experts[i].index];
+    for (Top *e = trace->experts; e < trace->experts + k && e->index >= 0; e++) e->index = w->top_expert[t * k + e->index];
     v->shared_weight = w->shared_weight[t];
 }
 
@@ -6886,11 +6894,36 @@ static void json_tops(FILE *f, const Top *tops, int n)
     putc(']', f);
 }
 
+/* "positions" of all heads. */
+static void json_positions(FILE *f, const LayerView *v)
+{
+    fputs(", \"positions\": [", f);
+    for (int h = 0; h < v->heads; h++) {
+        if (h) fputs(", ", f);
+        json_tops(f, v->positions + h * TOP_POSITIONS, TOP_POSITIONS);
+    }
+    putc(']', f);
+}
+
+/* "next", and the texts of these tokens. */
+static void json_next(const Run *r, FILE *f, const LayerView *v)
+{
+    fputs(", \"next\": ", f);
+    json_tops(f, v->next, v->n_next);
+    if (r->args.ids) return;
+    fputs(", \"next_tokens\": [", f);
+    for (int i = 0; i < v->n_next && v->next[i].index >= 0; i++) {
+        if (i) fputs(", ", f);
+        print_quoted(r, f, v->next[i].index);
+    }
+    putc(']', f);
+}
+
 /* A view as a line of JSON. */
 static void json_view(const Run *r, FILE *f, const LayerView *v)
 {
-    fprintf(f, "{\"layer\": %d, \"type\": \"%s\", \"position\": %d, \"id\": %d", v->layer, v->full_attention ? "full_attention" : "linear_attention",
-            v->pos, v->id);
+    fprintf(f, "{\"layer\": %d, \"type\": \"%s\"", v->layer, v->full_attention ? "full_attention" : "linear_attention");
+    fprintf(f, ", \"position\": %d, \"id\": %d", v->pos, v->id);
     if (!r->args.ids) fputs(", \"token\": ", f), print_quoted(r, f, v->id);
     json_number(f, ", \"input_norm\": ", v->input_norm);
     json_number(f, ", \"mixer_norm\": ", v->mixer_norm);
@@ -6898,45 +6931,59 @@ static void json_view(const Run *r, FILE *f, const LayerView *v)
     json_number(f, ", \"output_norm\": ", v->output_norm);
     json_numbers(f, v->full_attention ? "gate" : "decay", v->gate, v->heads);
     json_numbers(f, v->full_attention ? "entropy" : "beta", v->entropy, v->heads);
-    if (v->full_attention) fputs(", \"positions\": [", f);
-    for (int h = 0; v->full_attention && h < v->heads; h++) fputs(h ? ", " : "", f), json_tops(f, v->positions + h * TOP_POSITIONS, TOP_POSITIONS);
-    if (v->full_attention) putc(']', f);
-    if (v->n_experts) fputs(", \"experts\": ", f), json_tops(f, v->experts, v->n_experts), json_number(f, ", \"shared_weight\": ", v->shared_weight);
-    if (v->n_next) fputs(", \"next\": ", f), json_tops(f, v->next, v->n_next);
-    if (v->n_next && !r->args.ids) fputs(", \"next_tokens\": [", f);
-    for (int i = 0; !r->args.ids && i < v->n_next && v->next[i].index >= 0; i++) fputs(i ? ", " : "", f), print_quoted(r, f, v->next[i].index);
-    fputs(v->n_next && !r->args.ids ? "]}\n" : "}\n", f);
+    if (v->full_attention) json_positions(f, v);
+    if (v->n_experts) {
+        fputs(", \"experts\": ", f);
+        json_tops(f, v->experts, v->n_experts);
+        json_number(f, ", \"shared_weight\": ", v->shared_weight);
+    }
+    if (v->n_next) json_next(r, f, v);
+    fputs("}\n", f);
 }
 
 /* A row of the table: numbers, 16 a line. */
 static void print_numbers(const char *name, const float *x, int n)
 {
-    for (int i = 0; i < n; i++) printf(i == 0 ? "  %-10s %.3f" : i % 16 ? "%s %.3f" : "%s\n             %.3f", i ? "" : name, (double)x[i]);
+    printf("  %-10s", name);
+    for (int i = 0; i < n; i++) printf(i && i % 16 == 0 ? "\n             %.3f" : " %.3f", (double)x[i]);
     putchar('\n');
+}
+
+/* What the heads of an attention layer look at. */
+static void print_positions(const Run *r, const Tokens *prompt, const LayerView *v)
+{
+    for (int h = 0; h < v->heads; h++) {
+        printf("  head %-5d", h);
+        for (const Top *p = v->positions + h * TOP_POSITIONS; p < v->positions + (h + 1) * TOP_POSITIONS && p->index >= 0; p++) {
+            printf(" %.3f at %d ", (double)p->weight, p->index);
+            print_quoted(r, stdout, prompt->id[p->index]);
+        }
+        putchar('\n');
+    }
 }
 
 /* A view as rows of the table. */
 static void print_view(const Run *r, const Tokens *prompt, const LayerView *v)
 {
-    printf("layer %d, %s: |x| %.4g -> %.4g, mixer +%.4g, mlp +%.4g\n", v->layer, v->full_attention ? "gated attention" : "Gated DeltaNet",
-           (double)v->input_norm, (double)v->output_norm, (double)v->mixer_norm, (double)v->mlp_norm);
+    printf("layer %d, %s: ", v->layer, v->full_attention ? "gated attention" : "Gated DeltaNet");
+    printf("|x| %.4g -> %.4g, ", (double)v->input_norm, (double)v->output_norm);
+    printf("mixer +%.4g, mlp +%.4g\n", (double)v->mixer_norm, (double)v->mlp_norm);
     print_numbers(v->full_attention ? "gate" : "decay", v->gate, v->heads);
     print_numbers(v->full_attention ? "entropy" : "beta", v->entropy, v->heads);
-    for (int h = 0; v->full_attention && h < v->heads; h++) {
-        printf("  head %-5d", h);
-        for (const Top *s = v->positions + h * TOP_POSITIONS; s < v->positions + (h + 1) * TOP_POSITIONS && s->index >= 0; s++) {
-            printf(" %.3f at %d ", (double)s->weight, s->index);
-            print_quoted(r, stdout, prompt->id[s->index]);
+    if (v->full_attention) print_positions(r, prompt, v);
+    if (v->n_experts) {
+        printf("  experts   ");
+        for (const Top *e = v->experts; e < v->experts + v->n_experts && e->index >= 0; e++) printf(" %d (%.3f)", e->index, (double)e->weight);
+        printf(" shared (%.3f)\n", (double)v->shared_weight);
+    }
+    if (v->n_next) {
+        printf("  next      ");
+        for (const Top *n = v->next; n < v->next + v->n_next && n->index >= 0; n++) {
+            printf(" %.3f ", (double)n->weight);
+            print_quoted(r, stdout, n->index);
         }
         putchar('\n');
     }
-    for (int i = 0; i < v->n_experts && v->experts[i].index >= 0; i++) printf(i ? " %d (%.3f)" : "  experts    %d (%.3f)", v->experts[i].index, (double)v->experts[i].weight);
-    if (v->n_experts) printf(" shared (%.3f)\n", (double)v->shared_weight);
-    for (int i = 0; i < v->n_next && v->next[i].index >= 0; i++) {
-        printf(i ? " %.3f " : "  next       %.3f ", (double)v->next[i].weight);
-        print_quoted(r, stdout, v->next[i].index);
-    }
-    if (v->n_next) putchar('\n');
 }
 
 /* At the end of a layer: x + out is what the next one gets. For each token of the batch a line of JSON, or nothing; for the
@@ -6980,7 +7027,7 @@ static int mode_trace(Run *r)
     check_dump_dir(r);
     const char *input = r->args.out ? input_file(r, r->args.out) : NULL;
     if (input) die("-o %s: that is %s, which is being read", r->args.out, input);
-    size_t heads = (size_t)max_int(c->num_attention_heads, c->linear_num_value_heads), batch = (size_t)max_int(e->work.batch, MAX_TRIAL);
+    size_t heads = (size_t)max_int(c->num_attention_heads, c->linear_num_value_heads), batch = (size_t)e->work.batch;
     Trace trace = {.r = r, .prompt = &prompt, .a = grow(NULL, heads, sizeof(float)), .b = grow(NULL, heads, sizeof(float))};
     trace.input_norm = grow(NULL, batch, sizeof(float));
     trace.mixer_norm = grow(NULL, batch, sizeof(float));
@@ -7424,8 +7471,9 @@ static Args parse_args(int argc, char **argv)
 typedef struct { const char *name; int (*run)(Run *r); bool engine, watches; HeadKind head; } Mode;
 
 static const Mode MODES[] = {
-    {"chat", mode_chat, true, true, CAUSAL_LM}, {"generate", mode_generate, true, true, CAUSAL_LM}, {"logits", mode_logits, true, true, CAUSAL_LM},
-    {"perplexity", mode_perplexity, true, true, CAUSAL_LM}, {"tokenize", mode_tokenize, false, false, N_HEADS}, {"bench", mode_bench, true, true, CAUSAL_LM},
+    {"chat", mode_chat, true, true, CAUSAL_LM}, {"generate", mode_generate, true, true, CAUSAL_LM},
+    {"logits", mode_logits, true, true, CAUSAL_LM}, {"perplexity", mode_perplexity, true, true, CAUSAL_LM},
+    {"tokenize", mode_tokenize, false, false, N_HEADS}, {"bench", mode_bench, true, true, CAUSAL_LM},
     {"inspect", mode_inspect, false, false, N_HEADS}, {"classify", mode_classify, true, true, SEQUENCE_CLASSIFICATION},
     {"tag", mode_tag, true, true, TOKEN_CLASSIFICATION}, {"answer", mode_answer, true, true, QUESTION_ANSWERING},
     {"trace", mode_trace, true, true, N_HEADS}};
@@ -7447,7 +7495,8 @@ static void check_head(const Mode *mode, const Model *m)
     const Mode *other = MODES; /* that works with the one there is */
     if (mode->head == N_HEADS || mode->head == m->head.kind) return;
     while (other->head != m->head.kind) other++;
-    die("%s: head: -m %s wants %s, found %s (-m %s)", m->file.path, mode->name, HEAD_NAMES[mode->head], HEAD_NAMES[m->head.kind], other->name);
+    die("%s: head: -m %s wants %s, found %s (-m %s)", m->file.path, mode->name, HEAD_NAMES[mode->head],
+        HEAD_NAMES[m->head.kind], other->name);
 }
 
 /* The type of keys and values of this name, or N_KV. */
@@ -7806,7 +7855,8 @@ static const struct { const char *name; size_t size_at; const char *commands[4];
      {"INPUT -m inspect", "INPUT --ids -i 1\n0\n1 -n 12 -c 48 -s 1 -j 1 -q", "INPUT -m perplexity --ids -i 0\n1\n1 -c 48 -j 1 --cpu plain --kv q8 -q",
       "INPUT -m trace --ids -i 0\n1 -o kept -c 48 -j 1 -q"}},
     {"heads", offsetof(Header, file_size),
-     {"INPUT -m classify --ids -i 1\n0 -c 48 -j 1 -q", "INPUT -m tag --ids -i 1\n0 -c 48 -j 1 -q", "INPUT -m answer -i Who? -f - -z TOKENIZER -c 96 -j 1 -q"}},
+     {"INPUT -m classify --ids -i 1\n0 -c 48 -j 1 -q", "INPUT -m tag --ids -i 1\n0 -c 48 -j 1 -q",
+      "INPUT -m answer -i Who? -f - -z TOKENIZER -c 96 -j 1 -q"}},
     {"tokenizer", offsetof(TokenizerHeader, file_size), {"MODEL -m tokenize -z INPUT -i The\nowl's\t12\té\u0323가각\u1112\u1161<|im_end|>...!"}},
     {"saved", offsetof(SavedHeader, file_size),
      {"MODEL --ids -n 3 -c 64 -j 1 -q --load INPUT --save kept", "MODEL -m chat -z TOKENIZER -n 3 -c 64 -j 1 -q --load INPUT"}},
@@ -7815,7 +7865,8 @@ static const struct { const char *name; size_t size_at; const char *commands[4];
     {"chat", 0, {"MODEL -m chat -z TOKENIZER -n 3 -c 96 -s 1 -j 1 -q --save kept"}},
     {"options", 0, {NULL}}};
 
-static const struct { const char *word, *file; } FUZZ_FILES[] = {{"MODEL", "model.bin"}, {"TOKENIZER", "tokenizer.bin"}, {"ANSWER", "answer.bin"}};
+static const struct { const char *word, *file; } FUZZ_FILES[] = {
+    {"MODEL", "model.bin"}, {"TOKENIZER", "tokenizer.bin"}, {"ANSWER", "answer.bin"}};
 static const char FUZZ_LINES[] = "Hi\n/undo\n/regen\n/save kept\nAnd?\n/load kept\n/regen\n/show\n"; /* said after loading */
 
 /* Make the input's file, or standard input, hold these bytes. */
@@ -7867,7 +7918,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         (exit)(1);
     }
     if (!fuzz.fd) { /* the first */
-        for (int i = 0; i < 3; i++) snprintf(fuzz.file[i], sizeof fuzz.file[i], "%s/%s", getenv("QWEN3NEXT_FUZZ_FOLDER"), FUZZ_FILES[i].file);
+        const char *folder = getenv("QWEN3NEXT_FUZZ_FOLDER");
+        for (int i = 0; i < 3; i++) snprintf(fuzz.file[i], sizeof fuzz.file[i], "%s/%s", folder, FUZZ_FILES[i].file);
         snprintf(fuzz.scratch, sizeof fuzz.scratch, "/tmp/qwen3next-fuzz-%ld", (long)getpid());
         snprintf(fuzz.temporary, sizeof fuzz.temporary, "%s.tmp", fuzz.scratch);
         fuzz.fd = memfd_create("input", 0);

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hugging Face checkpoint of Qwen3-Next -> the flat checkpoint that qwen3next.c maps; tokenizer.json -> tokenizer.bin.
+"""Hugging Face or GGUF checkpoint of Qwen3-Next -> the flat checkpoint that qwen3next.c maps; tokenizer -> tokenizer.bin.
 
     python export.py SOURCE -o model.bin [--type f32|bf16|q8|q4] [--mtp FILE_OR_DIR] [--check]
     python export.py --tokenizer tokenizer.json -o tokenizer.bin
@@ -10,7 +10,8 @@ converted and written a chunk at a time, so that memory does not grow with the m
 
     1  errors and small things      5  metadata                8  tokenizer.bin
     2  the source of tensors        6  the file                9  chat pieces
-    3  config                       7  --random, --check      10  command line
+   2a  GGUF as a source             7  --random, --check      10  command line
+    3  config
     4  plan, and stored types
 
 Names in shapes: D hidden, V vocabulary, H/G attention heads/kv heads, hd head_dim, nk/nv key/value heads of a linear
@@ -225,8 +226,8 @@ def written(path):
 
 # ---- 2. The source of tensors ------------------------------------------------------------------------------------
 # A source has names(), shape(name), where(name) for messages, check_type(name), which fails unless the tensor can be
-# read, and rows(name, first, count) -> float32 [count, C], the tensor seen as a matrix of its last axis. Another
-# container (GGUF) is another class with these five methods.
+# read, and rows(name, first, count) -> float32 [count, C], the tensor seen as a matrix of its last axis; names
+# and values are those of Hugging Face's checkpoints.
 
 Entry = namedtuple("Entry", "file dtype shape offset end")   # offset, end in bytes from the start of the file
 
@@ -239,21 +240,23 @@ def memory_bytes():
         return math.inf
 
 
-class Safetensors:
-    """The tensors of one or more safetensors files. Reads with pread: no mapping, so resident memory stays small. Files
-    larger than half the machine's memory leave the page cache once read, and do not push all else out of it."""
+class Files:
+    """Tensors in files: self.entries {name: Entry}. Reads with pread: no mapping, so resident memory stays small. Files
+    larger than half the machine's memory leave the page cache once read, and do not push all else out of it. A container
+    adds row_bytes(entry) and decode(entry, uint8 [count, row_bytes]) -> float32 [count, C]."""
 
     DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
     def __init__(self, paths):
-        self.files, self.entries = {}, {}
-        for path in paths:
-            self.files[path] = open_file(path)
-            for name, entry in self._header(path).items():
-                if self.entries.setdefault(name, entry) is not entry:
-                    fail(path, f"{name} is in another file as well", "one tensor of a name", self.entries[name].file)
+        self.entries, self.files = {}, {path: open_file(path) for path in paths}
         self.cached, self.most_cached = 0, memory_bytes() / 4
         self.drop = hasattr(os, "posix_fadvise") and sum(map(os.path.getsize, self.files)) > 2 * self.most_cached
+
+    def _add(self, path, entries):
+        """Takes in the tensors of one file."""
+        for name, entry in entries.items():
+            if self.entries.setdefault(name, entry) is not entry:
+                fail(path, f"{name} is in another file as well", "one tensor of a name", self.entries[name].file)
 
     def _read(self, path, what, count, offset):
         """count bytes of a file."""
@@ -262,6 +265,56 @@ class Safetensors:
         except OSError as e:
             fail(path, f"{what}: cannot be read: {e.strerror}")
         return raw if len(raw) == count else fail(path, f"{what}: file is cut short")
+
+    def names(self):
+        return self.entries.keys()
+
+    def shape(self, name):
+        return self.entries[name].shape
+
+    def where(self, name):
+        return self.entries[name].file
+
+    def rows(self, name, first, count):
+        """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and too large ones are refused."""
+        entry = self.entries[name]
+        each = self.row_bytes(entry)
+        raw = self._read(entry.file, name, count * each, entry.offset + first * each)
+        self._forget(len(raw))
+        with np.errstate(all="ignore"):
+            return self._finite(name, self.decode(entry, np.frombuffer(raw, np.uint8).reshape(count, each)))
+
+    def _finite(self, name, x):
+        """x, unless a number in it is none or too large."""
+        largest = np.abs(x).max(initial=0)
+        if not largest <= MAX_WEIGHT:                       # so NaN is refused too
+            fail(self.where(name), f"{name}: a value", f"finite weights, of magnitude at most {MAX_WEIGHT:.2g}", largest)
+        return x
+
+    def row_bytes(self, entry):
+        return entry.shape[-1] * self.DTYPES[entry.dtype].itemsize
+
+    def decode(self, entry, raw):
+        x = raw.view(self.DTYPES[entry.dtype])
+        return from_bf16(x) if entry.dtype == "BF16" else x.astype(np.float32)
+
+    def _forget(self, size):
+        """Called for `size` bytes read: now and then, what the page cache holds of the files is dropped. Not at once,
+        for the system reads ahead of what is asked for, and experts are read in two rounds: gate and up, then down."""
+        self.cached += size
+        if self.drop and self.cached > self.most_cached:
+            self.cached = 0
+            for f in self.files.values():
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Safetensors(Files):
+    """The tensors of one or more safetensors files."""
+
+    def __init__(self, paths):
+        super().__init__(paths)
+        for path in paths:
+            self._add(path, self._header(path))
 
     def _header(self, path):
         """Entries of one file. Format: u64 length of the header, the header (JSON), the data, which the tensors divide
@@ -302,45 +355,11 @@ class Safetensors:
             fail(where, "size", f"that of shape {list(shape)} in {dtype}", f"{end - begin} bytes")
         return Entry(path, dtype, shape, base + begin, base + end)
 
-    def names(self):
-        return self.entries.keys()
-
-    def shape(self, name):
-        return self.entries[name].shape
-
-    def where(self, name):
-        return self.entries[name].file
-
     def check_type(self, name):
         """Refuses what rows() cannot read."""
         entry = self.entries[name]
         if entry.dtype not in self.DTYPES:
             fail(entry.file, f"{name}: dtype", "BF16, F16, F32 or F64", entry.dtype)
-
-    def rows(self, name, first, count):
-        """Rows first .. first+count of a tensor [..., C] as float32 [count, C]; NaN and too large ones are refused."""
-        entry = self.entries[name]
-        dtype = self.DTYPES[entry.dtype]
-        columns = entry.shape[-1]
-        size = count * columns * dtype.itemsize
-        raw = self._read(entry.file, name, size, entry.offset + first * columns * dtype.itemsize)
-        self._forget(size)
-        raw = np.frombuffer(raw, dtype).reshape(count, columns)
-        with np.errstate(over="ignore"):
-            x = from_bf16(raw) if entry.dtype == "BF16" else raw.astype(np.float32)
-        largest = np.abs(x).max(initial=0)
-        if not largest <= MAX_WEIGHT:                       # so NaN is refused too
-            fail(entry.file, f"{name}: a value", f"finite weights, of magnitude at most {MAX_WEIGHT:.2g}", largest)
-        return x
-
-    def _forget(self, size):
-        """Called for `size` bytes read: now and then, what the page cache holds of the files is dropped. Not at once,
-        for the system reads ahead of what is asked for, and experts are read in two rounds: gate and up, then down."""
-        self.cached += size
-        if self.drop and self.cached > self.most_cached:
-            self.cached = 0
-            for f in self.files.values():
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Merged:
@@ -401,10 +420,486 @@ def open_source(path):
     path = Path(path)
     if not os.path.exists(path):
         fail(path, "no such file or directory")
-    source = open_safetensors(path)
+    gguf = find_gguf(path)
+    source = GGUF(gguf) if gguf else open_safetensors(path)
     if not source.entries:
         fail(path, "holds no tensors")
     return source
+
+
+# ---- 2a. GGUF ----------------------------------------------------------------------------------------------------
+# llama.cpp's container: one file or several parts with metadata, config and tokenizer among it, and tensors under names
+# and in an order of its own. The gguf package's reader maps a file and believes it: a wrong count has it loop for ever.
+# So the header is read here, and the package has what it does well, the decoding of blocks of some twenty types.
+
+MAX_HEADER, MAX_ITEMS = 1 << 26, 1 << 22                    # bytes of a header, items of an array: ten times the usual
+MAX_RECORDS = 1 << 16                                       # metadata, or tensors, of one file
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+def type_name(number):
+    """The name of a type of tensors, None if there is none of the number."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    known = number in list(GGMLQuantizationType) and GGMLQuantizationType(number) in GGML_QUANT_SIZES
+    return GGMLQuantizationType(number).name if known else None
+
+
+@functools.cache
+def block_size(name):
+    """(weights, bytes) of a block of a type."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    return GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+
+
+def dequantize(raw, name):
+    """Blocks uint8 [count, bytes] of a type -> float32 [count, C]; None if the package cannot."""
+    from gguf import GGMLQuantizationType, quants
+    try:
+        return quants.dequantize(raw, GGMLQuantizationType[name])
+    except NotImplementedError:
+        return None
+
+
+@functools.cache
+def can_dequantize(name):
+    """Whether blocks of a type can be decoded: tried on one."""
+    with np.errstate(all="ignore"):
+        return dequantize(np.zeros((1, block_size(name)[1]), np.uint8), name) is not None
+
+
+class GGUFHeader:
+    """The header of a GGUF file: self.meta {key: number, bool, string or a list of them}, self.entries {name: Entry}.
+
+    Format, little-endian: "GGUF", u32 version, u64 number of tensors, u64 number of metadata, these (key, u32 type,
+    value), the tensors (name, u32 rank, u64 sizes, last axis first, u32 type, u64 offset), then, aligned, the data.
+    A string is its u64 length and UTF-8, an array u32 type, u64 count, values."""
+
+    def __init__(self, path, size, read):
+        """read(path, what, count, offset) gives bytes of the file, which has `size` of them."""
+        self.path, self.size, self.read, self.raw, self.at = path, size, read, bytearray(), 0
+        at = self.take(4, "magic")
+        magic, version = bytes(self.raw[at:self.at]), self.number("I", "version")
+        if magic != b"GGUF" or version not in (2, 3):
+            big = magic == b"GGUF" and version in (2 << 24, 3 << 24)
+            self.fail("magic and version", "GGUF, 2 or 3", "a big-endian file" if big else f"{magic!r}, {version}")
+        tensors, metadata = [self.count(f"number of {what}", MAX_RECORDS) for what in ("tensors", "metadata")]
+        self.meta, self.entries = {}, {}
+        for i in range(metadata):
+            key = self.text(f"key {i}")
+            if key in self.meta:
+                self.fail(f"metadata {key} stands twice")
+            self.meta[key] = self.value(f"metadata {key}", self.number("I", key))
+        found = [self.tensor(i) for i in range(tensors)]
+        self.place(found)
+        del self.raw
+
+    def fail(self, what, wanted=None, found=None):
+        fail(self.path, f"GGUF header: {what}", wanted, found)
+
+    def take(self, n, what):
+        """Where the next n bytes start in self.raw, which holds them then."""
+        at, self.at = self.at, self.at + n
+        if self.at > len(self.raw):
+            if self.at > min(self.size, MAX_HEADER):
+                self.fail(f"{what} leads beyond the {'file' if self.at > self.size else 'largest header'}",
+                          f"at most {min(self.size, MAX_HEADER)} bytes", self.at)
+            more = min(max(self.at - len(self.raw), 1 << 20), self.size - len(self.raw))
+            self.raw += self.read(self.path, "GGUF header", more, len(self.raw))
+        return at
+
+    def number(self, code, what):
+        return struct.unpack_from("<" + code, self.raw, self.take(struct.calcsize("<" + code), what))[0]
+
+    def count(self, what, most):
+        n = self.number("Q", what)
+        return n if n <= most else self.fail(what, f"at most {most}", n)
+
+    def text(self, what):
+        n = self.number("Q", what)
+        at = self.take(n, what)
+        try:
+            return self.raw[at:at + n].decode()
+        except UnicodeDecodeError:
+            self.fail(f"{what} is not UTF-8", found=one_line(repr(bytes(self.raw[at:at + n])), 200))
+
+    def value(self, what, kind):
+        """A value of metadata. A float32 becomes the shortest decimal number that it stands for, as 1e-6 in JSON."""
+        if kind == GGUF_STRING:
+            return self.text(what)
+        if kind in GGUF_SCALARS:
+            x, = self.numbers(what, kind, 1)
+            return float(str(np.float32(x))) if GGUF_SCALARS[kind] == "f" else x
+        if kind != GGUF_ARRAY:
+            self.fail(f"{what}: type", "0 to 12", kind)
+        kind, count = self.number("I", what), self.count(f"{what}: items", MAX_ITEMS)
+        if kind == GGUF_STRING:
+            return [self.text(what) for _ in range(count)]
+        return self.numbers(what, kind, count) if kind in GGUF_SCALARS else self.fail(
+            f"{what}: type of items", "numbers or strings", kind)
+
+    def numbers(self, what, kind, count):
+        code = GGUF_SCALARS[kind]
+        at = self.take(struct.calcsize("<" + code) * count, what)
+        return list(struct.unpack_from(f"<{count}{code}", self.raw, at))
+
+    def tensor(self, i):
+        """(name, shape, type number, offset in the data) of tensor number i."""
+        name = self.text(f"name of tensor {i}")
+        rank = self.number("I", name)
+        if not 1 <= rank <= 4:
+            self.fail(f"{name}: rank", "1 to 4", rank)
+        shape = tuple(self.number("Q", name) for _ in range(rank))[::-1]
+        return name, shape, self.number("I", name), self.number("Q", name)
+
+    def place(self, found):
+        """Sets self.entries. The tensors follow each other, each aligned (llama.cpp refuses all else, too)."""
+        step = self.meta.get("general.alignment", 32)
+        if type(step) is not int or not 1 <= step <= 1 << 20 or step & (step - 1):
+            self.fail("general.alignment", "a power of two", one_line(repr(step), 200))
+        base, at = align(self.at, step), 0
+        for name, shape, kind, offset in found:
+            dtype = type_name(kind) or self.fail(f"{name}: type", "a known one", kind)
+            block, size = block_size(dtype)
+            if 0 in shape or shape[-1] % block:
+                self.fail(f"{name}: shape", f"no empty axis, whole blocks of {block}", list(shape))
+            if offset != at:
+                self.fail(f"{name}: offset overlaps another tensor or leaves a hole", at, offset)
+            if name in self.entries:
+                self.fail(f"tensor {name} stands twice")
+            end = at + math.prod(shape) // block * size
+            if base + end > self.size:
+                fail(self.path, f"GGUF file is cut short, {name}", f"{base + end} bytes", f"{self.size} bytes")
+            self.entries[name] = Entry(self.path, dtype, shape, base + at, base + end)
+            at = align(end, step)
+
+
+def gguf_parts(path):
+    """The files of the set that a GGUF file belongs to, in order: model-00001-of-00003.gguf and so on, or itself alone."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.DOTALL)
+    if not match or match[3] == "00001":
+        return [path]
+    stem, number, count = match[1], int(match[2]), int(match[3])
+    if not 1 <= number <= count:
+        fail(path, "number of the part of a GGUF file", f"1 to {count}", number)
+    names = (f"{stem}-{i + 1:05}-of-{count:05}.gguf" for i in range(count))
+    return [inside(path.parent, name) or fail(path, f"part {name} of the GGUF file is missing") for name in names]
+
+
+class GGUFTensors(Files):
+    """The tensors of a GGUF file, or of all its parts, under their own names; self.meta, the metadata of the first."""
+
+    def __init__(self, paths):
+        super().__init__(paths)
+        headers = [GGUFHeader(path, os.fstat(f.fileno()).st_size, self._read) for path, f in self.files.items()]
+        total = sum(len(header.entries) for header in headers)
+        self.path, self.meta = paths[0], headers[0].meta
+        for i, header in enumerate(headers):
+            for key, wanted, default in (("count", len(paths), 1), ("no", i, 0), ("tensors.count", total, total)):
+                found = header.meta.get("split." + key, default if len(paths) == 1 else None)
+                if found != wanted:
+                    fail(header.path, f"GGUF metadata: split.{key} of part {i + 1} of {len(paths)}", wanted, found)
+            self._add(header.path, header.entries)
+
+    def check_type(self, name):
+        """Refuses what rows() cannot read."""
+        entry = self.entries[name]
+        if entry.dtype not in self.DTYPES and not can_dequantize(entry.dtype):
+            fail(entry.file, f"{name}: type", "a float or quantized one that the gguf package decodes", entry.dtype)
+
+    def row_bytes(self, entry):
+        block, size = block_size(entry.dtype)
+        return entry.shape[-1] // block * size
+
+    def decode(self, entry, raw):
+        return super().decode(entry, raw) if entry.dtype in self.DTYPES else dequantize(raw, entry.dtype)
+
+    def rows(self, name, first, count):
+        """As of any file, times the scale in a tensor beside it: one number, or one for each expert (NVFP4 has such)."""
+        x, scale = super().rows(name, first, count), name.removesuffix("weight") + "scale"
+        if scale not in self.entries or scale == name:
+            return x
+        scales = super().rows(scale, 0, 1)[0]
+        shape = self.entries[name].shape
+        if len(scales) not in (1, shape[0]):
+            fail(self.where(name), f"{scale}: numbers", f"1 or {shape[0]}", len(scales))
+        each = math.prod(shape[:-1]) // len(scales)         # rows
+        with np.errstate(over="ignore"):
+            return self._finite(name, x * scales[(first + np.arange(count)) // each, None])
+
+
+# Names of llama.cpp's converter (conversion/qwen.py) -> names of Hugging Face's checkpoints.
+GGUF_MODEL = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+              "output.weight": "lm_head.weight"}
+GGUF_MTP = {"nextn.eh_proj.weight": "mtp.fc.weight", "nextn.enorm.weight": "mtp.pre_fc_norm_embedding.weight",
+            "nextn.hnorm.weight": "mtp.pre_fc_norm_hidden.weight", "nextn.shared_head_norm.weight": "mtp.norm.weight"}
+GGUF_BLOCK = {
+    "attn_norm.weight": "input_layernorm.weight", "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "attn_q_norm.weight": "self_attn.q_norm.weight", "attn_k_norm.weight": "self_attn.k_norm.weight",
+    **{f"attn_{ours}.{part}": f"self_attn.{theirs}_proj.{part}" for part in ("weight", "bias")
+       for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o"))},
+    "ssm_in.weight": "linear_attn.in_proj_qkvz.weight", "ssm_ba.weight": "linear_attn.in_proj_ba.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight", "ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_norm.weight": "linear_attn.norm.weight", "ssm_out.weight": "linear_attn.out_proj.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight", "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
+    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj", "ffn_down_exps.weight": "mlp.experts.down_proj",
+    **{f"ffn_{x}_shexp.weight": f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}}
+# Keys of config.json -> keys of the metadata, behind "qwen3next.".
+GGUF_CONFIG = dict(
+    hidden_size="embedding_length", intermediate_size="feed_forward_length", max_position_embeddings="context_length",
+    num_attention_heads="attention.head_count", num_key_value_heads="attention.head_count_kv",
+    head_dim="attention.key_length", rms_norm_eps="attention.layer_norm_rms_epsilon", num_experts="expert_count",
+    num_experts_per_tok="expert_used_count", moe_intermediate_size="expert_feed_forward_length",
+    shared_expert_intermediate_size="expert_shared_feed_forward_length", linear_conv_kernel_dim="ssm.conv_kernel",
+    linear_key_head_dim="ssm.state_size", linear_num_key_heads="ssm.group_count",
+    linear_num_value_heads="ssm.time_step_rank")
+# What the model's mathematics are for; a file that says otherwise is refused.
+GGUF_FIXED = {"attention.causal": (True,), "expert_gating_func": (1,), "expert_weights_scale": (0, 1),
+              "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_ext_factor": (1,),
+              "rope.scaling.yarn_log_multiplier": (0,)}
+
+View = namedtuple("View", "shape rows undo")                # of a tensor made of Rows of others; undo(x, where) -> x
+
+
+def as_stored(x, where):
+    return x
+
+
+def minus_one(x, where):
+    """A norm's 1 + w -> w."""
+    return x - np.float32(1)
+
+
+def decay_log(x, where):
+    """-exp(A_log) -> A_log. The released ones are bf16: where one of those explains the number, it is that."""
+    if not (x < 0).all():
+        fail(where, "-exp(A_log)", "negative numbers", x.max())
+    exact = np.log(-x.astype(np.float64))
+    near = from_bf16(to_bf16(exact)).astype(np.float64)
+    explained = np.abs(np.exp(near) + x) <= np.spacing(np.abs(x))
+    return np.where(explained, near, exact).astype(np.float32)
+
+
+class GGUF:
+    """A GGUF file as a source: Hugging Face's names and values, llama.cpp's transformations of both undone; self.config,
+    the Config that the metadata tell."""
+
+    def __init__(self, path):
+        self.stored = GGUFTensors(gguf_parts(path))
+        self.path, self.meta, self.entries = self.stored.path, self.stored.meta, self.stored.entries
+        for key, wanted in (("general.type", "model"), ("general.architecture", "qwen3next")):
+            if self.meta.get(key, "model") != wanted:
+                self._fail(key, wanted, self.meta.get(key))
+        self.meta.setdefault("qwen3next.nextn_predict_layers", 0)
+        self.mtp = self._integer("nextn_predict_layers", 0, 1)
+        self.layers = self._integer("block_count", 1 + self.mtp, 1 << 12) - self.mtp
+        self.config = Config(self.path, self._config())
+        self.views, self.used = {}, set()
+        for name, to in GGUF_MODEL.items():
+            self._map(name, to)
+        for i in range(self.layers):
+            self._block(f"blk.{i}.", f"model.layers.{i}.")
+        if self.mtp:
+            block = f"blk.{self.layers}."
+            self._block(block, "mtp.layers.0.")
+            for name, to in GGUF_MTP.items():
+                self._map(block + name, to)
+        scales = {name.removesuffix("weight") + x for name in self.used for x in ("scale", "input_scale")}
+        for name in self.entries.keys() - self.used - scales:   # to be refused by its own name
+            self._view(f"GGUF tensor {name}", self.entries[name].shape, [Rows(name, 0, 1)])
+
+    def _fail(self, key, wanted, found):
+        fail(self.path, f"GGUF metadata: {key}", wanted, one_line(repr(found), 200))
+
+    def _get(self, key):
+        """A value of metadata that has to be there."""
+        value = self.meta.get("qwen3next." + key)
+        return self._fail("qwen3next." + key, "a value", None) if value is None else value
+
+    def _integer(self, key, low, high):
+        return checked(self.path, f"GGUF metadata: qwen3next.{key}", self._get(key), int, low, high)
+
+    def _config(self):
+        """What config.json would hold. Of which kind a layer is, and whether there are biases and a head, tell the
+        tensors: older files have no keys for it."""
+        for key, wanted in GGUF_FIXED.items():
+            if self.meta.get("qwen3next." + key, wanted[0]) not in wanted:
+                self._fail("qwen3next." + key, " or ".join(map(str, wanted)), self._get(key))
+        config = {key: self._get(name) for key, name in GGUF_CONFIG.items()}
+        heads, inner = self._integer("ssm.time_step_rank", 1, 1 << 10), self._integer("ssm.inner_size", 1, 1 << 22)
+        if inner % heads:
+            self._fail("qwen3next.ssm.inner_size", f"a multiple of ssm.time_step_rank ({heads})", inner)
+        if self.meta.get("qwen3next.attention.value_length", config["head_dim"]) != config["head_dim"]:
+            self._fail("qwen3next.attention.value_length", config["head_dim"], self._get("attention.value_length"))
+        if "token_embd.weight" not in self.entries:
+            fail(self.path, "GGUF tensors: token_embd.weight is missing")
+        linear = {name.split(".")[1] for name in self.entries if re.match(r"blk\.\d+\.ssm_", name)}
+        stops = [self.meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+        config.update(
+            model_type="qwen3_next", vocab_size=self.entries["token_embd.weight"].shape[0],
+            num_hidden_layers=self.layers, linear_value_head_dim=inner // heads, rope_parameters=self._rope(),
+            layer_types=["linear_attention" if str(i) in linear else "full_attention" for i in range(self.layers)],
+            attention_bias=any(re.fullmatch(r"blk\.\d+\.attn_(q|qkv|output)\.bias", name) for name in self.entries),
+            norm_topk_prob=self.meta.get("qwen3next.expert_weights_norm", True),
+            tie_word_embeddings="output.weight" not in self.entries,
+            eos_token_id=[token for token in stops if token is not None])
+        return config
+
+    def _rope(self):
+        """config.json's rope_parameters. llama.cpp's converter writes what it finds in those."""
+        head = self._integer("attention.key_length", 1, 1 << 12)
+        rotary, kind = self._integer("rope.dimension_count", 1, head), self.meta.get("qwen3next.rope.scaling.type", "none")
+        if kind not in ("none", "linear", "yarn"):
+            self._fail("qwen3next.rope.scaling.type", "none, linear or yarn", kind)
+        rope = dict(rope_type="default" if kind == "none" else kind, rope_theta=self._get("rope.freq_base"),
+                    partial_rotary_factor=min(1.0, (rotary + 0.5) / head))     # whose product is rounded down
+        keys = dict(factor="factor", original_max_position_embeddings="original_context_length",
+                    attention_factor="yarn_attn_factor", beta_fast="yarn_beta_fast", beta_slow="yarn_beta_slow")
+        found = {key: self.meta.get("qwen3next.rope.scaling." + name) for key, name in keys.items()}
+        return {**rope, **{key: value for key, value in found.items() if value is not None and kind != "none"}}
+
+    def _map(self, name, to):
+        """The tensor `to` of Hugging Face's is tensor `name`, with its transformation undone."""
+        if name not in self.entries:
+            return
+        last = re.sub(r"blk\.\d+\.", "", name)
+        rank = 3 if "_exps." in last else 1 if last.endswith(("norm.weight", ".bias", "ssm_a")) else 2
+        shape = self.entries[name].shape
+        rows, shape = math.prod(shape[:-1]), (1,) * (rank - len(shape)) + shape     # llama.cpp drops leading 1s
+        if last == "ssm_conv1d.weight":
+            shape = shape[0], 1, *shape[1:]
+        norm = last.endswith("norm.weight") and last != "ssm_norm.weight"
+        self._view(to, shape, [Rows(name, 0, rows)], minus_one if norm else decay_log if last == "ssm_a" else as_stored)
+
+    def _view(self, to, shape, rows, undo=as_stored):
+        if to not in self.views:                            # else it stays unread, which is an error
+            self.views[to] = View(tuple(shape), rows, undo)
+            self.used.update(row.name for row in rows)
+
+    def _block(self, block, to):
+        """Maps the tensors of a block to those of a layer."""
+        c, D = self.config, self.config.hidden_size
+        for name, theirs in GGUF_BLOCK.items():
+            self._map(block + name, to + theirs)
+        gate, up = block + "ffn_gate_exps.weight", block + "ffn_up_exps.weight"
+        if self._are(gate, up):
+            shape = E, I, _ = c.num_experts, c.moe_intermediate_size, D
+            self._check(shape, gate, up)
+            self._view(to + "mlp.experts.gate_up_proj", (E, 2 * I, D),
+                       [Rows(name, e * I, I) for e in range(E) for name in (gate, up)])
+        qkv, z, bias = block + "attn_qkv.weight", block + "attn_gate.weight", block + "attn_qkv.bias"
+        if self._are(qkv, z):
+            Kd, Vd, nk, dk = c.key_dim, c.value_dim, c.linear_num_key_heads, c.linear_key_head_dim
+            self._check((2 * Kd + Vd, D), qkv)
+            self._check((Vd, D), z)
+            self._view(to + "linear_attn.in_proj_qkvz.weight", (2 * Kd + 2 * Vd, D), [
+                row for g in range(nk) for row in (
+                    Rows(qkv, g * dk, dk), Rows(qkv, Kd + g * dk, dk), Rows(qkv, 2 * Kd + g * (Vd // nk), Vd // nk),
+                    Rows(z, g * (Vd // nk), Vd // nk))])
+        elif self._are(qkv) and not self._are(block + "ssm_a"):  # the converter's --fuse-qkv
+            Qd, Gd = 2 * c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            self._check((Qd + 2 * Gd, D), qkv)
+            for x, first, n in (("q", 0, Qd), ("k", Qd, Gd), ("v", Qd + Gd, Gd)):
+                self._view(f"{to}self_attn.{x}_proj.weight", (n, D), [Rows(qkv, first, n)])
+                if self._are(bias):
+                    self._check((Qd + 2 * Gd,), bias)
+                    self._view(f"{to}self_attn.{x}_proj.bias", (n,), [Rows(bias, 0, 1)],
+                               lambda x, where, part=slice(first, first + n): x[:, part])
+
+    def _are(self, *names):
+        return all(name in self.entries for name in names)
+
+    def _check(self, shape, *names):
+        """The tensors have the shape."""
+        for name in names:
+            if self.entries[name].shape != shape:
+                fail(self.entries[name].file, f"{name}: shape", list(shape), list(self.entries[name].shape))
+
+    def names(self):
+        return self.views.keys()
+
+    def shape(self, name):
+        return self.views[name].shape
+
+    def where(self, name):
+        return self.entries[self.views[name].rows[0].name].file
+
+    def check_type(self, name):
+        for stored in {row.name for row in self.views[name].rows}:
+            self.stored.check_type(stored)
+
+    def rows(self, name, first, count):
+        view = self.views[name]
+        where = f"{self.where(name)}: {view.rows[0].name}"
+        return view.undo(read_rows(self.stored, view.rows, first, count), where)
+
+    def generation(self):
+        """What generation_config.json would hold, None if the file says nothing about it. It had do_sample: the
+        converter takes the numbers from there."""
+        keys = dict(temperature="temp", top_p="top_p", top_k="top_k", min_p="min_p", repetition_penalty="penalty_repeat")
+        found = {key: self.meta.get("general.sampling." + name) for key, name in keys.items()}
+        found = {key: value for key, value in found.items() if value is not None}
+        return dict(found, do_sample=True) if found else None
+
+    def template(self):
+        """(template, its variables), as of find_template."""
+        tokens, variables = self.meta.get("tokenizer.ggml.tokens") or [], {}
+        names = dict(bos="bos_token", eos="eos_token", padding="pad_token", unknown="unk_token")
+        for name, variable in names.items():
+            token = self.meta.get(f"tokenizer.ggml.{name}_token_id")
+            if type(token) is int and 0 <= token < len(tokens):
+                variables[variable] = tokens[token]
+        return self.meta.get("tokenizer.chat_template"), variables
+
+    def tokenizer(self):
+        """The TokenizerFile that the metadata tell, None if they do not."""
+        get = lambda key, kind: checked(self.path, f"GGUF metadata: tokenizer.ggml.{key}",
+                                        self.meta.get("tokenizer.ggml." + key), kind)
+        if self.meta.get("tokenizer.ggml.model", "none") == "none":
+            return None
+        if get("model", str) != "gpt2":
+            self._fail("tokenizer.ggml.model", "gpt2", get("model", str))
+        pattern = GGUF_PATTERNS.get(get("pre", str), None)
+        if pattern is None:
+            self._fail("tokenizer.ggml.pre", " or ".join(GGUF_PATTERNS), get("pre", str))
+        tokens, kinds = get("tokens", list), get("token_type", list)
+        if len(tokens) != len(kinds):
+            self._fail("tokenizer.ggml.token_type", f"{len(tokens)} items", len(kinds))
+        vocab, added = {}, []
+        for i, (text, kind) in enumerate(zip(tokens, kinds)):
+            if kind == UNUSED:
+                continue
+            if kind not in (NORMAL, CONTROL, USER_DEFINED) or not isinstance(text, str):
+                self._fail(f"tokenizer.ggml: token {i}", "normal, control or user-defined text", (text, kind))
+            if vocab.setdefault(text, i) != i:
+                self._fail(f"tokenizer.ggml: token {i}", f"another text than token {vocab[text]}", text)
+            if kind != NORMAL:
+                added.append(dict(id=i, content=text, special=kind == CONTROL and text not in QWEN_TEXT))
+        steps = [dict(type="Split", pattern=dict(Regex=SPLIT_PATTERNS[pattern]), behavior="Isolated", invert=False),
+                 dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]
+        return TokenizerFile(self.path, dict(
+            model=dict(type="BPE", vocab=vocab, merges=get("merges", list)), added_tokens=added,
+            normalizer=dict(type="NFC"), pre_tokenizer=dict(type="Sequence", pretokenizers=steps)))
+
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5          # types of tokens; unused ones fill up the vocabulary
+GGUF_PATTERNS = dict(qwen2=0, qwen35=1)                     # tokenizer.ggml.pre -> number in SPLIT_PATTERNS; both imply NFC
+# Added tokens that are not special in Qwen's tokenizers. The converter calls all control tokens that look like one.
+QWEN_TEXT = {f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")}
+
+
+def find_gguf(path):
+    """The GGUF file that a path of the command line means: itself, or the (first) one in a directory of one model in
+    this format only. Else None."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    if not files:
+        return None
+    first = inside(path, files[0].name)
+    if len(files) != len(gguf_parts(first)):
+        fail(path, "GGUF files", "one model", f"{len(files)} files, {files[0].name} among them")
+    return first
 
 
 # ---- 3. Config ---------------------------------------------------------------------------------------------------
@@ -448,8 +943,9 @@ class Config:
     """config.json checked, with transformers' defaults: c.hidden_size and so on, c.layers, c.sparse, c.rope, c.head,
     c.labels, c.pad (the id of padding, None if there is none), c.fused (whether q k v z and b a are one matrix each)."""
 
-    def __init__(self, path):
-        self.path, whole = path, read_json(path)
+    def __init__(self, path, found=None):
+        """found: what the file holds, where it is not read from there (GGUF)."""
+        self.path, whole = path, read_json(path) if found is None else found
         self.json = self._text_part(whole)
         defaults, fixed = FAMILIES[self.model_type]
         for key, value in {**DEFAULTS, **defaults}.items():
@@ -1122,18 +1618,18 @@ def sampling_meta(path, found):
             "sampling.presence_penalty": get("presence_penalty", 0, -100, 100)}
 
 
-def source_meta(config, directory, tokenizer):
-    """Metadata from the files beside the weights. tokenizer: a TokenizerFile or None."""
-    meta, stops, path = {}, [], inside(directory, "generation_config.json")
-    if path:
-        found = read_json(path)
-        meta, stops = sampling_meta(path, found), stop_ids(path, found, config.vocab_size)
+def source_meta(config, tokenizer, path, generation, template, where):
+    """Metadata from what is beside the weights. tokenizer: a TokenizerFile or None; generation: the object of
+    generation_config.json at path, or None; template: a function for (chat template, its variables) of `where`."""
+    meta, stops = {}, []
+    if generation is not None:
+        meta, stops = sampling_meta(path, generation), stop_ids(path, generation, config.vocab_size)
     stops += stop_ids(config.path, config.json, config.vocab_size)
     if tokenizer:
         stops += [tokenizer.added[text] for text in ("<|im_end|>", "<|endoftext|>") if text in tokenizer.added]
         meta.update(tokenizer_hash=signed64(tokenizer.hash), tokenizer_size=tokenizer.n_tokens)
     meta["stop_ids"] = distinct(config.path, stops)
-    return {**meta, **chat_meta(directory)}
+    return {**meta, **chat_meta(where, template)}
 
 
 # ---- 6. The file -------------------------------------------------------------------------------------------------
@@ -1634,8 +2130,9 @@ def item(value, *path):
 class TokenizerFile:
     """tokenizer.json -> the bytes of tokenizer.bin: self.data, self.hash, self.n_tokens, self.added {text: id}."""
 
-    def __init__(self, path):
-        self.path, self.json = path, read_json(path)
+    def __init__(self, path, found=None):
+        """found: what the file holds, where it is not read from there (GGUF)."""
+        self.path, self.json = path, read_json(path) if found is None else found
         self.model = checked(path, "model", self.json.get("model"), dict)
         self.vocab = checked(path, "model vocab", self.model.get("vocab"), dict)
         self.pattern, self.nfc = self._known_kind()
@@ -2003,14 +2500,15 @@ def ask_template(template, variables):
     return reply["chat"]
 
 
-def chat_meta(directory):
-    """chat.* metadata of a checkpoint; none, after a warning, when its template is not made of such pieces."""
+def chat_meta(where, template):
+    """chat.* metadata of a checkpoint, whose template() gives (template, variables); none, after a warning, when it is not
+    made of such pieces."""
     try:
-        template, variables = find_template(directory)
+        template, variables = template()
         chat = ask_template(template, variables) if template else {}
         return {"chat." + key: value for key, value in chat.items()}
     except Exception as e:                                  # or its file is not what it should be
-        say(f"{directory}: warning: no chat in the exported model, its template cannot be taken to pieces: {e}")
+        say(f"{where}: warning: no chat in the exported model, its template cannot be taken to pieces: {e}")
         return {}
 
 
@@ -2038,15 +2536,32 @@ def is_tied(config, source):
             and same_tensor(source, *names))
 
 
+def open_model(path):
+    """SOURCE -> (source of tensors, Config, function for its TokenizerFile or None, the same for its other metadata)."""
+    if find_gguf(path):
+        source = open_source(path)
+        beside = lambda: (source.path, source.generation(), source.template, source.path)
+        return source, source.config, source.tokenizer, beside
+    if not path.is_dir():
+        fail(path, "SOURCE", "a GGUF file, or a directory with config.json and *.safetensors",
+             "another file" if os.path.exists(path) else "nothing")
+
+    def tokenizer():
+        file = inside(path, "tokenizer.json")
+        return TokenizerFile(file) if file else None
+
+    def beside():
+        file = inside(path, "generation_config.json")
+        return file, read_json(file) if file else None, functools.partial(find_template, path), path
+
+    config = Config(inside(path, "config.json") or path / "config.json")
+    return open_source(path), config, tokenizer, beside
+
+
 def export_model(args):
     """SOURCE -> model.bin, and tokenizer.bin beside it."""
-    directory = Path(args.source)
-    if not directory.is_dir():
-        what = "GGUF sources are not supported yet" if directory.suffix == ".gguf" else "SOURCE"
-        fail(directory, what, "a directory with config.json and *.safetensors",
-             "a file" if os.path.exists(directory) else "nothing")
-    config = Config(inside(directory, "config.json") or directory / "config.json")
-    source = open_source(directory)
+    path = Path(args.source)
+    source, config, tokenizer, beside = open_model(path)
     if args.mtp:
         extra = open_source(args.mtp)
         if not any(name.startswith("mtp.") for name in extra.names()):
@@ -2055,14 +2570,13 @@ def export_model(args):
     names = source.names()
     packed = {name for name in names if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
     mtp = config.head == "causal_lm" and any(name.startswith("mtp.") for name in names)
-    plan = Plan(config, mtp, is_tied(config, source), packed, source, directory)
+    plan = Plan(config, mtp, is_tied(config, source), packed, source, path)
     plan.refuse_others()
-    tokenizer_json = inside(directory, "tokenizer.json")
-    tokenizer = TokenizerFile(tokenizer_json) if tokenizer_json else None
+    tokenizer = tokenizer()
     if tokenizer and tokenizer.n_tokens > config.vocab_size:
-        fail(tokenizer_json, "tokens", f"at most vocab_size {config.vocab_size}", tokenizer.n_tokens)
+        fail(tokenizer.path, "tokens", f"at most vocab_size {config.vocab_size}", tokenizer.n_tokens)
     tensors = typed(plan.tensors, args.type, functools.partial(small_type, source))
-    meta = {**config_meta(config, args.type, tensors), **source_meta(config, directory, tokenizer)}
+    meta = {**config_meta(config, args.type, tensors), **source_meta(config, tokenizer, *beside())}
     make = functools.partial(encode_chunk, source)
     check = functools.partial(check_model, args.out, source, tensors, args.threads) if args.check else None
     print_errors(write_model(args.out, meta, tensors, make, args.threads, check))
@@ -2084,7 +2598,7 @@ def export_random(args):
 def arguments(argv):
     parser = argparse.ArgumentParser(
         prog="export.py", description="Make the flat checkpoint and the tokenizer that qwen3next runs.")
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="directory of a Hugging Face checkpoint, or GGUF file")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to export instead")
     parser.add_argument("--random", metavar="FILE", help="config.json to draw synthetic weights for instead")
     parser.add_argument("-o", dest="out", metavar="FILE", required=True, type=Path, help="file to write")
@@ -2115,7 +2629,8 @@ def refuse_output_among_inputs(args):
         if given is None or not os.path.exists(out):
             continue
         path = Path(given)
-        read = [path, *path.iterdir()] if path.is_dir() else [path]
+        parts = path.parent.glob("*.gguf") if path.suffix == ".gguf" else ()
+        read = [path, *(path.iterdir() if path.is_dir() else parts)]
         if any(os.path.exists(p) and p.samefile(out) for p in read if p.suffix != ".bin"):
             fail(out, "the output is one of the files being read", "a new name", out)
 

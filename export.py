@@ -822,7 +822,9 @@ class GGUF:
         return self.views[name].shape
 
     def where(self, name):
-        return self.entries[self.views[name].rows[0].name].file
+        """The file and, where that is another, the name in it."""
+        stored = self.views[name].rows[0].name
+        return f"{self.entries[stored].file}" + ("" if name.endswith(stored) else f": {stored}")
 
     def check_type(self, name):
         for stored in {row.name for row in self.views[name].rows}:
@@ -830,8 +832,7 @@ class GGUF:
 
     def rows(self, name, first, count):
         view = self.views[name]
-        where = f"{self.where(name)}: {view.rows[0].name}"
-        return view.undo(read_rows(self.stored, view.rows, first, count), where)
+        return view.undo(read_rows(self.stored, view.rows, first, count), self.where(name))
 
     def generation(self):
         """What generation_config.json would hold, None if the file says nothing about it. It had do_sample: the

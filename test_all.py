@@ -23,6 +23,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    15 saved      conversations go on in another process; bad files are refused
    16 disk       with experts from disk: the same bits, and no more is read than is missing
    17 plots      of the numbers that the engine printed; the same bytes every time
+   17a gguf      files as llama.cpp's converter writes them
    18 fuzzing    seeds for `make fuzz`; what it found; faults at every request, signal and write
    19 heads      classify, tag, answer: labels, spans and scores equal transformers'
    20 siblings   Qwen3.5 and 3.6, dense and of experts: logits, drafts, tokenizer, template
@@ -64,6 +65,7 @@ from xml.etree import ElementTree
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -4333,6 +4335,404 @@ def test_plots_of_what_is_not_there(tmp_path):
         assert problem is None and not list(drawn.iterdir()), (what, problem)
     problem = complaint([*script, "measure", model_of_large_experts(), "-o", table], FAILED, ["measured.tsv: "])
     assert problem is None and table.read_bytes() == content, problem
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 17a GGUF: files as llama.cpp's converter writes them
+# ----------------------------------------------------------------------------------------------------------------
+
+GGML = gguf.GGMLQuantizationType
+NEXTN = {"mtp.fc.weight": "eh_proj", "mtp.pre_fc_norm_embedding.weight": "enorm", "mtp.pre_fc_norm_hidden.weight": "hnorm",
+         "mtp.norm.weight": "shared_head_norm"}
+
+
+def llama_tensors(model, mtp={}, legacy=False):
+    """What llama.cpp's converter makes of a model (and of mtp.* tensors): name -> float32 array. Its transformations: 1
+    added to all norms but the gated one, -exp(A_log), the convolution without its middle axis, experts stacked, q k v and z
+    of all key heads behind each other. Older (legacy) files have q k v z as they were."""
+    c, n = model.config, model.config.num_hidden_layers
+    names, tensors, stacks = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3NEXT, n + 1), {}, {}
+    source = {**per_expert(model), **mtp}
+    for name, tensor in source.items():
+        x = tensor.float().numpy()
+        if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight") or "pre_fc_norm" in name:
+            x = x + np.float32(1)
+        if name in NEXTN:
+            tensors[f"blk.{n}.nextn.{NEXTN[name]}.weight"] = x
+            continue
+        name = name.replace("mtp.layers.0", f"model.layers.{n}").replace("dt_bias", "dt_proj.bias")
+        if expert := re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name):
+            stacks.setdefault(expert[1] + expert[3], {})[int(expert[2])] = x
+            continue
+        if name.endswith("A_log"):
+            x = -torch.exp(tensor.float()).numpy()
+        if name.endswith("conv1d.weight"):
+            x = x[:, 0]
+        if name.endswith("in_proj_qkvz.weight") and not legacy:
+            heads = x.reshape(c.linear_num_key_heads, -1, x.shape[1])
+            dk, dv = c.linear_key_head_dim, c.linear_value_head_dim * c.linear_num_value_heads // c.linear_num_key_heads
+            parts = [part.reshape(-1, x.shape[1]) for part in np.split(heads, np.cumsum([dk, dk, dv]), axis=1)]
+            block = name.replace("model.layers.", "blk.").partition(".linear_attn")[0]
+            tensors[block + ".attn_qkv.weight"], tensors[block + ".attn_gate.weight"] = np.concatenate(parts[:3]), parts[3]
+            continue
+        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = x
+    for name, experts in stacks.items():
+        tensors[names.get_name(name, try_suffixes=(".weight",))] = np.stack([experts[e] for e in range(len(experts))])
+    assert None not in tensors
+    return tensors
+
+
+def llama_meta(model, mtp=False):
+    """The converter's metadata of a model, without "qwen3next."."""
+    c, scaling = model.config, dict(model.config.rope_parameters)
+    meta = {
+        "block_count": c.num_hidden_layers + mtp, "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads, "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
+        "rope.freq_base": float(scaling["rope_theta"]), "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.dimension_count": int(c.head_dim * scaling["partial_rotary_factor"]), "expert_count": c.num_experts,
+        "expert_used_count": c.num_experts_per_tok, "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_feed_forward_length": c.shared_expert_intermediate_size, "ssm.conv_kernel": c.linear_conv_kernel_dim,
+        "ssm.state_size": c.linear_key_head_dim, "ssm.group_count": c.linear_num_key_heads,
+        "ssm.time_step_rank": c.linear_num_value_heads, "ssm.inner_size": c.linear_value_head_dim * c.linear_num_value_heads}
+    if mtp:
+        meta["nextn_predict_layers"] = 1
+    if scaling["rope_type"] != "default":
+        meta.update({"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": scaling["factor"]})
+    if scaling["rope_type"] == "yarn":
+        meta["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+    return meta
+
+
+def llama_tokenizer(tokenizer, vocab_size, template=None):
+    """The converter's metadata of a `tokenizers` object, a template and with_tokenizer's generation_config.json."""
+    added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items()}
+    text = lambda i: tokenizer.id_to_token(i)
+    kinds = [5 if text(i) is None else 1 if i not in added else
+             3 if added[i].special or re.fullmatch(r"<\|.*\|>", text(i)) else 4 for i in range(vocab_size)]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    ids = {name: tokenizer.token_to_id(token) for name, token in (("eos", "<|im_end|>"), ("padding", "<|endoftext|>"))}
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.tokens": [f"[PAD{i}]" if text(i) is None else text(i) for i in range(vocab_size)],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}, **({"tokenizer.chat_template": template} if template else {}),
+        "general.sampling.temp": 0.7, "general.sampling.top_p": 0.8, "general.sampling.top_k": 20}
+
+
+def as_type(name, x, kind):
+    """(type, bytes, values) of a float32 array stored as the converter stores it under --outtype kind: vectors, routers and
+    convolutions stay F32, rows that are not whole blocks become F16."""
+    if x.ndim == 1 or re.search(r"ffn_gate_inp|conv1d|(?<!ssm)_norm.weight", name):
+        kind = GGML.F32
+    if x.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = GGML.F16
+    raw = gguf.quants.quantize(x, kind)
+    return kind, raw, gguf.quants.dequantize(raw, kind)
+
+
+def write_gguf(path, tensors, meta, kind=GGML.F32, architecture="qwen3next", parts=None):
+    """A GGUF file of {name: float32, or (type, bytes)}; metadata of other keys than general.* and so on are the model's.
+    With parts each file has so many tensors. Returns the path of the (first) file."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts or 0)
+    for key, value in meta.items():
+        key = key if re.match("general|tokenizer|split", key) else f"{architecture}.{key}"
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, x in tensors.items():
+        stored, raw = x if isinstance(x, tuple) else as_type(name, x, kind)[:2]
+        writer.add_tensor(name, raw, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-*.gguf"))
+
+
+def import_gguf(source, *options):
+    """export.py on a file, in this process: the path of the result."""
+    folder = Path(tempfile.mkdtemp(dir=WORK))
+    (folder / "out").mkdir()
+    assert outcome(folder, source, "-o", folder / "out" / "model.bin", *options) == ""
+    return folder / "out" / "model.bin"
+
+
+GGUF_KINDS = ("plain", "head dims differ", "n_v = n_k", "n_v = 3 n_k", "tied", "attention_bias", "layer order", "rope", "yarn",
+              "linear rope", "conv 3, kv = heads", "odd sizes", "all linear", "all attention")
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_gguf_gives_the_bytes_of_hugging_face(kind, tmp_path):
+    """A bfloat16 model with MTP head and tokenizer, exported from both: the same file, whatever it is stored as."""
+    model = kind_model(kind, bf16=True)
+    mtp = {name: x.to(torch.bfloat16).contiguous() for name, x in mtp_tensors(model).items()}
+    source = save_packed(model, tmp_path / "hf", torch.bfloat16)
+    save_file({**load_file(source / MODEL), **mtp}, source / MODEL, {"format": "pt"})
+    meta, vocab_size = llama_meta(model, mtp=True), model.config.vocab_size
+    if vocab_size > 340:
+        with_tokenizer(source, small_tokenizer()[1], TEMPLATES["trimmed"] if kind == "plain" else None)
+        meta.update(llama_tokenizer(small_tokenizer()[1], vocab_size, TEMPLATES["trimmed"] if kind == "plain" else None))
+    tensors = llama_tensors(model, mtp, legacy=kind in ("n_v = n_k", "rope"))
+    file = write_gguf(tmp_path / "model.gguf", tensors, meta, GGML.BF16 if kind != "tied" else GGML.F32)
+    for weights in ("f32", "bf16", "q4") if kind in ("plain", "odd sizes") else ("f32",):
+        ours, theirs = import_gguf(file, "--type", weights, "--check"), import_gguf(source, "--type", weights)
+        assert ours.read_bytes() == theirs.read_bytes()
+        tokenizer = ours.with_name("tokenizer.bin")
+        assert tokenizer.exists() == (vocab_size > 340) and (
+            not tokenizer.exists() or tokenizer.read_bytes() == theirs.with_name("tokenizer.bin").read_bytes())
+    assert read_checkpoint(ours).scalar("has_mtp") == 1 and bool(chat_pieces(ours)) == (kind == "plain")
+
+
+@pytest.mark.parametrize("kind", [GGML.F32, GGML.F16, GGML.BF16, GGML.Q8_0, GGML.Q4_0, GGML.Q4_1, GGML.Q5_0, GGML.Q5_1, GGML.MXFP4,
+                                  GGML.TQ1_0, GGML.TQ2_0], ids=lambda kind: kind.name)
+def test_gguf_logits_equal_transformers(kind, tmp_path, report):
+    """transformers computes with the values that the file stands for."""
+    for seed in itertools.count():
+        model = random_model(seed, vocab_size=320, hidden_size=256, num_hidden_layers=2, layer_types=[LINEAR, FULL], num_experts=8,
+                             num_experts_per_tok=2, shared_expert_intermediate_size=64)
+        tensors = llama_tensors(model)
+        for name, weight in model.named_parameters():       # blocks lie along rows, which only change places
+            if weight.ndim > 1 and not name.endswith(("gate.weight", "conv1d.weight")):
+                weight.copy_(torch.from_numpy(as_type(name, weight.numpy(), kind)[2]))
+        if router_margin(model, random_ids(65, 300)) > 1e-4:
+            break
+    file = write_gguf(tmp_path / "model.gguf", tensors, llama_meta(model), kind)
+    ids = random_ids(65, 300)
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    error = logits_error(engine_logits(import_gguf(file, "--type", "f32", "--check"), ids), reference)
+    report(f"{kind.name}: error {error:.1e} of the standard deviation")
+    assert error < TOLERANCE
+
+
+QUANTIZED_TYPES = [kind for kind, (block, _) in gguf.GGML_QUANT_SIZES.items() if block > 1 and kind.name not in ("Q8_1", "Q8_K", "Q1_0")]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES, ids=lambda kind: kind.name)
+def test_gguf_blocks_of_every_type(kind, tmp_path):
+    """Rows of random blocks, any part of them, are what the gguf package makes of all."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(kind.value).integers(0, 256, (4000, size), np.uint8)
+    with np.errstate(all="ignore"):
+        fine = np.abs(gguf.quants.dequantize(raw, kind)).max(1) < 1e30          # a scale may be NaN
+    raw = raw[fine][:3 * 17 * 2].reshape(3, 17, -1)
+    file = write_gguf(tmp_path / "x.gguf", {"x": (kind, raw)}, {})
+    source, whole = exporter().GGUFTensors([file]), gguf.quants.dequantize(raw.reshape(51, -1), kind)
+    assert source.shape("x") == (3, 17, 2 * block) and whole.std() > 0
+    source.check_type("x")
+    for first, count in ((0, 51), (0, 1), (50, 1), (16, 3), (7, 30)):
+        assert np.array_equal(source.rows("x", first, count), whole[first:first + count])
+
+
+@functools.cache
+def tiny_gguf():
+    """(tensors, metadata) of the model of tiny_source, with its tokenizer."""
+    source = stranger()
+    model = Qwen3NextForCausalLM.from_pretrained(source / "hf", dtype=torch.float32).eval()
+    return llama_tensors(model), {**llama_meta(model), **llama_tokenizer(small_tokenizer()[1], model.config.vocab_size)}
+
+
+def gguf_folder(tensors={}, meta={}, **options):
+    """A folder with room for the output in `out` and the tiny model in hf/model.gguf, some tensors and metadata changed; None
+    takes one away."""
+    folder = Path(tempfile.mkdtemp(dir=WORK))
+    (folder / "hf").mkdir()
+    (folder / "out").mkdir()
+    both = [{name: x for name, x in {**old, **new}.items() if x is not None} for old, new in zip(tiny_gguf(), (tensors, meta))]
+    write_gguf(folder / "hf" / "model.gguf", *both, **options)
+    return folder
+
+
+def test_gguf_layouts(tmp_path):
+    """q k v fused, gate and up of experts fused, leading axes of length 1 left out, float64, scales beside tensors: the same."""
+    tensors, meta = tiny_gguf()
+    source = gguf_folder()
+    plain = import_gguf(source / "hf" / "model.gguf", "--type", "f32").read_bytes()
+    take = lambda *names: {name: None for name in names}
+    qkv = [f"blk.1.attn_{x}.weight" for x in "qkv"]
+    experts = [f"blk.1.ffn_{x}_exps.weight" for x in ("gate", "up")]
+    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    layouts = [{**take(*qkv), "blk.1.attn_qkv.weight": np.concatenate([tensors[name] for name in qkv])},
+               {**take(*experts), "blk.1.ffn_gate_up_exps.weight": np.concatenate([tensors[name] for name in experts], 1)},
+               {gate: tensors[gate].reshape(-1), "token_embd.weight": (GGML.F64, tensors["token_embd.weight"].astype(np.float64))},
+               {experts[0]: tensors[experts[0]] / np.exp2(np.arange(4, dtype=np.float32))[:, None, None], qkv[0]: tensors[qkv[0]] * np.float32(-4),
+                experts[0].replace("weight", "scale"): np.exp2(np.arange(4, dtype=np.float32)), qkv[0].replace("weight", "scale"): np.full(1, -0.25, np.float32),
+                qkv[0].replace("weight", "input_scale"): np.full(1, 9, np.float32)}]
+    for changes in layouts:
+        folder = gguf_folder(changes)
+        assert import_gguf(folder / "hf" / "model.gguf", "--type", "f32").read_bytes() == plain
+
+
+def test_gguf_of_several_files(tmp_path):
+    """Any part, or the folder, means all; parts that are missing, doubled or of another set are named. MTP heads may come from a
+    GGUF file."""
+    folder = gguf_folder()
+    plain = import_gguf(folder / "hf" / "model.gguf").read_bytes()
+    (folder / "hf" / "model.gguf").unlink()
+    write_gguf(folder / "hf" / "m.gguf", *tiny_gguf(), parts=10)
+    files = sorted((folder / "hf").iterdir())
+    assert len(files) == 4
+    for source in (*files, folder / "hf"):
+        assert import_gguf(source, "--check").read_bytes() == plain
+    assert "output is one of the files" in outcome(folder, files[0], "-o", files[1]) and not list((folder / "out").iterdir())
+    first, second = files[0].read_bytes(), files[1].read_bytes()
+    for data, words in ((None, [files[1].name, "missing"]), (first, ["split.no", files[1].name]), (files[2].read_bytes(), ["split.no"]),
+                        (second.replace(b"split.count\2\0\0\0\4", b"split.count\2\0\0\0\5"), ["split.count", files[1].name]),
+                        (second.replace(b"split.no", b"split.xx"), ["split.no"]), (b"GGUF", [files[1].name])):
+        files[1].unlink(missing_ok=True)
+        data is None or files[1].write_bytes(data)
+        for source in (files[0], files[3], folder / "hf"):
+            message = outcome(folder, source=source)
+            assert all(word in message for word in words), message
+    files[1].unlink()
+    files[1].symlink_to(ROOT / "README.md")
+    assert "leads out of the folder" in outcome(folder, source=files[0])
+    files[0].rename(folder / "hf" / "alone.gguf")
+    assert "split.count" in outcome(folder, source="hf/alone.gguf")
+    assert "one model" in outcome(folder)
+    for name in ("x-00005-of-00004.gguf", "x-00000-of-00000.gguf", "x-00000-of-00004.gguf"):
+        shutil.copy(files[3], folder / "hf" / name)
+        assert "number of the part" in outcome(folder, source=f"hf/{name}")
+
+
+def test_gguf_heads_for_drafts(tmp_path):
+    """--mtp of a GGUF file, of such a file for a safetensors source and the other way round: the bytes of all in one."""
+    model = kind_model("plain", bf16=True)
+    mtp = {name: x.to(torch.bfloat16).contiguous() for name, x in mtp_tensors(model).items()}
+    whole = write_gguf(tmp_path / "whole.gguf", llama_tensors(model, mtp), llama_meta(model, mtp=True))
+    main = write_gguf(tmp_path / "main.gguf", llama_tensors(model), llama_meta(model))
+    head = {name: x for name, x in llama_tensors(model, mtp).items() if not re.match(r"blk\.[0-3]\.", name)}
+    head = write_gguf(tmp_path / "mtp.gguf", head, llama_meta(model, mtp=True))
+    hf = save_packed(model, tmp_path / "hf", torch.bfloat16)
+    save_file(mtp, tmp_path / "mtp.safetensors", {"format": "pt"})
+    wanted = import_gguf(whole).read_bytes()
+    for source in (main, hf):
+        for heads in (head, whole, tmp_path / "mtp.safetensors"):
+            assert import_gguf(source, "--mtp", heads).read_bytes() == wanted
+    folder = Path(tempfile.mkdtemp(dir=WORK))
+    (folder / "out").mkdir()
+    assert "mtp tensors" in outcome(folder, "--mtp", main, source=main)
+    assert "is missing" in outcome(folder, source=head)
+
+
+def test_gguf_tokenizer_is_the_real_one():
+    """The real tokenizer, as the converter writes it, comes back byte by byte; Qwen3.5's pattern is known by its name."""
+    file = real_file()
+    tokens = llama_tokenizer(real_tokenizer(), len(file.tokens) + 267)
+    assert tokens["tokenizer.ggml.token_type"].count(5) == 267
+    source = object.__new__(exporter().GGUF)
+    source.path, source.meta = Path("x.gguf"), tokens
+    assert source.tokenizer().data == file.data
+    tokens["tokenizer.ggml.pre"] = "qwen35"
+    assert source.tokenizer().pattern == 1
+
+
+def without(*names):
+    return dict.fromkeys(names)
+
+
+GGUF_STRANGERS = [
+    *[(f"architecture {name}", {}, {}, dict(architecture=name), ["general.architecture", name]) for name in ("qwen35", "qwen35moe", "llama", "")],
+    *[(f"{key} {value!r:.20}", {}, {key: value}, {}, [word or key]) for key, value, word in [
+        ("general.type", "adapter", None), ("block_count", None, None), ("block_count", 0, None), ("block_count", 3, "is missing"), ("block_count", 1, "blk.1"),
+        ("block_count", 1 << 20, None), ("block_count", "2", None), ("block_count", [2], None), ("nextn_predict_layers", 2, None), ("nextn_predict_layers", -1, None),
+        ("embedding_length", 32, "shape"), ("embedding_length", [1, 2], "hidden_size"), ("attention.head_count", 0, "num_attention_heads"),
+        ("attention.head_count_kv", 3, "num_attention_heads"), ("attention.head_count_kv", [2, 2], "num_key_value_heads"),
+        ("attention.key_length", 12, "value_length"), ("attention.key_length", "8", "value_length"), ("attention.layer_norm_rms_epsilon", math.nan, "rms_norm_eps"),
+        ("rope.dimension_count", 0, None), ("rope.dimension_count", 9, None), ("rope.dimension_count", 3, "partial_rotary_factor"),
+        ("rope.freq_base", 0.0, "rope_theta"), ("rope.scaling.type", "longrope", None), ("rope.scaling.type", ["yarn"], None), ("rope.scaling.type", "yarn", "factor"),
+        ("rope.scaling.yarn_ext_factor", 0.5, None), ("rope.scaling.attn_factor", 2.0, None), ("expert_used_count", 5, "num_experts_per_tok"),
+        ("expert_count", 3, "ffn"), ("expert_weights_scale", 2.5, None), ("expert_weights_norm", 7, "norm_topk_prob"), ("expert_gating_func", 2, None),
+        ("attention.causal", False, None), ("ssm.inner_size", 15, None), ("ssm.time_step_rank", 3, "ssm.inner_size"), ("ssm.group_count", 3, "linear_num_value_heads"),
+        ("ssm.state_size", 1 << 30, "linear_key_head_dim"), ("tokenizer.ggml.model", "llama", None), ("tokenizer.ggml.model", 7, None),
+        ("tokenizer.ggml.pre", "gpt-2", None), ("tokenizer.ggml.pre", None, None), ("tokenizer.ggml.tokens", ["a"], "token_type"), ("tokenizer.ggml.tokens", "ab", None),
+        ("tokenizer.ggml.tokens", ["a"] * 352, "another text"), ("tokenizer.ggml.tokens", list(range(352)), "token 0"), ("tokenizer.ggml.token_type", [2] * 352, "token 0"),
+        ("tokenizer.ggml.token_type", [5] * 352, "vocab"), ("tokenizer.ggml.merges", ["a"], "merges"), ("tokenizer.ggml.merges", None, "merges"),
+        ("tokenizer.ggml.eos_token_id", 352, "eos_token_id"), ("tokenizer.ggml.eot_token_id", "x", "eos_token_id"), ("general.sampling.temp", math.nan, "temperature"),
+        ("general.sampling.top_k", "x", "top_k"), ("general.alignment", 24, None), ("general.alignment", 0, None), ("split.count", 2, None), ("split.no", 1, None)]],
+    *[(f"without {name}", without(name), {}, {}, [word]) for name, word in [
+        ("token_embd.weight", "token_embd.weight"), ("output_norm.weight", "model.norm.weight"), ("blk.0.ssm_a", "A_log"), ("blk.0.attn_gate.weight", "in_proj_qkvz"),
+        ("blk.1.attn_q.weight", "q_proj"), ("blk.1.ffn_up_exps.weight", "is missing"), ("blk.1.ffn_down_exps.weight", "down_proj")]],
+    *[(f"{name} {x.shape}", {name: x}, {}, {}, [word or name]) for name, x, word in [
+        ("blk.0.ssm_a", np.ones(4, np.float32), None), ("blk.0.ssm_a", np.zeros(4, np.float32), None), ("blk.0.ssm_a", np.full(5, -1, np.float32), "A_log"),
+        ("blk.0.attn_qkv.weight", np.ones((7, 16), np.float32), None), ("blk.0.attn_gate.weight", np.ones((16, 8), np.float32), None),
+        ("blk.1.ffn_up_exps.weight", np.ones((4, 8), np.float32), None), ("blk.0.ssm_in.weight", np.ones((40, 16), np.float32), "ssm_in"),
+        ("blk.1.attn_q.weight", np.full((64, 16), np.nan, np.float32), None), ("blk.1.attn_q.weight", np.full((64, 16), np.inf, np.float32), None),
+        ("blk.0.ffn_gate.weight", np.ones((4, 16), np.float32), None), ("blk.1.nextn.embed_tokens.weight", np.ones((4, 16), np.float32), None),
+        ("rope_freqs.weight", np.ones(4, np.float32), None), ("lm_head.weight", np.ones((352, 16), np.float32), None),
+        ("blk.1.attn_q.scale", np.ones(3, np.float32), None), ("blk.1.attn_q.scale", np.full(1, 1e38, np.float32), None),
+        ("blk.1.attn_q.scale", np.full(1, np.nan, np.float32), None)]],
+    ("type I8", {"token_embd.weight": (GGML.I8, np.zeros((352, 16), np.int8))}, {}, {}, ["token_embd.weight", "I8"]),
+    ("type Q8_1", {"output.weight": (GGML.Q8_1, np.zeros((352, gguf.GGML_QUANT_SIZES[GGML.Q8_1][1]), np.uint8))}, {}, {}, ["output.weight", "shape"]),
+    ("a product too large", {"blk.1.attn_q.scale": np.full(1, 8e37, np.float32), "blk.1.attn_q.weight": np.full((64, 16), 2, np.float32)}, {}, {},
+     ["attn_q.weight", "magnitude"]),
+]
+
+
+@pytest.mark.parametrize("what, tensors, meta, options, words", GGUF_STRANGERS, ids=[case[0] for case in GGUF_STRANGERS])
+def test_gguf_strangers_are_refused_in_one_line(what, tensors, meta, options, words):
+    folder = gguf_folder(tensors, meta, **options)
+    message = outcome(folder, source="hf/model.gguf")
+    assert "model.gguf: " in message and all(word in message for word in words), message
+    shutil.rmtree(folder)
+
+
+def gguf_damages():
+    """(what, bytes, word of the message) of headers that are wrong."""
+    data = (gguf_folder() / "hf" / "model.gguf").read_bytes()
+    behind = lambda text: data.index(text) + len(text)
+    key, tokens = behind(b"qwen3next.block_count"), behind(b"tokenizer.ggml.tokens")
+    name, second = behind(b"token_embd.weight"), behind(b"blk.0.attn_norm.weight")
+    offset = lambda at: at + 4 + 8 * struct.unpack_from("<I", data, at)[0] + 4
+    for n in (0, 3, 4, 7, 8, 20, 24, 40, key, key + 5, tokens + 100, name, name + 9, len(data) - 40_000, len(data) - 100):
+        yield f"cut after {n} bytes", data[:n], "model.gguf"
+    for at, form, value, word in [
+            (0, "I", 0, "magic"), (4, "I", 1, "2 or 3"), (4, "I", 4, "2 or 3"), (4, ">I", 3, "big-endian"), *[(8, "Q", n, "") for n in HUGE["Q"]],
+            *[(16, "Q", n, "") for n in HUGE["Q"]], (24, "Q", 1 << 40, "beyond"), (key, "I", 13, "type"), (key, "I", 9, ""), (tokens + 4, "I", 9, "type of items"),
+            (tokens + 4, "I", 99, "type of items"), *[(tokens + 8, "Q", n, "") for n in HUGE["Q"]], *[(tokens + 16, "Q", n, "") for n in HUGE["Q"][2:]],
+            (tokens + 24, "B", 0xFF, "UTF-8"), (name - 1, "B", 0xFF, "UTF-8"), (name, "I", 0, "rank"), (name, "I", 5, "rank"), (name, "I", 1 << 31, "rank"),
+            *[(name + 4, "Q", n, "token_embd") for n in HUGE["Q"][3:]], (name + 4, "Q", 0, "axis"), (name + 20, "I", 4, "type"), (name + 20, "I", 1 << 31, "type"),
+            (name + 20, "I", 2, "blocks"), *[(offset(name), "Q", n, "offset") for n in HUGE["Q"][1:]], (offset(second), "Q", 0, "overlaps")]:
+        changed = bytearray(data)
+        struct.pack_into(form if form[0] == ">" else "<" + form, changed, at, value)
+        yield f"{form} {value} at {at}", bytes(changed), word
+    yield "two keys alike", data.replace(b"ssm.group_count", b"ssm.conv_kernel"), "stands twice"
+    yield "two tensors alike", data.replace(b"blk.1.attn_k.weight", b"blk.1.attn_v.weight"), "stands twice"
+
+
+def test_gguf_headers_that_are_wrong(report):
+    """Cut short, of another version, with counts, lengths, types and offsets that lead anywhere: one line each."""
+    damages = list(gguf_damages())
+    for what, data, word in damages:
+        folder = Path(tempfile.mkdtemp(dir=WORK))
+        (folder / "out").mkdir()
+        (folder / "model.gguf").write_bytes(data)
+        message = outcome(folder, source="model.gguf")
+        assert "model.gguf: " in message and word in message, (what, message)
+        shutil.rmtree(folder)
+    report(len(damages), "headers")
+
+
+def test_mutated_gguf(report):
+    """A good file with a few bytes changed, mostly of its header: a file that the engine takes, or one line."""
+    rng, refused, count = random.Random(17), 0, 300
+    short = {key: None for key in tiny_gguf()[1] if key.startswith("tokenizer.ggml")}
+    for meta in (short, {}):
+        data = (gguf_folder(meta=meta) / "hf" / "model.gguf").read_bytes()
+        header = len(data) - sum(x.nbytes for x in tiny_gguf()[0].values())
+        for number in range(count // 2):
+            folder = Path(tempfile.mkdtemp(dir=WORK))
+            (folder / "out").mkdir()
+            at = rng.randrange(header)
+            changed = data[:at] + mutated(data[at:at + 60], rng) + data[at + 60:] if number % 6 else mutated(data, rng)
+            (folder / "model.gguf").write_bytes(changed)
+            try:
+                message = outcome(folder, source="model.gguf")
+            except BaseException:
+                report("what was tried:", at, changed[max(0, at - 100):at + 200])
+                raise
+            assert not message or "model.gguf" in message, message
+            refused += bool(message)
+            shutil.rmtree(folder)
+    report(f"{refused} of {count} refused")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -433,11 +433,12 @@ def open_source(path):
 # So the header is read here, and the package has what it does well, the decoding of blocks of some twenty types.
 
 MAX_HEADER, MAX_ITEMS = 1 << 26, 1 << 22                    # bytes of a header, items of an array: ten times the usual
-MAX_RECORDS = 1 << 16                                       # metadata, or tensors, of one file
+MAX_RECORDS, MAX_NAME = 1 << 16, 63                         # metadata, or tensors, of one file; bytes, as in llama.cpp
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
+@functools.cache
 def type_name(number):
     """The name of a type of tensors, None if there is none of the number."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -495,7 +496,7 @@ class GGUFHeader:
         del self.raw
 
     def fail(self, what, wanted=None, found=None):
-        fail(self.path, f"GGUF header: {what}", wanted, found)
+        fail(self.path, f"GGUF header: {one_line(what)}", wanted, found)
 
     def take(self, n, what):
         """Where the next n bytes start in self.raw, which holds them then."""
@@ -515,8 +516,8 @@ class GGUFHeader:
         n = self.number("Q", what)
         return n if n <= most else self.fail(what, f"at most {most}", n)
 
-    def text(self, what):
-        n = self.number("Q", what)
+    def text(self, what, most=MAX_HEADER):
+        n = self.count(f"{what}: bytes", most)
         at = self.take(n, what)
         try:
             return self.raw[at:at + n].decode()
@@ -545,7 +546,7 @@ class GGUFHeader:
 
     def tensor(self, i):
         """(name, shape, type number, offset in the data) of tensor number i."""
-        name = self.text(f"name of tensor {i}")
+        name = self.text(f"name of tensor {i}", MAX_NAME)
         rank = self.number("I", name)
         if not 1 <= rank <= 4:
             self.fail(f"{name}: rank", "1 to 4", rank)
@@ -658,7 +659,12 @@ GGUF_FIXED = {"attention.causal": (True,), "expert_gating_func": (1,), "expert_w
               "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_ext_factor": (1,),
               "rope.scaling.yarn_log_multiplier": (0,)}
 
-View = namedtuple("View", "shape rows undo")                # of a tensor made of Rows of others; undo(x, where) -> x
+View = namedtuple("View", "shape rows undo")                # a tensor made of Rows of others; undo(x, where) -> values
+
+
+def padded(shape, rank):
+    """The shape with the leading axes of length 1 that llama.cpp drops when it writes a file anew."""
+    return (1,) * (rank - len(shape)) + shape
 
 
 def as_stored(x, where):
@@ -687,9 +693,9 @@ class GGUF:
     def __init__(self, path):
         self.stored = GGUFTensors(gguf_parts(path))
         self.path, self.meta, self.entries = self.stored.path, self.stored.meta, self.stored.entries
-        for key, wanted in (("general.type", "model"), ("general.architecture", "qwen3next")):
-            if self.meta.get(key, "model") != wanted:
-                self._fail(key, wanted, self.meta.get(key))
+        for key, wanted, default in (("type", "model", "model"), ("architecture", "qwen3next", None)):
+            if self.meta.get("general." + key, default) != wanted:
+                self._fail("general." + key, wanted, self.meta.get("general." + key))
         self.meta.setdefault("qwen3next.nextn_predict_layers", 0)
         self.mtp = self._integer("nextn_predict_layers", 0, 1)
         self.layers = self._integer("block_count", 1 + self.mtp, 1 << 12) - self.mtp
@@ -765,7 +771,7 @@ class GGUF:
         last = re.sub(r"blk\.\d+\.", "", name)
         rank = 3 if "_exps." in last else 1 if last.endswith(("norm.weight", ".bias", "ssm_a")) else 2
         shape = self.entries[name].shape
-        rows, shape = math.prod(shape[:-1]), (1,) * (rank - len(shape)) + shape     # llama.cpp drops leading 1s
+        rows, shape = math.prod(shape[:-1]), padded(shape, rank)
         if last == "ssm_conv1d.weight":
             shape = shape[0], 1, *shape[1:]
         norm = last.endswith("norm.weight") and last != "ssm_norm.weight"
@@ -773,7 +779,7 @@ class GGUF:
 
     def _view(self, to, shape, rows, undo=as_stored):
         if to not in self.views:                            # else it stays unread, which is an error
-            self.views[to] = View(tuple(shape), rows, undo)
+            self.views[to] = View(shape, rows, undo)
             self.used.update(row.name for row in rows)
 
     def _block(self, block, to):
@@ -783,10 +789,10 @@ class GGUF:
             self._map(block + name, to + theirs)
         gate, up = block + "ffn_gate_exps.weight", block + "ffn_up_exps.weight"
         if self._are(gate, up):
-            shape = E, I, _ = c.num_experts, c.moe_intermediate_size, D
-            self._check(shape, gate, up)
-            self._view(to + "mlp.experts.gate_up_proj", (E, 2 * I, D),
-                       [Rows(name, e * I, I) for e in range(E) for name in (gate, up)])
+            I = c.moe_intermediate_size
+            self._check((c.num_experts, I, D), gate, up)
+            for e, (x, name) in itertools.product(range(c.num_experts), (("gate", gate), ("up", up))):
+                self._view(f"{to}mlp.experts.{e}.{x}_proj.weight", (I, D), [Rows(name, e * I, I)])
         qkv, z, bias = block + "attn_qkv.weight", block + "attn_gate.weight", block + "attn_qkv.bias"
         if self._are(qkv, z):
             Kd, Vd, nk, dk = c.key_dim, c.value_dim, c.linear_num_key_heads, c.linear_key_head_dim
@@ -812,8 +818,9 @@ class GGUF:
     def _check(self, shape, *names):
         """The tensors have the shape."""
         for name in names:
-            if self.entries[name].shape != shape:
-                fail(self.entries[name].file, f"{name}: shape", list(shape), list(self.entries[name].shape))
+            found = padded(self.entries[name].shape, len(shape))
+            if found != shape:
+                fail(self.entries[name].file, f"{name}: shape", list(shape), list(found))
 
     def names(self):
         return self.views.keys()

@@ -4657,7 +4657,7 @@ GGUF_STRANGERS = [
         ("blk.1.ffn_up_exps.weight", np.ones((4, 8), np.float32), None), ("blk.0.ssm_in.weight", np.ones((40, 16), np.float32), "ssm_in"),
         ("blk.1.attn_q.weight", np.full((64, 16), np.nan, np.float32), None), ("blk.1.attn_q.weight", np.full((64, 16), np.inf, np.float32), None),
         ("blk.0.ffn_gate.weight", np.ones((4, 16), np.float32), None), ("blk.1.nextn.embed_tokens.weight", np.ones((4, 16), np.float32), None),
-        ("rope_freqs.weight", np.ones(4, np.float32), None), ("lm_head.weight", np.ones((352, 16), np.float32), None),
+        ("rope_freqs.weight", np.ones(4, np.float32), None), ("lm_head.weight", np.ones((352, 16), np.float32), None), ("x" * 64, np.ones(4, np.float32), "bytes"),
         ("blk.1.attn_q.scale", np.ones(3, np.float32), None), ("blk.1.attn_q.scale", np.full(1, 1e38, np.float32), None),
         ("blk.1.attn_q.scale", np.full(1, np.nan, np.float32), None)]],
     ("type I8", {"token_embd.weight": (GGML.I8, np.zeros((352, 16), np.int8))}, {}, {}, ["token_embd.weight", "I8"]),
@@ -4686,7 +4686,7 @@ def gguf_damages():
         yield f"cut after {n} bytes", data[:n], "model.gguf"
     for at, form, value, word in [
             (0, "I", 0, "magic"), (4, "I", 1, "2 or 3"), (4, "I", 4, "2 or 3"), (4, ">I", 3, "big-endian"), *[(8, "Q", n, "") for n in HUGE["Q"]],
-            *[(16, "Q", n, "") for n in HUGE["Q"]], (24, "Q", 1 << 40, "beyond"), (key, "I", 13, "type"), (key, "I", 9, ""), (tokens + 4, "I", 9, "type of items"),
+            *[(16, "Q", n, "") for n in HUGE["Q"]], (24, "Q", 1 << 40, "bytes"), (24, "Q", 1 << 20, "beyond"), (key, "I", 13, "type"), (key, "I", 9, ""), (tokens + 4, "I", 9, "type of items"),
             (tokens + 4, "I", 99, "type of items"), *[(tokens + 8, "Q", n, "") for n in HUGE["Q"]], *[(tokens + 16, "Q", n, "") for n in HUGE["Q"][2:]],
             (tokens + 24, "B", 0xFF, "UTF-8"), (name - 1, "B", 0xFF, "UTF-8"), (name, "I", 0, "rank"), (name, "I", 5, "rank"), (name, "I", 1 << 31, "rank"),
             *[(name + 4, "Q", n, "token_embd") for n in HUGE["Q"][3:]], (name + 4, "Q", 0, "axis"), (name + 20, "I", 4, "type"), (name + 20, "I", 1 << 31, "type"),

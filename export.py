@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hugging Face or GGUF checkpoint of Qwen3-Next -> the flat checkpoint that qwen3next.c maps; tokenizer -> tokenizer.bin.
+"""Checkpoint of Qwen3-Next (Hugging Face, GGUF) -> the flat one that qwen3next.c maps; tokenizer.json -> tokenizer.bin.
 
     python export.py SOURCE -o model.bin [--type f32|bf16|q8|q4] [--mtp FILE_OR_DIR] [--check]
     python export.py --tokenizer tokenizer.json -o tokenizer.bin
@@ -242,8 +242,7 @@ def memory_bytes():
 
 class Files:
     """Tensors in files: self.entries {name: Entry}. Reads with pread: no mapping, so resident memory stays small. Files
-    larger than half the machine's memory leave the page cache once read, and do not push all else out of it. A container
-    adds row_bytes(entry) and decode(entry, uint8 [count, row_bytes]) -> float32 [count, C]."""
+    larger than half the machine's memory leave the page cache once read, and do not push all else out of it."""
 
     DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
@@ -288,13 +287,15 @@ class Files:
         """x, unless a number in it is none or too large."""
         largest = np.abs(x).max(initial=0)
         if not largest <= MAX_WEIGHT:                       # so NaN is refused too
-            fail(self.where(name), f"{name}: a value", f"finite weights, of magnitude at most {MAX_WEIGHT:.2g}", largest)
+            wanted = f"finite weights, of magnitude at most {MAX_WEIGHT:.2g}"
+            fail(self.where(name), f"{name}: a value", wanted, largest)
         return x
 
     def row_bytes(self, entry):
         return entry.shape[-1] * self.DTYPES[entry.dtype].itemsize
 
     def decode(self, entry, raw):
+        """Stored rows uint8 [count, row_bytes] -> float32 [count, C]."""
         x = raw.view(self.DTYPES[entry.dtype])
         return from_bf16(x) if entry.dtype == "BF16" else x.astype(np.float32)
 
@@ -576,7 +577,7 @@ class GGUFHeader:
 
 
 def gguf_parts(path):
-    """The files of the set that a GGUF file belongs to, in order: model-00001-of-00003.gguf and so on, or itself alone."""
+    """The files of the set that a GGUF file belongs to, in order: model-00001-of-00003.gguf and so on, or it alone."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.DOTALL)
     if not match or match[3] == "00001":
         return [path]
@@ -616,7 +617,7 @@ class GGUFTensors(Files):
         return super().decode(entry, raw) if entry.dtype in self.DTYPES else dequantize(raw, entry.dtype)
 
     def rows(self, name, first, count):
-        """As of any file, times the scale in a tensor beside it: one number, or one for each expert (NVFP4 has such)."""
+        """As of any file, times the scale in a tensor beside it: one number, or one for each expert (NVFP4 has it)."""
         x, scale = super().rows(name, first, count), name.removesuffix("weight") + "scale"
         if scale not in self.entries or scale == name:
             return x
@@ -640,8 +641,9 @@ GGUF_BLOCK = {
     **{f"attn_{ours}.{part}": f"self_attn.{theirs}_proj.{part}" for part in ("weight", "bias")
        for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o"))},
     "ssm_in.weight": "linear_attn.in_proj_qkvz.weight", "ssm_ba.weight": "linear_attn.in_proj_ba.weight",
-    "ssm_conv1d.weight": "linear_attn.conv1d.weight", "ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias",
-    "ssm_norm.weight": "linear_attn.norm.weight", "ssm_out.weight": "linear_attn.out_proj.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight", "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias", "ssm_norm.weight": "linear_attn.norm.weight",
+    "ssm_out.weight": "linear_attn.out_proj.weight",
     "ffn_gate_inp.weight": "mlp.gate.weight", "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
     "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj", "ffn_down_exps.weight": "mlp.experts.down_proj",
     **{f"ffn_{x}_shexp.weight": f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}}
@@ -687,8 +689,8 @@ def decay_log(x, where):
 
 
 class GGUF:
-    """A GGUF file as a source: Hugging Face's names and values, llama.cpp's transformations of both undone; self.config,
-    the Config that the metadata tell."""
+    """A GGUF file as a source of Hugging Face's names and values, llama.cpp's transformations of both undone;
+    self.config, the Config that the metadata tell."""
 
     def __init__(self, path):
         self.stored = GGUFTensors(gguf_parts(path))
@@ -754,7 +756,8 @@ class GGUF:
     def _rope(self):
         """config.json's rope_parameters. llama.cpp's converter writes what it finds in those."""
         head = self._integer("attention.key_length", 1, 1 << 12)
-        rotary, kind = self._integer("rope.dimension_count", 1, head), self.meta.get("qwen3next.rope.scaling.type", "none")
+        rotary = self._integer("rope.dimension_count", 1, head)
+        kind = self.meta.get("qwen3next.rope.scaling.type", "none")
         if kind not in ("none", "linear", "yarn"):
             self._fail("qwen3next.rope.scaling.type", "none, linear or yarn", kind)
         rope = dict(rope_type="default" if kind == "none" else kind, rope_theta=self._get("rope.freq_base"),
@@ -844,7 +847,8 @@ class GGUF:
     def generation(self):
         """What generation_config.json would hold, None if the file says nothing about it. It had do_sample: the
         converter takes the numbers from there."""
-        keys = dict(temperature="temp", top_p="top_p", top_k="top_k", min_p="min_p", repetition_penalty="penalty_repeat")
+        keys = dict(temperature="temp", top_p="top_p", top_k="top_k", min_p="min_p",
+                    repetition_penalty="penalty_repeat")
         found = {key: self.meta.get("general.sampling." + name) for key, name in keys.items()}
         found = {key: value for key, value in found.items() if value is not None}
         return dict(found, do_sample=True) if found else None
@@ -891,7 +895,7 @@ class GGUF:
 
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5          # types of tokens; unused ones fill up the vocabulary
-GGUF_PATTERNS = dict(qwen2=0, qwen35=1)                     # tokenizer.ggml.pre -> number in SPLIT_PATTERNS; both imply NFC
+GGUF_PATTERNS = dict(qwen2=0, qwen35=1)                     # tokenizer.ggml.pre -> number in SPLIT_PATTERNS; with NFC
 # Added tokens that are not special in Qwen's tokenizers. The converter calls all control tokens that look like one.
 QWEN_TEXT = {f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")}
 
@@ -2509,8 +2513,8 @@ def ask_template(template, variables):
 
 
 def chat_meta(where, template):
-    """chat.* metadata of a checkpoint, whose template() gives (template, variables); none, after a warning, when it is not
-    made of such pieces."""
+    """chat.* metadata of a checkpoint, whose template() gives (template, variables); none, after a warning, when it is
+    not made of such pieces."""
     try:
         template, variables = template()
         chat = ask_template(template, variables) if template else {}
@@ -2545,7 +2549,7 @@ def is_tied(config, source):
 
 
 def open_model(path):
-    """SOURCE -> (source of tensors, Config, function for its TokenizerFile or None, the same for its other metadata)."""
+    """SOURCE -> (source of tensors, Config, function for its TokenizerFile or None, one for source_meta's others)."""
     if find_gguf(path):
         source = open_source(path)
         beside = lambda: (source.path, source.generation(), source.template, source.path)
@@ -2606,7 +2610,7 @@ def export_random(args):
 def arguments(argv):
     parser = argparse.ArgumentParser(
         prog="export.py", description="Make the flat checkpoint and the tokenizer that qwen3next runs.")
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="directory of a Hugging Face checkpoint, or GGUF file")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="directory of a checkpoint, or GGUF file")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to export instead")
     parser.add_argument("--random", metavar="FILE", help="config.json to draw synthetic weights for instead")
     parser.add_argument("-o", dest="out", metavar="FILE", required=True, type=Path, help="file to write")

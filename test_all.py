@@ -4386,9 +4386,10 @@ def llama_meta(model, mtp=False):
     """The converter's metadata of a model, without "qwen3next."."""
     c, scaling = model.config, dict(model.config.rope_parameters)
     meta = {
-        "block_count": c.num_hidden_layers + mtp, "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
-        "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": c.num_key_value_heads, "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
+        "block_count": c.num_hidden_layers + mtp, "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
         "rope.freq_base": float(scaling["rope_theta"]), "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "rope.dimension_count": int(c.head_dim * scaling["partial_rotary_factor"]), "expert_count": c.num_experts,
         "expert_used_count": c.num_experts_per_tok, "expert_feed_forward_length": c.moe_intermediate_size,
@@ -4416,7 +4417,8 @@ def llama_tokenizer(tokenizer, vocab_size, template=None):
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.tokens": [f"[PAD{i}]" if text(i) is None else text(i) for i in range(vocab_size)],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
-        **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}, **({"tokenizer.chat_template": template} if template else {}),
+        **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()},
+        **({"tokenizer.chat_template": template} if template else {}),
         "general.sampling.temp": 0.7, "general.sampling.top_p": 0.8, "general.sampling.top_k": 20}
 
 
@@ -4456,8 +4458,8 @@ def import_gguf(source, *options):
     return folder / "out" / "model.bin"
 
 
-GGUF_KINDS = ("plain", "head dims differ", "n_v = n_k", "n_v = 3 n_k", "tied", "attention_bias", "layer order", "rope", "yarn",
-              "linear rope", "conv 3, kv = heads", "odd sizes", "all linear", "all attention")
+GGUF_KINDS = ("plain", "head dims differ", "n_v = n_k", "n_v = 3 n_k", "tied", "attention_bias", "layer order", "rope",
+              "yarn", "linear rope", "conv 3, kv = heads", "odd sizes", "all linear", "all attention")
 
 
 @pytest.mark.parametrize("kind", GGUF_KINDS)
@@ -4482,13 +4484,13 @@ def test_gguf_gives_the_bytes_of_hugging_face(kind, tmp_path):
     assert read_checkpoint(ours).scalar("has_mtp") == 1 and bool(chat_pieces(ours)) == (kind == "plain")
 
 
-@pytest.mark.parametrize("kind", [GGML.F32, GGML.F16, GGML.BF16, GGML.Q8_0, GGML.Q4_0, GGML.Q4_1, GGML.Q5_0, GGML.Q5_1, GGML.MXFP4,
-                                  GGML.TQ1_0, GGML.TQ2_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [GGML.F32, GGML.F16, GGML.BF16, GGML.Q8_0, GGML.Q4_0, GGML.Q4_1, GGML.Q5_0, GGML.Q5_1,
+                                  GGML.MXFP4, GGML.TQ1_0, GGML.TQ2_0], ids=lambda kind: kind.name)
 def test_gguf_logits_equal_transformers(kind, tmp_path, report):
     """transformers computes with the values that the file stands for."""
     for seed in itertools.count():
-        model = random_model(seed, vocab_size=320, hidden_size=256, num_hidden_layers=2, layer_types=[LINEAR, FULL], num_experts=8,
-                             num_experts_per_tok=2, shared_expert_intermediate_size=64)
+        model = random_model(seed, vocab_size=320, hidden_size=256, num_hidden_layers=2, layer_types=[LINEAR, FULL],
+                             num_experts=8, num_experts_per_tok=2, shared_expert_intermediate_size=64)
         tensors = llama_tensors(model)
         for name, weight in model.named_parameters():       # blocks lie along rows, which only change places
             if weight.ndim > 1 and not name.endswith(("gate.weight", "conv1d.weight")):
@@ -4503,7 +4505,8 @@ def test_gguf_logits_equal_transformers(kind, tmp_path, report):
     assert error < TOLERANCE
 
 
-QUANTIZED_TYPES = [kind for kind, (block, _) in gguf.GGML_QUANT_SIZES.items() if block > 1 and kind.name not in ("Q8_1", "Q8_K", "Q1_0")]
+QUANTIZED_TYPES = [kind for kind, (block, _) in gguf.GGML_QUANT_SIZES.items()
+                   if block > 1 and kind.name not in ("Q8_1", "Q8_K", "Q1_0")]      # which the package cannot decode
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_TYPES, ids=lambda kind: kind.name)
@@ -4516,7 +4519,7 @@ def test_gguf_blocks_of_every_type(kind, tmp_path):
     raw = raw[fine][:3 * 17 * 2].reshape(3, 17, -1)
     file = write_gguf(tmp_path / "x.gguf", {"x": (kind, raw)}, {})
     source, whole = exporter().GGUFTensors([file]), gguf.quants.dequantize(raw.reshape(51, -1), kind)
-    assert source.shape("x") == (3, 17, 2 * block) and whole.std() > 0
+    assert source.shape("x") == (3, 17, 2 * block) and whole.any()
     source.check_type("x")
     for first, count in ((0, 51), (0, 1), (50, 1), (16, 3), (7, 30)):
         assert np.array_equal(source.rows("x", first, count), whole[first:first + count])
@@ -4531,30 +4534,32 @@ def tiny_gguf():
 
 
 def gguf_folder(tensors={}, meta={}, **options):
-    """A folder with room for the output in `out` and the tiny model in hf/model.gguf, some tensors and metadata changed; None
-    takes one away."""
+    """A folder with room for the output in `out` and the tiny model in hf/model.gguf, some tensors and metadata changed;
+    None takes one away."""
     folder = Path(tempfile.mkdtemp(dir=WORK))
     (folder / "hf").mkdir()
     (folder / "out").mkdir()
-    both = [{name: x for name, x in {**old, **new}.items() if x is not None} for old, new in zip(tiny_gguf(), (tensors, meta))]
+    both = [{name: x for name, x in {**old, **new}.items() if x is not None}
+            for old, new in zip(tiny_gguf(), (tensors, meta))]
     write_gguf(folder / "hf" / "model.gguf", *both, **options)
     return folder
 
 
 def test_gguf_layouts(tmp_path):
-    """q k v fused, gate and up of experts fused, leading axes of length 1 left out, float64, scales beside tensors: the same."""
+    """q k v fused, gate and up fused, leading axes of length 1 left out, float64, scales beside tensors: the same."""
     tensors, meta = tiny_gguf()
     source = gguf_folder()
     plain = import_gguf(source / "hf" / "model.gguf", "--type", "f32").read_bytes()
     take = lambda *names: {name: None for name in names}
     qkv = [f"blk.1.attn_{x}.weight" for x in "qkv"]
     experts = [f"blk.1.ffn_{x}_exps.weight" for x in ("gate", "up")]
-    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    gate, powers = "blk.0.ffn_gate_inp_shexp.weight", np.exp2(np.arange(4, dtype=np.float32))
     layouts = [{**take(*qkv), "blk.1.attn_qkv.weight": np.concatenate([tensors[name] for name in qkv])},
                {**take(*experts), "blk.1.ffn_gate_up_exps.weight": np.concatenate([tensors[name] for name in experts], 1)},
-               {gate: tensors[gate].reshape(-1), "token_embd.weight": (GGML.F64, tensors["token_embd.weight"].astype(np.float64))},
-               {experts[0]: tensors[experts[0]] / np.exp2(np.arange(4, dtype=np.float32))[:, None, None], qkv[0]: tensors[qkv[0]] * np.float32(-4),
-                experts[0].replace("weight", "scale"): np.exp2(np.arange(4, dtype=np.float32)), qkv[0].replace("weight", "scale"): np.full(1, -0.25, np.float32),
+               {gate: tensors[gate].reshape(-1),
+                "token_embd.weight": (GGML.F64, tensors["token_embd.weight"].astype(np.float64))},
+               {experts[0]: tensors[experts[0]] / powers[:, None, None], experts[0].replace("weight", "scale"): powers,
+                qkv[0]: tensors[qkv[0]] * np.float32(-4), qkv[0].replace("weight", "scale"): np.full(1, -0.25, np.float32),
                 qkv[0].replace("weight", "input_scale"): np.full(1, 9, np.float32)}]
     for changes in layouts:
         folder = gguf_folder(changes)
@@ -4562,8 +4567,7 @@ def test_gguf_layouts(tmp_path):
 
 
 def test_gguf_of_several_files(tmp_path):
-    """Any part, or the folder, means all; parts that are missing, doubled or of another set are named. MTP heads may come from a
-    GGUF file."""
+    """Any part, or the folder, means all; parts that are missing, doubled or of another set are named."""
     folder = gguf_folder()
     plain = import_gguf(folder / "hf" / "model.gguf").read_bytes()
     (folder / "hf" / "model.gguf").unlink()
@@ -4574,7 +4578,8 @@ def test_gguf_of_several_files(tmp_path):
         assert import_gguf(source, "--check").read_bytes() == plain
     assert "output is one of the files" in outcome(folder, files[0], "-o", files[1]) and not list((folder / "out").iterdir())
     first, second = files[0].read_bytes(), files[1].read_bytes()
-    for data, words in ((None, [files[1].name, "missing"]), (first, ["split.no", files[1].name]), (files[2].read_bytes(), ["split.no"]),
+    for data, words in ((None, [files[1].name, "missing"]), (first, ["split.no", files[1].name]),
+                        (files[2].read_bytes(), ["split.no"]),
                         (second.replace(b"split.count\2\0\0\0\4", b"split.count\2\0\0\0\5"), ["split.count", files[1].name]),
                         (second.replace(b"split.no", b"split.xx"), ["split.no"]), (b"GGUF", [files[1].name])):
         files[1].unlink(missing_ok=True)
@@ -4630,40 +4635,59 @@ def without(*names):
 
 
 GGUF_STRANGERS = [
-    *[(f"architecture {name}", {}, {}, dict(architecture=name), ["general.architecture", name]) for name in ("qwen35", "qwen35moe", "llama", "")],
+    *[(f"architecture {name}", {}, {}, dict(architecture=name), ["general.architecture", name])
+      for name in ("qwen35", "qwen35moe", "llama", "")],
     *[(f"{key} {value!r:.20}", {}, {key: value}, {}, [word or key]) for key, value, word in [
-        ("general.type", "adapter", None), ("block_count", None, None), ("block_count", 0, None), ("block_count", 3, "is missing"), ("block_count", 1, "blk.1"),
-        ("block_count", 1 << 20, None), ("block_count", "2", None), ("block_count", [2], None), ("nextn_predict_layers", 2, None), ("nextn_predict_layers", -1, None),
-        ("embedding_length", 32, "shape"), ("embedding_length", [1, 2], "hidden_size"), ("attention.head_count", 0, "num_attention_heads"),
-        ("attention.head_count_kv", 3, "num_attention_heads"), ("attention.head_count_kv", [2, 2], "num_key_value_heads"),
-        ("attention.key_length", 12, "value_length"), ("attention.key_length", "8", "value_length"), ("attention.layer_norm_rms_epsilon", math.nan, "rms_norm_eps"),
-        ("rope.dimension_count", 0, None), ("rope.dimension_count", 9, None), ("rope.dimension_count", 3, "partial_rotary_factor"),
-        ("rope.freq_base", 0.0, "rope_theta"), ("rope.scaling.type", "longrope", None), ("rope.scaling.type", ["yarn"], None), ("rope.scaling.type", "yarn", "factor"),
-        ("rope.scaling.yarn_ext_factor", 0.5, None), ("rope.scaling.attn_factor", 2.0, None), ("expert_used_count", 5, "num_experts_per_tok"),
-        ("expert_count", 3, "ffn"), ("expert_weights_scale", 2.5, None), ("expert_weights_norm", 7, "norm_topk_prob"), ("expert_gating_func", 2, None),
-        ("attention.causal", False, None), ("ssm.inner_size", 15, None), ("ssm.time_step_rank", 3, "ssm.inner_size"), ("ssm.group_count", 3, "linear_num_value_heads"),
-        ("ssm.state_size", 1 << 30, "linear_key_head_dim"), ("tokenizer.ggml.model", "llama", None), ("tokenizer.ggml.model", 7, None),
-        ("tokenizer.ggml.pre", "gpt-2", None), ("tokenizer.ggml.pre", None, None), ("tokenizer.ggml.tokens", ["a"], "token_type"), ("tokenizer.ggml.tokens", "ab", None),
-        ("tokenizer.ggml.tokens", ["a"] * 352, "another text"), ("tokenizer.ggml.tokens", list(range(352)), "token 0"), ("tokenizer.ggml.token_type", [2] * 352, "token 0"),
-        ("tokenizer.ggml.token_type", [5] * 352, "vocab"), ("tokenizer.ggml.merges", ["a"], "merges"), ("tokenizer.ggml.merges", None, "merges"),
-        ("tokenizer.ggml.eos_token_id", 352, "eos_token_id"), ("tokenizer.ggml.eot_token_id", "x", "eos_token_id"), ("general.sampling.temp", math.nan, "temperature"),
-        ("general.sampling.top_k", "x", "top_k"), ("general.alignment", 24, None), ("general.alignment", 0, None), ("split.count", 2, None), ("split.no", 1, None)]],
+        ("general.type", "adapter", None), ("block_count", None, None), ("block_count", 0, None),
+        ("block_count", 3, "is missing"), ("block_count", 1, "blk.1"), ("block_count", 1 << 20, None),
+        ("block_count", "2", None), ("block_count", [2], None), ("nextn_predict_layers", 2, None),
+        ("nextn_predict_layers", -1, None), ("embedding_length", 32, "shape"),
+        ("embedding_length", [1, 2], "hidden_size"), ("attention.head_count", 0, "num_attention_heads"),
+        ("attention.head_count_kv", 3, "num_attention_heads"),
+        ("attention.head_count_kv", [2, 2], "num_key_value_heads"), ("attention.key_length", 12, "value_length"),
+        ("attention.key_length", "8", "value_length"), ("attention.layer_norm_rms_epsilon", math.nan, "rms_norm_eps"),
+        ("rope.dimension_count", 0, None), ("rope.dimension_count", 9, None),
+        ("rope.dimension_count", 3, "partial_rotary_factor"), ("rope.freq_base", 0.0, "rope_theta"),
+        ("rope.scaling.type", "longrope", None), ("rope.scaling.type", ["yarn"], None),
+        ("rope.scaling.type", "yarn", "factor"), ("rope.scaling.yarn_ext_factor", 0.5, None),
+        ("rope.scaling.attn_factor", 2.0, None), ("expert_used_count", 5, "num_experts_per_tok"),
+        ("expert_count", 3, "ffn"), ("expert_weights_scale", 2.5, None), ("expert_weights_norm", 7, "norm_topk_prob"),
+        ("expert_gating_func", 2, None), ("attention.causal", False, None), ("ssm.inner_size", 15, None),
+        ("ssm.time_step_rank", 3, "ssm.inner_size"), ("ssm.group_count", 3, "linear_num_value_heads"),
+        ("ssm.state_size", 1 << 30, "linear_key_head_dim"), ("tokenizer.ggml.model", "llama", None),
+        ("tokenizer.ggml.model", 7, None), ("tokenizer.ggml.pre", "gpt-2", None), ("tokenizer.ggml.pre", None, None),
+        ("tokenizer.ggml.tokens", ["a"], "token_type"), ("tokenizer.ggml.tokens", "ab", None),
+        ("tokenizer.ggml.tokens", ["a"] * 352, "another text"), ("tokenizer.ggml.tokens", list(range(352)), "token 0"),
+        ("tokenizer.ggml.token_type", [2] * 352, "token 0"), ("tokenizer.ggml.token_type", [5] * 352, "vocab"),
+        ("tokenizer.ggml.merges", ["a"], "merges"), ("tokenizer.ggml.merges", None, "merges"),
+        ("tokenizer.ggml.eos_token_id", 352, "eos_token_id"), ("tokenizer.ggml.eot_token_id", "x", "eos_token_id"),
+        ("general.sampling.temp", math.nan, "temperature"), ("general.sampling.top_k", "x", "top_k"),
+        ("general.alignment", 24, None), ("general.alignment", 0, None), ("split.count", 2, None),
+        ("split.no", 1, None)]],
     *[(f"without {name}", without(name), {}, {}, [word]) for name, word in [
-        ("token_embd.weight", "token_embd.weight"), ("output_norm.weight", "model.norm.weight"), ("blk.0.ssm_a", "A_log"), ("blk.0.attn_gate.weight", "in_proj_qkvz"),
-        ("blk.1.attn_q.weight", "q_proj"), ("blk.1.ffn_up_exps.weight", "is missing"), ("blk.1.ffn_down_exps.weight", "down_proj")]],
+        ("token_embd.weight", "token_embd.weight"), ("output_norm.weight", "model.norm.weight"),
+        ("blk.0.ssm_a", "A_log"), ("blk.0.attn_gate.weight", "in_proj_qkvz"), ("blk.1.attn_q.weight", "q_proj"),
+        ("blk.1.ffn_up_exps.weight", "is missing"), ("blk.1.ffn_down_exps.weight", "down_proj")]],
     *[(f"{name} {x.shape}", {name: x}, {}, {}, [word or name]) for name, x, word in [
-        ("blk.0.ssm_a", np.ones(4, np.float32), None), ("blk.0.ssm_a", np.zeros(4, np.float32), None), ("blk.0.ssm_a", np.full(5, -1, np.float32), "A_log"),
-        ("blk.0.attn_qkv.weight", np.ones((7, 16), np.float32), None), ("blk.0.attn_gate.weight", np.ones((16, 8), np.float32), None),
-        ("blk.1.ffn_up_exps.weight", np.ones((4, 8), np.float32), None), ("blk.0.ssm_in.weight", np.ones((40, 16), np.float32), "ssm_in"),
-        ("blk.1.attn_q.weight", np.full((64, 16), np.nan, np.float32), None), ("blk.1.attn_q.weight", np.full((64, 16), np.inf, np.float32), None),
-        ("blk.0.ffn_gate.weight", np.ones((4, 16), np.float32), None), ("blk.1.nextn.embed_tokens.weight", np.ones((4, 16), np.float32), None),
-        ("rope_freqs.weight", np.ones(4, np.float32), None), ("lm_head.weight", np.ones((352, 16), np.float32), None), ("x" * 64, np.ones(4, np.float32), "bytes"),
-        ("blk.1.attn_q.scale", np.ones(3, np.float32), None), ("blk.1.attn_q.scale", np.full(1, 1e38, np.float32), None),
+        ("blk.0.ssm_a", np.ones(4, np.float32), None), ("blk.0.ssm_a", np.zeros(4, np.float32), None),
+        ("blk.0.ssm_a", np.full(5, -1, np.float32), "A_log"),
+        ("blk.0.attn_qkv.weight", np.ones((7, 16), np.float32), None),
+        ("blk.0.attn_gate.weight", np.ones((16, 8), np.float32), None),
+        ("blk.1.ffn_up_exps.weight", np.ones((4, 8), np.float32), None),
+        ("blk.0.ssm_in.weight", np.ones((40, 16), np.float32), "ssm_in"),
+        ("blk.1.attn_q.weight", np.full((64, 16), np.nan, np.float32), None),
+        ("blk.1.attn_q.weight", np.full((64, 16), np.inf, np.float32), None),
+        ("blk.0.ffn_gate.weight", np.ones((4, 16), np.float32), None),
+        ("blk.1.nextn.embed_tokens.weight", np.ones((4, 16), np.float32), None),
+        ("rope_freqs.weight", np.ones(4, np.float32), None), ("lm_head.weight", np.ones((352, 16), np.float32), None),
+        ("x" * 64, np.ones(4, np.float32), "bytes"), ("blk.1.attn_q.scale", np.ones(3, np.float32), None),
+        ("blk.1.attn_q.scale", np.full(1, 1e38, np.float32), None),
         ("blk.1.attn_q.scale", np.full(1, np.nan, np.float32), None)]],
     ("type I8", {"token_embd.weight": (GGML.I8, np.zeros((352, 16), np.int8))}, {}, {}, ["token_embd.weight", "I8"]),
-    ("type Q8_1", {"output.weight": (GGML.Q8_1, np.zeros((352, gguf.GGML_QUANT_SIZES[GGML.Q8_1][1]), np.uint8))}, {}, {}, ["output.weight", "shape"]),
-    ("a product too large", {"blk.1.attn_q.scale": np.full(1, 8e37, np.float32), "blk.1.attn_q.weight": np.full((64, 16), 2, np.float32)}, {}, {},
-     ["attn_q.weight", "magnitude"]),
+    ("type Q8_1", {"output.weight": (GGML.Q8_1, np.zeros((352, gguf.GGML_QUANT_SIZES[GGML.Q8_1][1]), np.uint8))}, {}, {},
+     ["output.weight", "shape"]),
+    ("a product too large", {"blk.1.attn_q.scale": np.full(1, 8e37, np.float32),
+                             "blk.1.attn_q.weight": np.full((64, 16), 2, np.float32)}, {}, {}, ["attn_q.weight", "magnitude"]),
 ]
 
 
@@ -4685,12 +4709,16 @@ def gguf_damages():
     for n in (0, 3, 4, 7, 8, 20, 24, 40, key, key + 5, tokens + 100, name, name + 9, len(data) - 40_000, len(data) - 100):
         yield f"cut after {n} bytes", data[:n], "model.gguf"
     for at, form, value, word in [
-            (0, "I", 0, "magic"), (4, "I", 1, "2 or 3"), (4, "I", 4, "2 or 3"), (4, ">I", 3, "big-endian"), *[(8, "Q", n, "") for n in HUGE["Q"]],
-            *[(16, "Q", n, "") for n in HUGE["Q"]], (24, "Q", 1 << 40, "bytes"), (24, "Q", 1 << 20, "beyond"), (key, "I", 13, "type"), (key, "I", 9, ""), (tokens + 4, "I", 9, "type of items"),
-            (tokens + 4, "I", 99, "type of items"), *[(tokens + 8, "Q", n, "") for n in HUGE["Q"]], *[(tokens + 16, "Q", n, "") for n in HUGE["Q"][2:]],
-            (tokens + 24, "B", 0xFF, "UTF-8"), (name - 1, "B", 0xFF, "UTF-8"), (name, "I", 0, "rank"), (name, "I", 5, "rank"), (name, "I", 1 << 31, "rank"),
-            *[(name + 4, "Q", n, "token_embd") for n in HUGE["Q"][3:]], (name + 4, "Q", 0, "axis"), (name + 20, "I", 4, "type"), (name + 20, "I", 1 << 31, "type"),
-            (name + 20, "I", 2, "blocks"), *[(offset(name), "Q", n, "offset") for n in HUGE["Q"][1:]], (offset(second), "Q", 0, "overlaps")]:
+            (0, "I", 0, "magic"), (4, "I", 1, "2 or 3"), (4, "I", 4, "2 or 3"), (4, ">I", 3, "big-endian"),
+            *[(8, "Q", n, "") for n in HUGE["Q"]], *[(16, "Q", n, "") for n in HUGE["Q"]], (24, "Q", 1 << 40, "bytes"),
+            (24, "Q", 1 << 20, "beyond"), (key, "I", 13, "type"), (key, "I", 9, ""),
+            (tokens + 4, "I", 9, "type of items"), (tokens + 4, "I", 99, "type of items"),
+            *[(tokens + 8, "Q", n, "") for n in HUGE["Q"]], *[(tokens + 16, "Q", n, "") for n in HUGE["Q"][2:]],
+            (tokens + 24, "B", 0xFF, "UTF-8"), (name - 1, "B", 0xFF, "UTF-8"), (name, "I", 0, "rank"),
+            (name, "I", 5, "rank"), (name, "I", 1 << 31, "rank"),
+            *[(name + 4, "Q", n, "token_embd") for n in HUGE["Q"][3:]], (name + 4, "Q", 0, "axis"),
+            (name + 20, "I", 4, "type"), (name + 20, "I", 1 << 31, "type"), (name + 20, "I", 2, "blocks"),
+            *[(offset(name), "Q", n, "offset") for n in HUGE["Q"][1:]], (offset(second), "Q", 0, "overlaps")]:
         changed = bytearray(data)
         struct.pack_into(form if form[0] == ">" else "<" + form, changed, at, value)
         yield f"{form} {value} at {at}", bytes(changed), word

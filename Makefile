@@ -50,14 +50,14 @@ plots: .venv/installed                    ## draw demo/*.svg from demo/measured.
 
 # The option table as a page for man (`man build/qwen3next.1`) and as completion for bash (`. build/qwen3next.bash`).
 man: build/qwen3next.1                    ## a manual page, from what -h prints
-build/qwen3next.1: qwen3next
+build/qwen3next.1: qwen3next Makefile
 	@mkdir -p build
 	./qwen3next -h | awk 'NR == 1 { print ".TH QWEN3NEXT 1\n.SH NAME\nqwen3next - Qwen3-Next on a CPU\n.SH SYNOPSIS\n" substr($$0, 8) "\n.SH DESCRIPTION"; next } \
 	  /^  / { if (!n++) print ".SH OPTIONS"; left = substr($$0, 3, 28); gsub(/^ +| +$$/, "", left); print ".TP\n.B " left "\n" substr($$0, 32); next } \
 	  { print }' | sed 's/-/\\-/g' > $@
 
 completion: build/qwen3next.bash          ## completion for bash, from what -h prints
-build/qwen3next.bash: qwen3next
+build/qwen3next.bash: qwen3next Makefile
 	@mkdir -p build
 	./qwen3next -h | awk '/^  / { for (i = 1; i <= 2; i++) if ($$i ~ /^-/) { sub(/,$$/, "", $$i); words = words " " $$i } } \
 	  /--mode/ { modes = $$0; sub(/.*MODE +/, "", modes); gsub(/,/, "", modes) } \

@@ -933,6 +933,7 @@ QWEN3_5 = (dict(vocab_size=248320, hidden_size=4096, intermediate_size=12288, nu
 QWEN3_5_MOE = (dict(vocab_size=248320, num_hidden_layers=40, num_experts=256, num_experts_per_tok=8),
                dict(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True))
 FAMILIES = dict(qwen3_next=({}, {}), qwen3_5_text=QWEN3_5, qwen3_5_moe_text=QWEN3_5_MOE)
+CLASSES_OF = dict(qwen3_next="Qwen3Next", qwen3_5_text="Qwen3_5(Text)?", qwen3_5_moe_text="Qwen3_5Moe(Text)?")
 OUTER = ("qwen3_5", "qwen3_5_moe")                          # with a vision part, which is left out
 # What an architecture's name says after "For" -> the head.
 HEADS = dict(CausalLM="causal_lm", ConditionalGeneration="causal_lm", SequenceClassification="sequence_classification",
@@ -981,9 +982,10 @@ class Config:
         self.value_dim = self.linear_num_value_heads * self.linear_value_head_dim
 
     def _text_part(self, whole):
-        """The object that describes the language model: all of config.json, or its text_config. Sets self.model_type."""
+        """The object that describes the language model: all of config.json, or its text_config. Sets self.model_type and
+        self.sees."""
         found = whole.get("model_type")
-        nested = found in OUTER
+        nested = self.sees = found in OUTER
         part = checked(self.path, "text_config", whole.get("text_config"), dict) if nested else whole
         self.model_type = part.get("model_type")
         wanted = [found + "_text"] if nested else list(FAMILIES)
@@ -1003,15 +1005,17 @@ class Config:
                     fail(self.path, key, value or "none", found)
 
     def _head(self, whole):
-        """What stands on top of the model, by config.json's architectures."""
-        architectures = whole.get("architectures") or ["Qwen3NextForCausalLM"]
-        found = set()
+        """What stands on top of the model, by config.json's architectures; without, the next token is told."""
+        architectures, found = whole.get("architectures") or [], set()
         for name in checked(self.path, "architectures", architectures, list):
-            match = re.fullmatch(r"(?:Qwen3Next|Qwen3_5(?:Moe)?(?:Text)?)For(\w+)", name) if isinstance(name, str) else None
-            if not match or match[1] not in HEADS:
-                fail(self.path, f"architectures: {name} is not supported", "Qwen3NextFor" + ", ..For".join(HEADS))
-            found.add(HEADS[match[1]])
-        return found.pop() if len(found) == 1 else fail(self.path, "architectures", "one kind of head", architectures)
+            match = re.fullmatch(CLASSES_OF[self.model_type] + r"For(?P<head>\w+)", str(name))
+            if not match or match["head"] not in HEADS:
+                fail(self.path, f"architectures: {name} is not supported for {self.model_type}",
+                     CLASSES_OF[self.model_type] + "For" + ", ..For".join(HEADS))
+            found.add(HEADS[match["head"]])
+        if len(found) > 1:
+            fail(self.path, "architectures", "one kind of head", architectures)
+        return found.pop() if found else "causal_lm"
 
     def _labels(self, whole):
         """The names of a classifier's classes in the order of its outputs, else none (transformers, PreTrainedConfig)."""
@@ -1269,9 +1273,10 @@ class Plan:
     def refuse_others(self):
         """Refuse a source with tensors that nobody would read, but for those of a vision part, and of what only helps to
         generate in a model that does not."""
-        unread = "lm_head.weight", "model.visual.", *["mtp."] * (self.c.head != "causal_lm")
+        unread = ["model.visual."] * self.c.sees + ["mtp."] * (self.c.head != "causal_lm")
         for name in self.source.names():
-            if name not in self.wanted and not name.endswith("rotary_emb.inv_freq") and not name.startswith(unread):
+            if not (name in self.wanted or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+                    or name.startswith(tuple(unread))):
                 fail(self.source.where(name), f"{name} is not a tensor of this model")
 
 
@@ -2189,8 +2194,9 @@ class TokenizerFile:
                 (item(steps, 1, k) or False) != v for k, v in level.items()):
             fail(self.path, "pre_tokenizer", "Split, isolated, then ByteLevel without regex", json.dumps(steps)[:200])
         after = j.get("post_processor")
-        adds_nothing = (item(after, "type") == "TemplateProcessing" and item(after, "single", 0, "Sequence", "id") == "A"
-                        and item(after, "single", 1) is None)
+        parts = [[item(part, "Sequence", "id") for part in item(after, key) or [] if isinstance(part, dict)]
+                 for key in ("single", "pair") if isinstance(item(after, key), list)]
+        adds_nothing = item(after, "type") == "TemplateProcessing" and parts == [["A"], ["A", "B"]]
         if after is not None and item(after, "type") != "ByteLevel" and not adds_nothing:
             fail(self.path, "post_processor", "ByteLevel, none or one that adds no token", json.dumps(after)[:200])
         return SPLIT_PATTERNS.index(pattern), normalizer is not None

@@ -1464,6 +1464,10 @@ static void bind_head(Reader *r, Model *m)
         h->weight = bind_matrix(r, "", "score", REQUIRED, 0, false, n, D);
         h->bias = bind_floats(r, "", "score_bias", OPTIONAL, n, 0);
         h->labels = read_list(r, list);
+        for (int i = 0; i < n; i++)
+            for (size_t k = 0; k < h->labels[i].len; k++)
+                if (is_control((const uint8_t *)h->labels[i].data + k, h->labels[i].len - k))
+                    die("%s: key labels: entry %d: wanted one line of text, found a control character", r->file.path, i);
     }
 }
 
@@ -2011,20 +2015,6 @@ static float kv_scale(const float *x, int n)
     return max / 127;
 }
 
-/* What kv_put stored there. */
-static float kv_get(KvType type, const uint8_t *cache, size_t at, float scale)
-{
-    if (type == KV_F32) return ((const float *)(const void *)cache)[at];
-    if (type == KV_F16) return f16_to_float(((const uint16_t *)(const void *)cache)[at]);
-    return (float)((const int8_t *)cache)[at] * scale;
-}
-
-/* Where number i of the key of a position lies in its head's cache. */
-static size_t k_offset(const Config *c, int pos, int i)
-{
-    return ((size_t)(pos / TILE) * (size_t)c->head_dim + (size_t)i) * TILE + (size_t)(pos % TILE);
-}
-
 /* Norm and rotate one token's keys, and store its keys and values. */
 static void attn_store(void *arg, int t, int thread)
 {
@@ -2046,7 +2036,8 @@ static void attn_store(void *arg, int t, int thread)
             s->v_scale[scale] = v_scale = kv_scale(v, hd);
         }
         for (int i = 0; i < hd; i++) {
-            kv_put(s->kv_type, s->k + head * s->kv_head, k_offset(c, pos, i), k[i], k_scale);
+            size_t at = ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE);
+            kv_put(s->kv_type, s->k + head * s->kv_head, at, k[i], k_scale);
             kv_put(s->kv_type, s->v + head * s->kv_head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[i], v_scale);
         }
     }
@@ -2067,21 +2058,23 @@ static void attn_prepare(void *arg, int t, int thread)
     attn_store(arg, t, thread);
 }
 
-/* What head h of token t looks at, by definition and slowly: weights = softmax(q k' / sqrt(hd)) over positions 0 to its own.
- * All that follows in this section computes the same, fast, and sums up values with it. */
+/* What head h of token t looks at: weights = softmax(q k' / sqrt(hd)) over positions 0 to its own, rounded up to whole tiles.
+ * All that follows in this section computes the same, for many rows at once and range by range, and sums up values with it. */
 static void attn_weights(const Pass *p, int t, int h, float *weights)
 {
     const Config *c = &p->e->model.config;
     const State *s = &p->e->state;
-    size_t head = kv_head(p, h / (c->num_attention_heads / c->num_key_value_heads));
-    const float *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim; /* attn_prepare has divided it */
+    size_t head = kv_head(p, h / (c->num_attention_heads / c->num_key_value_heads)), width = KV_BYTES[s->kv_type];
+    const void *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim; /* attn_prepare has divided it */
     const uint8_t *keys = s->k + head * s->kv_head;
-    for (int pos = 0; pos <= p->pos + t; pos++) {
-        float scale = s->kv_type == KV_Q8 ? s->k_scale[head * s->kv_positions + (size_t)pos] : 0;
-        weights[pos] = 0;
-        for (int i = 0; i < c->head_dim; i++) weights[pos] += q[i] * kv_get(s->kv_type, keys, k_offset(c, pos, i), scale);
+    float y[1][TILE];
+    int seen = p->pos + t + 1;
+    for (int pos = 0; pos < seen; pos += TILE) { /* a tile of 16 keys */
+        p->e->kernels->tile_kv[s->kv_type](keys + (size_t)pos * (size_t)c->head_dim * width, c->head_dim, &q, 1, y, NULL, NULL);
+        memcpy(weights + pos, y[0], sizeof y[0]);
     }
-    softmax(p->e->kernels, weights, p->pos + t + 1);
+    for (int pos = 0; s->kv_type == KV_Q8 && pos < seen; pos++) weights[pos] *= s->k_scale[head * s->kv_positions + (size_t)pos];
+    softmax(p->e->kernels, weights, seen);
 }
 
 /* Softmax attention of up to MAX_ROWS query rows over a range of positions, unfinished:
@@ -2468,6 +2461,19 @@ static void run_networks(Pass *p)
     }
 }
 
+/* The chosen experts of each token, in ascending order, and their weights, for --dump. */
+static void dump_experts(const Pass *p)
+{
+    const Work *w = &p->e->work;
+    int k = p->e->model.config.num_experts_per_tok;
+    if (!p->e->dump_dir) return;
+    float *numbers = grow(NULL, (size_t)p->n * (size_t)k, sizeof *numbers);
+    for (int i = 0; i < p->n * k; i++) numbers[i] = (float)w->top_expert[i];
+    dump(p, "mlp.top_expert", numbers, p->n, k, (size_t)k);
+    dump(p, "mlp.top_weight", w->top_weight, p->n, k, (size_t)k);
+    free(numbers);
+}
+
 /* The whole MLP: work.out = sum over networks of weight . down(silu(gate xn) up xn). */
 static void mlp_block(Pass *p)
 {
@@ -2481,8 +2487,7 @@ static void mlp_block(Pass *p)
         matmul(e, &mlp->gate, &w->xn, 0, p->n, w->router, w->router_ld, NULL);
         dump(p, "mlp.gate", w->router, p->n, c->num_experts, w->router_ld); /* the router's logits */
         parallel_for(e->pool, p->n, moe_route_item, p);
-        int k = c->num_experts_per_tok;
-        dump(p, "mlp.top_weight", w->top_weight, p->n, k, (size_t)k); /* in order of the experts' numbers */
+        dump_experts(p);
         dump(p, "mlp.shared_weight", w->shared_weight, p->n, 1, 1); /* sigmoid(shared_expert_gate . x) */
         moe_group(p);
     } else { /* a dense layer: one network for all tokens */
@@ -2500,7 +2505,7 @@ static size_t kv_bytes(const State *s, const Config *c, int n);
 static void mtp_fill(Engine *e);
 static void mtp_wait_item(void *arg, int t, int thread);
 static void trace_mixer(const Pass *p);
-static void trace_layer(const Pass *p);
+static void trace_layer(Pass *p);
 
 /* The embedding of token t opens its residual stream. */
 static void embed_item(void *arg, int t, int thread)
@@ -3441,8 +3446,18 @@ static bool text_too_long(const Tokenizer *t, size_t bytes, int room) { return b
 
 enum { MAX_TRIES = 16 }; /* characters that one takes in: Hangul's take 2 */
 
+/* Whether a character starts anew: what it decomposes into begins with one of class 0. */
+static bool is_starter(const Tokenizer *t, uint32_t cp)
+{
+    Tokens d = {0};
+    decompose(t, &d, cp, 0);
+    bool starter = !combining_class(t, (uint32_t)d.id[0]);
+    free(d.id);
+    return starter;
+}
+
 /* Bytes of the shortest beginning of s[0..n), n > 0, that NFC turns into the same bytes whatever comes after it; *normal: into
- * how many. Such an end lies before a character that starts anew (class 0) and that what is before it does not take in. */
+ * how many. Such an end lies before a character that starts anew and that what is before it does not take in. */
 static size_t normal_unit(const Tokenizer *t, const uint8_t *s, size_t n, size_t *normal)
 {
     size_t end, len;
@@ -3450,7 +3465,7 @@ static size_t normal_unit(const Tokenizer *t, const uint8_t *s, size_t n, size_t
     *normal = end;
     if (!t->nfc) return end;
     for (int tries = 0; end < n && s[end] >= 0xcc; end += len) { /* below U+0300 all characters start anew */
-        bool starts = !combining_class(t, utf8_get(s + end, n - end, &len));
+        bool starts = is_starter(t, utf8_get(s + end, n - end, &len));
         if (starts && tries++ == MAX_TRIES) break;
         Str before = {0}, after = {0}, both = {0};
         if (starts) nfc(t, &before, s, end), nfc(t, &after, s + end, len), nfc(t, &both, s, end + len);
@@ -5019,11 +5034,28 @@ static int feed(Run *r, const int *ids, int n, bool may_stop)
 
 /* ---- 16. Chat template ---- */
 
-/* Content as the template renders it: bits 1, 2 strip white space before and after it, 4 and 8 newlines. */
-static void trim(const char **s, size_t *n, int bits)
+/* White space as Python's str.strip has it, which is what templates trim with. */
+static bool is_white(uint32_t cp)
 {
-    while (*n && ((bits & 1 && isspace((unsigned char)**s)) || (bits & 4 && **s == '\n'))) (*s)++, (*n)--;
-    while (*n && ((bits & 2 && isspace((unsigned char)(*s)[*n - 1])) || (bits & 8 && (*s)[*n - 1] == '\n'))) (*n)--;
+    return (cp >= 9 && cp <= 13) || (cp >= 0x1c && cp <= 0x20) || cp == 0x85 || cp == 0xa0 || cp == 0x1680 || (cp >= 0x2000 && cp <= 0x200a) ||
+           cp == 0x2028 || cp == 0x2029 || cp == 0x202f || cp == 0x205f || cp == 0x3000;
+}
+
+/* Whether a character is trimmed: `white` space, or newlines. */
+static bool is_trimmed(uint32_t cp, bool white, bool newlines) { return (white && is_white(cp)) || (newlines && cp == '\n'); }
+
+/* Content as the template renders it: bits 1, 2 strip white space before and after it, 4 and 8 newlines. */
+static void trim(const char **text, size_t *n, int bits)
+{
+    const uint8_t *s = (const uint8_t *)*text;
+    size_t len, last;
+    while (*n && is_trimmed(utf8_get(s, *n, &len), bits & 1, bits & 4)) s += len, *n -= len;
+    while (*n) {
+        for (last = *n - 1; last > 0 && *n - last < 4 && (s[last] & 0xc0) == 0x80;) last--; /* where the last character begins */
+        if (!is_trimmed(utf8_get(s + last, *n - last, &len), bits & 2, bits & 8) || len != *n - last) break;
+        *n = last;
+    }
+    *text = (const char *)s;
 }
 
 /* Append a piece of the template: its special tokens count. */
@@ -5256,6 +5288,17 @@ static void report_speed(Run *r)
     r->prompt_seconds = r->answer_seconds = 0;
 }
 
+/* Whether a name is that of the regular file that standard output goes to. */
+static bool is_output(const char *name)
+{
+#ifdef _WIN32
+    return (void)name, false;
+#else
+    struct stat x, y;
+    return !stat(name, &x) && !fstat(1, &y) && S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+#endif
+}
+
 /* The file being read that writing `out` would destroy, or NULL. */
 static const char *input_file(const Run *r, const char *out)
 {
@@ -5329,7 +5372,7 @@ static Str prompt_text(const Run *r) { return input_text(r->args.text, r->args.f
 
 /* Append an input's tokens: ids as given, or text, encoded with special tokens recognised; spans: as encode. There must be some,
  * and all tokens must fit into `room`. */
-static void input_tokens(Run *r, const Str *text, int room, Tokens *out, Tokens *spans)
+static void input_tokens(Run *r, const char *what, const Str *text, int room, Tokens *out, Tokens *spans)
 {
     int before = out->len;
     if (r->args.ids) {
@@ -5337,13 +5380,13 @@ static void input_tokens(Run *r, const Str *text, int room, Tokens *out, Tokens 
     } else {
         Prompt p = {0};
         if (text_too_long(need_tokenizer(r), text->len, room))
-            die("prompt: %zu bytes do not fit into the context of %d tokens (-c sets it)", text->len, room);
+            die("%s: %zu bytes do not fit into the context of %d tokens (-c sets it)", what, text->len, room);
         prompt_add(&p, text->data, text->len, true);
         encode(r->tokenizer, &p, out, spans);
         free_prompt(&p);
     }
-    if (out->len == before) die("prompt: wanted at least one token, found none");
-    if (out->len > room) die("prompt: %d tokens do not fit into the context of %d (-c sets it)", out->len, room);
+    if (out->len == before) die("%s: wanted at least one token, found none", what);
+    if (out->len > room) die("%s: %d tokens do not fit into the context of %d (-c sets it)", what, out->len, room);
 }
 
 /* The prompt's tokens. */
@@ -5351,7 +5394,7 @@ static Tokens prompt_tokens(Run *r, int room)
 {
     Tokens out = {0};
     Str text = prompt_text(r);
-    input_tokens(r, &text, room, &out, NULL);
+    input_tokens(r, "prompt", &text, room, &out, NULL);
     free(text.data);
     return out;
 }
@@ -6467,6 +6510,7 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
         for (int row = 0; row < batch; row += HEAD_ROWS) {
             int n = min_int(HEAD_ROWS, batch - row);
             const float *logits = head_logits(e, row, n);
+            show_prompt(r, prompt->len, prompt->len); /* off the line that may be printed on */
             for (int i = 0; i < n; i++) take(arg, done + row + i, logits + (size_t)i * e->work.logits_ld);
         }
         done += batch;
@@ -6626,19 +6670,20 @@ static void keep_ends(void *arg, int pos, const float *scores)
 /* The answer: a span of tokens, first to last, and its score, start + end. */
 typedef struct { int first, last; double score; } Answer;
 
-/* The best span of at most `most` tokens (0: any number) within positions [from, to); of equals the first. */
+/* The best span of at most `most` tokens (0: any number) within positions [from, to); of equals the first. waiting: the
+ * positions that may yet be the best beginning for some end: later ones have lower scores. */
 static Answer best_answer(const Ends *e, int from, int to, int most)
 {
     Answer best = {from, from, -INFINITY};
-    for (int last = from, start = from; last < to; last++) { /* start: where the best of what may begin it is */
-        if (most && last - start >= most) {
-            start = last - most + 1;
-            for (int i = start + 1; i <= last; i++) start = e->start[i] > e->start[start] ? i : start;
-        }
-        start = e->start[last] > e->start[start] ? last : start;
-        double score = (double)e->start[start] + (double)e->end[last];
-        if (score > best.score) best = (Answer){start, last, score};
+    int *waiting = grow(NULL, (size_t)(to - from), sizeof *waiting), first = 0, n = 0;
+    for (int last = from; last < to; last++) {
+        while (n > first && !(e->start[waiting[n - 1]] >= e->start[last])) n--;
+        waiting[n++] = last;
+        if (most && waiting[first] <= last - most) first++;
+        double score = (double)e->start[waiting[first]] + (double)e->end[last];
+        if (score > best.score) best = (Answer){waiting[first], last, score};
     }
+    free(waiting);
     return best;
 }
 
@@ -6659,9 +6704,9 @@ static int mode_answer(Run *r)
 {
     Tokens ids = {0}, spans = {0};
     Str question = input_text(r->args.text, NULL), context = input_text(NULL, r->args.file);
-    input_tokens(r, &question, r->engine.state.ctx, &ids, NULL);
+    input_tokens(r, "-i, the question", &question, r->engine.state.ctx, &ids, NULL);
     int from = ids.len;
-    input_tokens(r, &context, r->engine.state.ctx, &ids, &spans);
+    input_tokens(r, "-f, the text to answer from", &context, r->engine.state.ctx, &ids, &spans);
     Ends ends = {grow(NULL, (size_t)ids.len, sizeof(float)), grow(NULL, (size_t)ids.len, sizeof(float))};
     each_logits(r, &ids, keep_ends, &ends);
     if (interrupted) return signal_status();
@@ -6759,11 +6804,11 @@ typedef struct {
     bool full_attention;
     float input_norm, mixer_norm, mlp_norm, output_norm; /* |x| of the residual stream before; |what is added|; |x| after */
     int heads;
-    const float *decay, *beta;    /* [heads] DeltaNet: how much of its memory stayed, how strongly it wrote (gdn_gates) */
-    const float *gate, *entropy;  /* [heads] attention: mean of sigmoid(gate); entropy of attn_weights, in nats */
-    const Top *positions;       /* [heads][TOP_POSITIONS] attention: where it looked most; index -1: nowhere else */
+    float *a, *b;                 /* [heads] DeltaNet: decay and beta, how much of its memory stayed and how strongly it wrote (gdn_gates);
+                                     attention: mean of sigmoid(gate), and entropy of attn_weights, in nats */
+    Top *positions;               /* [heads][TOP_POSITIONS] attention: where it looked most; index -1: nowhere else */
     int n_experts;                /* 0: a dense layer */
-    const Top *experts;         /* [n_experts] the heaviest first (moe_route_item) */
+    Top *experts;                 /* [n_experts] the heaviest first (moe_route_item) */
     float shared_weight;          /* of the shared expert */
     int n_next;                   /* 0: the model has no lm_head */
     Top next[TOP_TOKENS];       /* likeliest next tokens, were this the last layer: softmax(lm_head . norm(x)) */
@@ -6772,11 +6817,12 @@ typedef struct {
 typedef struct Trace {
     Run *r;
     const Tokens *prompt;
-    FILE *json;                   /* -o: a line for every layer and token; NULL: none */
-    float *input_norm, *mixer_norm; /* [batch], set before the MLP runs */
-    float *a, *b;                 /* [the most heads of a layer] decay and beta, or gate and entropy */
-    Top *positions, *experts;   /* [heads][TOP_POSITIONS], [num_experts_per_tok] */
-    float *weights;               /* [context] */
+    FILE *json;                   /* -o: a line for every layer and token; NULL: none, and only the last token is looked at */
+    LayerView *view;              /* [batch] of each token of the batch */
+    int from;                     /* the first token of the batch that is looked at, ... */
+    int row;                      /* ... and the one whose logits are row 0 of work.logits */
+    float *weights;               /* [threads][weights_len] attention of one head */
+    size_t weights_len;           /* the prompt, rounded up to whole tiles */
 } Trace;
 
 /* sqrt(sum x^2) */
@@ -6800,48 +6846,79 @@ static void trace_mixer(const Pass *p)
     const Work *w = &p->e->work;
     int D = p->e->model.config.hidden_size;
     for (int t = 0; t < p->n; t++) {
-        p->e->trace->input_norm[t] = vector_norm(p->e->kernels, w->x + (size_t)t * w->xn.ld, D);
-        p->e->trace->mixer_norm[t] = vector_norm(p->e->kernels, w->out + (size_t)t * w->xn.ld, D);
+        p->e->trace->view[t].input_norm = vector_norm(p->e->kernels, w->x + (size_t)t * w->xn.ld, D);
+        p->e->trace->view[t].mixer_norm = vector_norm(p->e->kernels, w->out + (size_t)t * w->xn.ld, D);
     }
 }
 
-/* The mixer's part of a view. */
-static void view_mixer(const Pass *p, int t, LayerView *v)
+/* A DeltaNet's part of a view. */
+static void view_linear(const Pass *p, int t, LayerView *v)
 {
-    Trace *trace = p->e->trace;
+    v->heads = p->e->model.config.linear_num_value_heads;
+    for (int h = 0; h < v->heads; h++) gdn_gates(p, h, p->e->state.tape_len + t, 1, &v->a[h], &v->b[h]);
+}
+
+/* An attention's part. s: scratch [weights_len, or more: head_dim] */
+static void view_attention(const Pass *p, int t, LayerView *v, float *s)
+{
     const Config *c = &p->e->model.config;
-    v->full_attention = p->layer->full_attention;
-    v->heads = v->full_attention ? c->num_attention_heads : c->linear_num_value_heads;
-    v->decay = v->gate = trace->a;
-    v->beta = v->entropy = trace->b;
-    v->positions = trace->positions;
+    v->heads = c->num_attention_heads;
     for (int h = 0; h < v->heads; h++) {
-        if (!v->full_attention) {
-            gdn_gates(p, h, p->e->state.tape_len + t, 1, &trace->a[h], &trace->b[h]);
-            continue;
-        }
-        float *weights = trace->weights;
-        trace->a[h] = trace->b[h] = 0;
-        p->e->kernels->sigmoid(weights, attn_gate(p, t, h), c->head_dim);
-        for (int i = 0; i < c->head_dim; i++) trace->a[h] += weights[i] / (float)c->head_dim;
-        attn_weights(p, t, h, weights);
-        for (int pos = 0; pos <= v->pos; pos++) trace->b[h] -= weights[pos] > 0 ? weights[pos] * logf(weights[pos]) : 0;
-        find_top(weights, v->pos + 1, TOP_POSITIONS, trace->positions + h * TOP_POSITIONS);
+        v->a[h] = v->b[h] = 0;
+        p->e->kernels->sigmoid(s, attn_gate(p, t, h), c->head_dim);
+        for (int i = 0; i < c->head_dim; i++) v->a[h] += s[i] / (float)c->head_dim;
+        attn_weights(p, t, h, s);
+        for (int pos = 0; pos <= v->pos; pos++) v->b[h] -= s[pos] > 0 ? s[pos] * logf(s[pos]) : 0;
+        find_top(s, v->pos + 1, TOP_POSITIONS, v->positions + h * TOP_POSITIONS);
     }
 }
 
 /* The MLP's part: which experts, the heaviest first. */
 static void view_mlp(const Pass *p, int t, LayerView *v)
 {
-    Trace *trace = p->e->trace;
     const Work *w = &p->e->work;
     int k = p->e->model.config.num_experts_per_tok;
     v->n_experts = p->layer->mlp.gate.data ? k : 0;
-    v->experts = trace->experts;
     if (!v->n_experts) return;
-    find_top(w->top_weight + (size_t)t * (size_t)k, k, k, trace->experts);
-    for (Top *e = trace->experts; e < trace->experts + k && e->index >= 0; e++) e->index = w->top_expert[t * k + e->index];
+    find_top(w->top_weight + (size_t)t * (size_t)k, k, k, v->experts);
+    for (Top *e = v->experts; e < v->experts + k && e->index >= 0; e++) e->index = w->top_expert[t * k + e->index];
     v->shared_weight = w->shared_weight[t];
+}
+
+/* All of a token's view but the next tokens; xn becomes what these are told by: norm(x + out), as at the end of forward. */
+static void view_item(void *arg, int item, int thread)
+{
+    const Pass *p = arg;
+    Engine *e = p->e;
+    Trace *trace = e->trace;
+    const Work *w = &e->work;
+    int D = e->model.config.hidden_size, t = trace->from + item;
+    LayerView *v = &trace->view[t];
+    float *out = w->out + (size_t)t * w->xn.ld, *x = w->x + (size_t)t * w->xn.ld, *row = w->xn.f + (size_t)t * w->xn.ld;
+    v->layer = (int)(p->layer - e->model.layers);
+    v->pos = p->pos + t;
+    v->id = p->tokens[t];
+    v->full_attention = p->layer->full_attention;
+    if (v->full_attention) view_attention(p, t, v, trace->weights + (size_t)thread * trace->weights_len);
+    else view_linear(p, t, v);
+    view_mlp(p, t, v);
+    v->mlp_norm = vector_norm(e->kernels, out, D);
+    for (int i = 0; i < D; i++) row[i] = x[i] + out[i];
+    v->output_norm = vector_norm(e->kernels, row, D);
+    rmsnorm(e->kernels, row, row, e->model.norm, D, e->model.config.rms_norm_eps);
+    quantize_row(e, &e->work.xn, (size_t)t);
+}
+
+/* The next tokens by a row of logits, which become probabilities. */
+static void next_item(void *arg, int item, int thread)
+{
+    (void)thread;
+    const Pass *p = arg;
+    const Work *w = &p->e->work;
+    int n = p->e->model.config.tokenizer_size;
+    float *logits = w->logits + (size_t)item * w->logits_ld;
+    softmax(p->e->kernels, logits, n);
+    find_top(logits, n, TOP_TOKENS, p->e->trace->view[p->e->trace->row + item].next);
 }
 
 /* A string of JSON. Bytes that are no UTF-8 become U+FFFD. */
@@ -6929,8 +7006,8 @@ static void json_view(const Run *r, FILE *f, const LayerView *v)
     json_number(f, ", \"mixer_norm\": ", v->mixer_norm);
     json_number(f, ", \"mlp_norm\": ", v->mlp_norm);
     json_number(f, ", \"output_norm\": ", v->output_norm);
-    json_numbers(f, v->full_attention ? "gate" : "decay", v->gate, v->heads);
-    json_numbers(f, v->full_attention ? "entropy" : "beta", v->entropy, v->heads);
+    json_numbers(f, v->full_attention ? "gate" : "decay", v->a, v->heads);
+    json_numbers(f, v->full_attention ? "entropy" : "beta", v->b, v->heads);
     if (v->full_attention) json_positions(f, v);
     if (v->n_experts) {
         fputs(", \"experts\": ", f);
@@ -6968,8 +7045,8 @@ static void print_view(const Run *r, const Tokens *prompt, const LayerView *v)
     printf("layer %d, %s: ", v->layer, v->full_attention ? "gated attention" : "Gated DeltaNet");
     printf("|x| %.4g -> %.4g, ", (double)v->input_norm, (double)v->output_norm);
     printf("mixer +%.4g, mlp +%.4g\n", (double)v->mixer_norm, (double)v->mlp_norm);
-    print_numbers(v->full_attention ? "gate" : "decay", v->gate, v->heads);
-    print_numbers(v->full_attention ? "entropy" : "beta", v->entropy, v->heads);
+    print_numbers(v->full_attention ? "gate" : "decay", v->a, v->heads);
+    print_numbers(v->full_attention ? "entropy" : "beta", v->b, v->heads);
     if (v->full_attention) print_positions(r, prompt, v);
     if (v->n_experts) {
         printf("  experts   ");
@@ -6986,54 +7063,60 @@ static void print_view(const Run *r, const Tokens *prompt, const LayerView *v)
     }
 }
 
-/* At the end of a layer: x + out is what the next one gets. For each token of the batch a line of JSON, or nothing; for the
- * prompt's last token rows of the table. work.xn and work.logits are free until the next norm. */
-static void trace_layer(const Pass *p)
+/* At the end of a layer, when x + out is what the next one gets: for each token of the batch a line of JSON, or nothing; for
+ * the prompt's last token rows of the table. work.xn and work.logits are free until the next norm. */
+static void trace_layer(Pass *p)
 {
     Engine *e = p->e;
     Trace *trace = e->trace;
-    Work *w = &e->work;
-    const Config *c = &e->model.config;
-    int D = c->hidden_size, last = trace->prompt->len - 1 - p->pos, first = trace->json ? 0 : last;
-    for (int t = first; t < p->n; t++) {
-        LayerView v = {.layer = (int)(p->layer - e->model.layers), .pos = p->pos + t, .id = p->tokens[t],
-                       .input_norm = trace->input_norm[t], .mixer_norm = trace->mixer_norm[t]};
-        float *out = w->out + (size_t)t * w->xn.ld, *x = w->x + (size_t)t * w->xn.ld, *row = w->xn.f + (size_t)t * w->xn.ld;
-        v.mlp_norm = vector_norm(e->kernels, out, D);
-        for (int i = 0; i < D; i++) row[i] = x[i] + out[i];
-        v.output_norm = vector_norm(e->kernels, row, D);
-        view_mixer(p, t, &v);
-        view_mlp(p, t, &v);
-        if (e->model.head.kind == CAUSAL_LM) { /* as in forward's end */
-            rmsnorm(e->kernels, row, row, e->model.norm, D, c->rms_norm_eps);
-            quantize_row(e, &w->xn, (size_t)t);
-            head_logits(e, t, 1);
-            softmax(e->kernels, w->logits, c->tokenizer_size);
-            v.n_next = TOP_TOKENS;
-            find_top(w->logits, c->tokenizer_size, TOP_TOKENS, v.next);
-        }
-        if (trace->json) json_view(trace->r, trace->json, &v);
-        if (t == last) print_view(trace->r, trace->prompt, &v);
+    int last = trace->prompt->len - 1 - p->pos;
+    trace->from = trace->json ? 0 : last;
+    if (trace->from >= p->n) return;
+    parallel_for(e->pool, p->n - trace->from, view_item, p);
+    for (trace->row = trace->from; e->model.head.kind == CAUSAL_LM && trace->row < p->n && !interrupted; trace->row += HEAD_ROWS) {
+        int n = min_int(HEAD_ROWS, p->n - trace->row);
+        head_logits(e, trace->row, n);
+        parallel_for(e->pool, n, next_item, p);
     }
+    show_progress(trace->r, "trace", trace->view[trace->from].layer + 1, e->model.config.num_hidden_layers, "layers");
+    for (int t = trace->from; t < p->n && !interrupted; t++) {
+        if (trace->json) json_view(trace->r, trace->json, &trace->view[t]);
+        if (t != last) continue;
+        show_progress(trace->r, "", 0, 0, ""); /* off the line that is printed on */
+        print_view(trace->r, trace->prompt, &trace->view[t]);
+        flush_output();
+    }
+}
+
+/* Room for the views of a batch. */
+static void trace_init(Trace *trace)
+{
+    const Engine *e = &trace->r->engine;
+    const Config *c = &e->model.config;
+    size_t heads = (size_t)max_int(c->num_attention_heads, c->linear_num_value_heads), k = (size_t)c->num_experts_per_tok;
+    size_t n = (size_t)min_int(e->work.batch, trace->prompt->len);
+    trace->weights_len = round_up((size_t)max_int(trace->prompt->len, c->head_dim), TILE);
+    trace->weights = grow(NULL, mul((size_t)pool_threads(e->pool), trace->weights_len), sizeof(float));
+    trace->view = grow(NULL, n, sizeof *trace->view);
+    float *numbers = grow(NULL, mul(n, 2 * heads), sizeof *numbers);
+    Top *tops = grow(NULL, mul(n, heads * TOP_POSITIONS + k), sizeof *tops);
+    for (size_t t = 0; t < n; t++, numbers += 2 * heads, tops += heads * TOP_POSITIONS + k)
+        trace->view[t] = (LayerView){.a = numbers, .b = numbers + heads, .positions = tops, .experts = tops + heads * TOP_POSITIONS,
+                                     .n_next = e->model.head.kind == CAUSAL_LM ? TOP_TOKENS : 0};
 }
 
 /* -m trace: a table of what each layer did to the prompt's last token; -o FILE: of every token, as JSON lines. */
 static int mode_trace(Run *r)
 {
     Engine *e = &r->engine;
-    const Config *c = &e->model.config;
     OutFile out = {0};
     Tokens prompt = prompt_tokens(r, e->state.ctx);
     check_dump_dir(r);
     const char *input = r->args.out ? input_file(r, r->args.out) : NULL;
     if (input) die("-o %s: that is %s, which is being read", r->args.out, input);
-    size_t heads = (size_t)max_int(c->num_attention_heads, c->linear_num_value_heads), batch = (size_t)e->work.batch;
-    Trace trace = {.r = r, .prompt = &prompt, .a = grow(NULL, heads, sizeof(float)), .b = grow(NULL, heads, sizeof(float))};
-    trace.input_norm = grow(NULL, batch, sizeof(float));
-    trace.mixer_norm = grow(NULL, batch, sizeof(float));
-    trace.positions = grow(NULL, heads * TOP_POSITIONS, sizeof(Top));
-    trace.experts = grow(NULL, (size_t)c->num_experts_per_tok, sizeof(Top));
-    trace.weights = grow(NULL, (size_t)max_int(prompt.len, c->head_dim), sizeof(float));
+    if (r->args.out && is_output(r->args.out)) die("-o %s: that is standard output, where the table goes", r->args.out);
+    Trace trace = {.r = r, .prompt = &prompt};
+    trace_init(&trace);
     if (r->args.out && !out_open(&out, r->args.out)) return 1;
     trace.json = out.file;
     e->trace = &trace;
@@ -7330,6 +7413,7 @@ static int mode_bench(Run *r)
     snapshot_restore(&deep, &r->engine);
     if (!interrupted) bench_decode(r, &m, decode);
     if (!interrupted && a->draft > 0) bench_drafts(r, (int)a->draft, decode);
+    show_progress(r, "", 0, 0, "");
     printf("peak_memory %ld MB\n", peak_memory_mb());
     return interrupted ? signal_status() : 0;
 }
@@ -7350,7 +7434,7 @@ typedef struct {
 static const Option OPTIONS[] = {
     {"mode", "m", TEXT, AT(mode), 0, 0, "MODE", "chat, generate, logits, perplexity, tokenize, bench, inspect, classify, tag, answer, trace"},
     {"input", "i", TEXT, AT(text), 0, 0, "TEXT", "the prompt; - reads standard input. answer: the question"},
-    {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file. answer: where to find the answer"},
+    {"file", "f", TEXT, AT(file), 0, 0, "FILE", "the prompt from a file. answer: the text to answer from"},
     {"ids", NULL, FLAG, AT(ids), 0, 0, NULL, "prompt and output are token ids (tokenize: text in, ids out)"},
     {"output", "o", TEXT, AT(out), 0, 0, "FILE", "where logits writes: float32, [tokens][vocab]; trace: JSON lines of every token"},
     {"temp", "t", REAL, AT(temperature), 0, 100, "X", "temperature; 0 takes the likeliest token"},
@@ -7514,14 +7598,14 @@ static void check_args(const Args *a)
     if (!a->model) usage_error("wanted a model, found none");
     bool answer = !strcmp(a->mode, "answer");
     if (!answer && a->text && a->file) usage_error("-i and -f: one prompt is enough");
-    if (answer && !(a->text && a->file)) usage_error("-m answer: wants the question as -i TEXT and what to find the answer in as -f FILE");
+    if (answer && !(a->text && a->file)) usage_error("-m answer: wants the question as -i TEXT and the text to answer from as -f FILE");
     if (answer && !strcmp(a->text, "-") && !strcmp(a->file, "-")) usage_error("-i - and -f -: standard input can be but one of them");
     if (logits && !a->out) usage_error("-m logits: wants -o FILE");
     bool trace = !strcmp(a->mode, "trace");
     if (!logits && !trace && a->out) usage_error("-o: only -m logits and -m trace write a file");
     if (!logits && !trace && a->dump) usage_error("--dump: goes with -m logits and -m trace");
     bool drafts = !strcmp(a->mode, "chat") || !strcmp(a->mode, "generate") || !strcmp(a->mode, "bench") || (logits && a->dump);
-    if (a->draft > 0 && !drafts) usage_error("-d: goes with -m chat, generate and bench, and with --dump");
+    if (a->draft > 0 && !drafts) usage_error("-d: goes with -m chat, generate and bench, and with -m logits --dump");
     if ((a->depth || a->prompt) && strcmp(a->mode, "bench")) usage_error("--%s: goes with -m bench", a->depth ? "depth" : "prompt");
     if (a->echo && strcmp(a->mode, "generate")) usage_error("--echo: goes with -m generate");
     if (a->system && strcmp(a->mode, "chat")) usage_error("-y: goes with -m chat");
@@ -7530,6 +7614,8 @@ static void check_args(const Args *a)
     if (a->save && !*a->save) usage_error("--save: wanted the name of a file, found none");
     if (a->system && a->load) usage_error("-y: a saved conversation has its own system prompt");
     if ((a->load || a->save) && !talks) usage_error("--%s: goes with -m chat and generate", a->load ? "load" : "save");
+    bool counts = talks || answer || !strcmp(a->mode, "bench");
+    if (a->n && !counts) usage_error("-n: goes with -m chat, generate, bench and answer");
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
     if (a->ids && (no_prompt || !strcmp(a->mode, "chat"))) usage_error("--ids: -m %s takes no ids", a->mode);
     if ((a->text || a->file) && no_prompt) usage_error("-%c: -m %s takes no prompt", a->text ? 'i' : 'f', a->mode);

@@ -933,11 +933,17 @@ QWEN3_5 = (dict(vocab_size=248320, hidden_size=4096, intermediate_size=12288, nu
 QWEN3_5_MOE = (dict(vocab_size=248320, num_hidden_layers=40, num_experts=256, num_experts_per_tok=8),
                dict(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True))
 FAMILIES = dict(qwen3_next=({}, {}), qwen3_5_text=QWEN3_5, qwen3_5_moe_text=QWEN3_5_MOE)
-CLASSES_OF = dict(qwen3_next="Qwen3Next", qwen3_5_text="Qwen3_5(Text)?", qwen3_5_moe_text="Qwen3_5Moe(Text)?")
 OUTER = ("qwen3_5", "qwen3_5_moe")                          # with a vision part, which is left out
-# What an architecture's name says after "For" -> the head.
-HEADS = dict(CausalLM="causal_lm", ConditionalGeneration="causal_lm", SequenceClassification="sequence_classification",
-             TokenClassification="token_classification", QuestionAnswering="question_answering")
+# Their classes in transformers -> what stands on top of the layers.
+ARCHITECTURES = dict(
+    qwen3_next=dict(Qwen3NextForCausalLM="causal_lm", Qwen3NextForSequenceClassification="sequence_classification",
+                    Qwen3NextForTokenClassification="token_classification",
+                    Qwen3NextForQuestionAnswering="question_answering"),
+    qwen3_5_text=dict(Qwen3_5ForCausalLM="causal_lm", Qwen3_5ForConditionalGeneration="causal_lm",
+                      Qwen3_5ForSequenceClassification="sequence_classification",
+                      Qwen3_5TextForSequenceClassification="sequence_classification",
+                      Qwen3_5ForTokenClassification="token_classification"),
+    qwen3_5_moe_text=dict(Qwen3_5MoeForCausalLM="causal_lm", Qwen3_5MoeForConditionalGeneration="causal_lm"))
 MAX_LABELS = 1 << 16
 
 # The largest of each size that the engine takes. All are 1 or more, but num_experts may be 0.
@@ -1006,13 +1012,11 @@ class Config:
 
     def _head(self, whole):
         """What stands on top of the model, by config.json's architectures; without, the next token is told."""
-        architectures, found = whole.get("architectures") or [], set()
+        architectures, found, known = whole.get("architectures") or [], set(), ARCHITECTURES[self.model_type]
         for name in checked(self.path, "architectures", architectures, list):
-            match = re.fullmatch(CLASSES_OF[self.model_type] + r"For(?P<head>\w+)", str(name))
-            if not match or match["head"] not in HEADS:
-                fail(self.path, f"architectures: {name} is not supported for {self.model_type}",
-                     CLASSES_OF[self.model_type] + "For" + ", ..For".join(HEADS))
-            found.add(HEADS[match["head"]])
+            if name not in list(known):                     # a list, for name may be anything
+                fail(self.path, f"architectures: {name} is not known for {self.model_type}", " or ".join(known))
+            found.add(known[name])
         if len(found) > 1:
             fail(self.path, "architectures", "one kind of head", architectures)
         return found.pop() if found else "causal_lm"

@@ -611,6 +611,7 @@ typedef struct {
     const char *name;      /* as given; messages tell it */
     char target[PATH_MAX], path[PATH_MAX]; /* where it points to if it is a link; what is being written */
     bool temporary;
+    int error;             /* errno of the first write that failed, if it has been noticed (out_check) */
 } OutFile;
 
 /* Begin to write a file, with the rights of an older one of this name. False after a message. */
@@ -619,6 +620,7 @@ static bool out_open(OutFile *o, const char *name)
     struct stat info;
     bool old = !stat(name, &info);
     o->name = name;
+    o->error = 0;
     o->temporary = !old || S_ISREG(info.st_mode);
     if (!old && is_link(name)) return warn("%s: a link that leads nowhere", name);
     if (!old || !realpath(name, o->target)) snprintf(o->target, sizeof o->target, "%s", name);
@@ -638,11 +640,18 @@ static bool out_open(OutFile *o, const char *name)
     return true;
 }
 
+/* Note why a write has failed, if one has, before errno tells of something else. */
+static void out_check(OutFile *o)
+{
+    if (!o->error) o->error = write_error(o->file);
+}
+
 /* End it: whole, and then under its name, or, after a failed write (errno tells which) or by intention, leaving nothing.
  * durable: on the disk before it takes the place of an older file. False after a message when it was to be whole. */
 static bool out_close(OutFile *o, bool whole, bool durable)
 {
-    int error = write_error(o->file);
+    out_check(o);
+    int error = o->error;
     if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
     if (fclose(o->file) && !error) error = errno;
     if (!error && whole && o->temporary && (fault() || rename(o->path, o->target))) error = errno;
@@ -4984,18 +4993,23 @@ static void report_ids(const Run *r, const char *verb, const int *ids, int n)
     fputc('\n', stderr);
 }
 
-/* How far something has got that takes a while, on a terminal. */
+/* How far something has got that takes a while, on a terminal; when it is done, off its line, which others may print on. */
 static void show_progress(const Run *r, const char *what, int done, int n, const char *unit)
 {
-    if (r->args.quiet || !isatty(2)) return;
-    fprintf(stderr, "\r\033[K");
-    if (done < n) fprintf(stderr, "%s: %d of %d %s", what, done, n, unit);
+    static bool shown;
+    if (r->args.quiet || !isatty(2) || (done >= n && !shown)) return;
+    fputs("\r\033[K", stderr);
+    shown = done < n;
+    if (shown) fprintf(stderr, "%s: %d of %d %s", what, done, n, unit);
 }
 
-/* How far a prompt has been read, if it is a long one. */
+static void hide_progress(const Run *r) { show_progress(r, "", 0, 0, ""); }
+
+/* How far a prompt has been read, if it is a long one, and --echo has not left the cursor behind it. */
 static void show_prompt(const Run *r, int done, int n)
 {
-    if (n > r->engine.work.batch / 4) show_progress(r, "prompt", done, n, "tokens");
+    bool echoed = r->args.echo && isatty(1);
+    if (n > r->engine.work.batch / 4 && !echoed) show_progress(r, "prompt", done, n, "tokens");
 }
 
 /* Count a token that now stands at position pos, and whether the model has read it there before (that an answer made
@@ -5335,7 +5349,7 @@ static Tokenizer *need_tokenizer(Run *r)
 }
 
 /* Decimal ids from text; refuses anything else. */
-static int parse_ids(const Run *r, const Str *text, Tokens *out)
+static int parse_ids(const Run *r, const char *what, const Str *text, Tokens *out)
 {
     int vocab = r->engine.model.config.vocab_size;
     for (const char *s = text->data; *s;) {
@@ -5345,11 +5359,11 @@ static int parse_ids(const Run *r, const Str *text, Tokens *out)
         errno = 0;
         long id = strtol(s, &end, 10);
         if (end == s || errno || id < 0 || id >= vocab || (*end && !isspace((unsigned char)*end)))
-            die("prompt: wanted token ids from 0 to %d, found \"%.20s\"", vocab - 1, s);
+            die("%s: wanted token ids from 0 to %d, found \"%.20s\"", what, vocab - 1, s);
         tokens_add(out, (int)id);
         s = end;
     }
-    if (strlen(text->data) != text->len) die("prompt: wanted token ids, found a zero byte");
+    if (strlen(text->data) != text->len) die("%s: wanted token ids, found a zero byte", what);
     return out->len;
 }
 
@@ -5376,7 +5390,7 @@ static void input_tokens(Run *r, const char *what, const Str *text, int room, To
 {
     int before = out->len;
     if (r->args.ids) {
-        parse_ids(r, text, out);
+        parse_ids(r, what, text, out);
     } else {
         Prompt p = {0};
         if (text_too_long(need_tokenizer(r), text->len, room))
@@ -6510,7 +6524,7 @@ static void each_logits(Run *r, const Tokens *prompt, void (*take)(void *arg, in
         for (int row = 0; row < batch; row += HEAD_ROWS) {
             int n = min_int(HEAD_ROWS, batch - row);
             const float *logits = head_logits(e, row, n);
-            show_prompt(r, prompt->len, prompt->len); /* off the line that may be printed on */
+            hide_progress(r);
             for (int i = 0; i < n; i++) take(arg, done + row + i, logits + (size_t)i * e->work.logits_ld);
         }
         done += batch;
@@ -6817,7 +6831,7 @@ typedef struct {
 typedef struct Trace {
     Run *r;
     const Tokens *prompt;
-    FILE *json;                   /* -o: a line for every layer and token; NULL: none, and only the last token is looked at */
+    OutFile *json;                /* -o: a line for every layer and token; NULL: none, and only the last token is looked at */
     LayerView *view;              /* [batch] of each token of the batch */
     int from;                     /* the first token of the batch that is looked at, ... */
     int row;                      /* ... and the one whose logits are row 0 of work.logits */
@@ -7078,14 +7092,13 @@ static void trace_layer(Pass *p)
         head_logits(e, trace->row, n);
         parallel_for(e->pool, n, next_item, p);
     }
-    show_progress(trace->r, "trace", trace->view[trace->from].layer + 1, e->model.config.num_hidden_layers, "layers");
+    hide_progress(trace->r);
     for (int t = trace->from; t < p->n && !interrupted; t++) {
-        if (trace->json) json_view(trace->r, trace->json, &trace->view[t]);
-        if (t != last) continue;
-        show_progress(trace->r, "", 0, 0, ""); /* off the line that is printed on */
-        print_view(trace->r, trace->prompt, &trace->view[t]);
-        flush_output();
+        if (trace->json) json_view(trace->r, trace->json->file, &trace->view[t]), out_check(trace->json);
+        if (t == last) print_view(trace->r, trace->prompt, &trace->view[t]);
     }
+    flush_output();
+    if (trace->json) show_progress(trace->r, "trace", trace->view[trace->from].layer + 1, e->model.config.num_hidden_layers, "layers");
 }
 
 /* Room for the views of a batch. */
@@ -7118,7 +7131,7 @@ static int mode_trace(Run *r)
     Trace trace = {.r = r, .prompt = &prompt};
     trace_init(&trace);
     if (r->args.out && !out_open(&out, r->args.out)) return 1;
-    trace.json = out.file;
+    trace.json = r->args.out ? &out : NULL;
     e->trace = &trace;
     printf("position %d, the last: ", prompt.len - 1);
     print_quoted(r, stdout, prompt.id[prompt.len - 1]);
@@ -7413,7 +7426,7 @@ static int mode_bench(Run *r)
     snapshot_restore(&deep, &r->engine);
     if (!interrupted) bench_decode(r, &m, decode);
     if (!interrupted && a->draft > 0) bench_drafts(r, (int)a->draft, decode);
-    show_progress(r, "", 0, 0, "");
+    hide_progress(r);
     printf("peak_memory %ld MB\n", peak_memory_mb());
     return interrupted ? signal_status() : 0;
 }
@@ -7456,7 +7469,7 @@ static const Option OPTIONS[] = {
     {"reasoning", "r", WHOLE, AT(thinking), 0, 1, "0|1", "chat: hide or show (default) what the model thinks before it answers"},
     {"echo", NULL, FLAG, AT(echo), 0, 0, NULL, "generate prints the prompt first"},
     {"memory", NULL, BYTES, AT(memory), 1, 1e15, "N", "bytes of weights to keep in memory, suffix M or G (2^20, 2^30); default: what is free"},
-    {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "logits and trace also write named intermediate tensors there (.npy)"},
+    {"dump", NULL, TEXT, AT(dump), 0, 0, "DIR", "a folder where logits and trace also write named intermediate tensors (.npy)"},
     {"cpu", NULL, TEXT, AT(cpu), 0, 0, "NAME", "force a kernel set: plain, avx2, avx512, neon"},
     {"kv", NULL, TEXT, AT(kv), 0, 0, "TYPE", "keys and values as f16 (default for quantized models), f32 or q8"},
     {"batch", NULL, WHOLE, AT(batch), 1, MAX_BATCH, "N", "tokens of the prompt read at a time; default 1024, more when experts come from disk"},
@@ -7766,7 +7779,9 @@ int main(int argc, char **argv)
     if (mode->engine) start_engine(&r);
     watching = mode->watches;
     int status = mode->run(&r);
-    end_output();
+    hide_progress(&r);
+    if (status == 1) flush_output(); /* something has been said already */
+    else end_output();
     report_experts(&r);
     if (r.engine.pool) pool_free(r.engine.pool);
     if (r.engine.experts) experts_stop(r.engine.experts);

@@ -5043,6 +5043,18 @@ def on_a_terminal(command, typed=b"", until=None, signals=()):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written
 
 
+def test_progress_and_results_on_one_terminal(tmp_path):
+    """What is printed never follows on a line of progress, nor does progress take away what has been printed."""
+    (tmp_path / "p").write_text("The owl sat in the tree. " * 100 + "The last line")
+    for options in (["-n", 4, "--echo"], ["-m", "perplexity"], ["-m", "trace", "-o", "/dev/stdout"]):
+        status, written = on_a_terminal([ENGINE, DEMO, "-f", tmp_path / "p", "--batch", 64, "-s", 1, *options])
+        lines = written.replace(b"\r\n", b"\n").split(b"\n")
+        shown = [line for line in lines if b"\r\x1b[K" not in line] + [line.rsplit(b"\x1b[K", 1)[1] for line in lines if b"\r\x1b[K" in line]
+        assert status == 0 and not any(b" tokens" in line and b"prompt: " in line and not line.startswith(b"[") for line in shown), shown[-5:]
+        assert (b"\r\x1b[K" in written) == ("--echo" not in options)
+        assert "--echo" not in options or b"The last line" in lines[0] + lines[1]
+
+
 def test_nothing_moves_the_cursor_of_a_terminal():
     """A model that says control characters, a prompt and a conversation that hold some: bytes for a pipe, ^X for a terminal."""
     says = "\x1b]0;owned\x07 \u009b2J\x7f é\n"
@@ -6009,6 +6021,10 @@ def test_trace_for_people(tmp_path):
         assert all(json.dumps(token, ensure_ascii=False) in block for token in line["next_tokens"])
     alone = engine(DEMO, "-m", "trace", "-i", text, "-z", TOKENIZER).decode()
     assert alone == table
+    for full in ("/dev/full", "/dev/stdout"):                    # the right reason, in one line
+        with open("/dev/full", "wb") as output:
+            result = subprocess.run([ENGINE, DEMO, "-m", "trace", "-i", "a", "-o", full], stdout=output, stderr=subprocess.PIPE)
+        assert result.returncode == 1 and result.stderr == f"qwen3next: {full}: No space left on device\n".encode(), result.stderr
     with open(tmp_path / "both", "wb") as both:                  # the table must not be lost in a file that it shares
         assert subprocess.run([ENGINE, DEMO, "-m", "trace", "-i", "a", "-o", "/dev/stdout"], stdout=both, stderr=subprocess.PIPE).returncode == 1
     assert run(ENGINE, DEMO, "-m", "trace", "-i", "a", "-o", DEMO).returncode == 1

@@ -7627,8 +7627,8 @@ static void check_args(const Args *a)
     if (a->save && !*a->save) usage_error("--save: wanted the name of a file, found none");
     if (a->system && a->load) usage_error("-y: a saved conversation has its own system prompt");
     if ((a->load || a->save) && !talks) usage_error("--%s: goes with -m chat and generate", a->load ? "load" : "save");
-    bool counts = talks || answer || !strcmp(a->mode, "bench");
-    if (a->n && !counts) usage_error("-n: goes with -m chat, generate, bench and answer");
+    bool reads = trace || !strcmp(a->mode, "classify") || !strcmp(a->mode, "tag");
+    if (a->n && reads) usage_error("-n: -m %s makes no tokens", a->mode);
     bool no_prompt = !strcmp(a->mode, "bench") || !strcmp(a->mode, "inspect");
     if (a->ids && (no_prompt || !strcmp(a->mode, "chat"))) usage_error("--ids: -m %s takes no ids", a->mode);
     if ((a->text || a->file) && no_prompt) usage_error("-%c: -m %s takes no prompt", a->text ? 'i' : 'f', a->mode);

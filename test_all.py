@@ -1972,7 +1972,7 @@ def damaged_checkpoints(path, rng):
         matrix = tensor.type != FLOAT
         must = {
             "another name": (0, "B", ord("X")), "type 9": (72, "I", 9),
-            "other type": (72, "I", F32 if matrix else Q8), "type float": (72, "I", FLOAT if matrix else BF16),
+            "other type": (72, "I", Q8 if not matrix else BF16 if tensor.type == F32 else F32), "type float": (72, "I", FLOAT if matrix else BF16),
             "rank 0": (76, "I", 0), "rank 5": (76, "I", 5), "rank huge": (76, "I", 1 << 31),
             "shape 0": (80, "Q", 0), "shape + 1": (80, "Q", tensor.shape[0] + 1), "shape huge": (80, "Q", 1 << 62),
             "shape overflows": (80, "Q", (1 << 58) + 1), "offset unaligned": (112, "Q", tensor.offset + 4),

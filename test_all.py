@@ -5671,7 +5671,7 @@ SIBLINGS = {
     "dense that sees": (False, True, {}), "dense that sees, tied": (False, True, dict(tie_word_embeddings=True)),
     "experts": (True, False, {}), "experts, head dims differ, attention_bias": (True, False, dict(linear_value_head_dim=40, attention_bias=True)),
     "experts that see": (True, True, dict(num_experts=7, num_experts_per_tok=3, partial_rotary_factor=0.5)),
-    "odd sizes": (True, False, dict(KINDS["odd sizes"], rope_parameters=dict(MROPE, partial_rotary_factor=0.5)))}
+    "experts, odd sizes": (True, False, dict(KINDS["odd sizes"], rope_parameters=dict(MROPE, partial_rotary_factor=0.5)))}
 
 
 @functools.cache

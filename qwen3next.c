@@ -1435,18 +1435,20 @@ static const uint8_t *next_string(const uint8_t *data, size_t size, size_t *at, 
     return data + *at - *n;
 }
 
-/* All strings of a list. */
-static Str *read_list(const Reader *r, const MetaRecord *list)
+/* The names of the classes, each one line of text. */
+static Str *read_labels(const Reader *r, const MetaRecord *list)
 {
-    Str *strings = grow(NULL, list->count, sizeof *strings);
-    memset(strings, 0, list->count * sizeof *strings);
+    Str *labels = grow(NULL, list->count, sizeof *labels);
+    memset(labels, 0, list->count * sizeof *labels);
     size_t at = 0;
     for (uint32_t i = 0, n; i < list->count; i++) {
         const uint8_t *text = next_string(r->file.data + list->offset, list->size, &at, &n);
-        if (!text) die("%s: key %s: entry %u: cut off", r->file.path, list->key, i);
-        str_add(&strings[i], text, n);
+        if (!text) die("%s: key labels: entry %u: cut off", r->file.path, i);
+        for (uint32_t k = 0; k < n; k++)
+            if (is_control(text + k, n - k)) die("%s: key labels: entry %u: wanted one line of text, found a control character", r->file.path, i);
+        str_add(&labels[i], text, n);
     }
-    return strings;
+    return labels;
 }
 
 /* The head: its kind tells which matrix, and how many rows that has. */
@@ -1472,11 +1474,7 @@ static void bind_head(Reader *r, Model *m)
         if (!n) die("%s: key labels: wanted 1 to %d names, found %u", r->file.path, MAX_LABELS, list ? list->count : 0);
         h->weight = bind_matrix(r, "", "score", REQUIRED, 0, false, n, D);
         h->bias = bind_floats(r, "", "score_bias", OPTIONAL, n, 0);
-        h->labels = read_list(r, list);
-        for (int i = 0; i < n; i++)
-            for (size_t k = 0; k < h->labels[i].len; k++)
-                if (is_control((const uint8_t *)h->labels[i].data + k, h->labels[i].len - k))
-                    die("%s: key labels: entry %d: wanted one line of text, found a control character", r->file.path, i);
+        h->labels = read_labels(r, list);
     }
 }
 
@@ -4997,7 +4995,7 @@ static void report_ids(const Run *r, const char *verb, const int *ids, int n)
 static void show_progress(const Run *r, const char *what, int done, int n, const char *unit)
 {
     static bool shown;
-    if (r->args.quiet || !isatty(2) || (done >= n && !shown)) return;
+    if (r->args.quiet || (done >= n && !shown) || !isatty(2)) return; /* often called with nothing to hide */
     fputs("\r\033[K", stderr);
     shown = done < n;
     if (shown) fprintf(stderr, "%s: %d of %d %s", what, done, n, unit);
@@ -6561,26 +6559,26 @@ static void dump_drafts(Run *r, int n)
     free(logits);
 }
 
-/* --dump wants a folder. */
-static void check_dump_dir(const Run *r)
+/* Begin to write to -o, if it is given, and look whether --dump, if it is given, is a folder. False after a message. */
+static bool open_results(const Run *r, OutFile *out)
 {
+    const Args *a = &r->args;
     struct stat info;
-    if (r->args.dump && (stat(r->args.dump, &info) || !S_ISDIR(info.st_mode) || access(r->args.dump, W_OK)))
-        die("--dump %s: wanted a folder to write to", r->args.dump);
+    if (a->dump && (stat(a->dump, &info) || !S_ISDIR(info.st_mode) || access(a->dump, W_OK)))
+        die("--dump %s: wanted a folder to write to", a->dump);
+    const char *input = a->out ? input_file(r, a->out) : NULL;
+    if (input) die("-o %s: that is %s, which is being read", a->out, input);
+    return !a->out || out_open(out, a->out);
 }
 
 /* -m logits: every position's logits to -o FILE. */
 static int mode_logits(Run *r)
 {
-    const char *out = r->args.out;
     Tokens prompt = prompt_tokens(r, r->engine.state.ctx);
     if (prompt.len + max_int(0, (int)r->args.draft) > r->engine.state.ctx)
         die("-d %d: no room after a prompt of %d tokens in a context of %d", (int)r->args.draft, prompt.len, r->engine.state.ctx);
-    check_dump_dir(r);
-    const char *input = input_file(r, out);
-    if (input) die("-o %s: that is %s, which is being read", out, input);
     LogitsFile l = {.vocab = (size_t)r->engine.model.config.vocab_size};
-    if (!out_open(&l.file, out)) return 1;
+    if (!open_results(r, &l.file)) return 1;
     each_logits(r, &prompt, write_logits, &l);
     if (!interrupted && r->args.dump) dump_drafts(r, (int)r->args.draft);
     bool written = out_close(&l.file, !interrupted, false);
@@ -7124,13 +7122,10 @@ static int mode_trace(Run *r)
     Engine *e = &r->engine;
     OutFile out = {0};
     Tokens prompt = prompt_tokens(r, e->state.ctx);
-    check_dump_dir(r);
-    const char *input = r->args.out ? input_file(r, r->args.out) : NULL;
-    if (input) die("-o %s: that is %s, which is being read", r->args.out, input);
     if (r->args.out && is_output(r->args.out)) die("-o %s: that is standard output, where the table goes", r->args.out);
     Trace trace = {.r = r, .prompt = &prompt};
     trace_init(&trace);
-    if (r->args.out && !out_open(&out, r->args.out)) return 1;
+    if (!open_results(r, &out)) return 1;
     trace.json = r->args.out ? &out : NULL;
     e->trace = &trace;
     printf("position %d, the last: ", prompt.len - 1);
@@ -7891,9 +7886,14 @@ static long peak_memory_kb(void)
 
 enum { MAX_LIVE = 1 << 16 };
 
+/* Files of the folder, and the words that stand for them in a command. */
+static const struct { const char *word, *file; } FUZZ_FILES[] = {
+    {"MODEL", "model.bin"}, {"TOKENIZER", "tokenizer.bin"}, {"ANSWER", "answer.bin"}};
+enum { N_FUZZ_FILES = sizeof FUZZ_FILES / sizeof *FUZZ_FILES };
+
 /* What a run is given and what it leaves behind. */
 static struct {
-    char input[64], file[3][PATH_MAX];                    /* the files it may read; of all others there is but one: */
+    char input[64], file[N_FUZZ_FILES][PATH_MAX];         /* the files it may read; of all others there is but one: */
     char scratch[64], temporary[80];                      /* ... whatever their names are, and what becomes it */
     int fd;                                               /* of the input, which lies in memory */
     struct { void *p; size_t mapped; } live[MAX_LIVE];    /* memory it has: from malloc, or so many bytes mapped */
@@ -7945,8 +7945,9 @@ static void *fuzz_mmap(void *at, size_t bytes, int protection, int flags, int fd
 static const char *fuzz_path(const char *path)
 {
     size_t n = strlen(path);
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(path, fuzz.input) || !strcmp(path, fuzz.file[i])) return path;
+    if (!strcmp(path, fuzz.input)) return path;
+    for (int i = 0; i < N_FUZZ_FILES; i++)
+        if (!strcmp(path, fuzz.file[i])) return path;
     return n > 4 && !strcmp(path + n - 4, ".tmp") ? fuzz.temporary : fuzz.scratch;
 }
 
@@ -7966,8 +7967,6 @@ static const struct { const char *name; size_t size_at; const char *commands[4];
     {"chat", 0, {"MODEL -m chat -z TOKENIZER -n 3 -c 96 -s 1 -j 1 -q --save kept"}},
     {"options", 0, {NULL}}};
 
-static const struct { const char *word, *file; } FUZZ_FILES[] = {
-    {"MODEL", "model.bin"}, {"TOKENIZER", "tokenizer.bin"}, {"ANSWER", "answer.bin"}};
 static const char FUZZ_LINES[] = "Hi\n/undo\n/regen\n/save kept\nAnd?\n/load kept\n/regen\n/show\n"; /* said after loading */
 
 /* Make the input's file, or standard input, hold these bytes. */
@@ -7984,7 +7983,7 @@ static void fuzz_run(const char *command)
     for (char *word = line; word < line + n; word += strlen(word) + 1) {
         word[strcspn(word, " ")] = 0;
         argv[argc++] = !strcmp(word, "INPUT") ? fuzz.input : word;
-        for (int i = 0; i < 3; i++)
+        for (int i = 0; i < N_FUZZ_FILES; i++)
             if (!strcmp(word, FUZZ_FILES[i].word)) argv[argc - 1] = fuzz.file[i];
     }
     argv[0] = (char *)(uintptr_t)PROGRAM, argv[argc] = NULL;
@@ -8020,7 +8019,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     }
     if (!fuzz.fd) { /* the first */
         const char *folder = getenv("QWEN3NEXT_FUZZ_FOLDER");
-        for (int i = 0; i < 3; i++) snprintf(fuzz.file[i], sizeof fuzz.file[i], "%s/%s", folder, FUZZ_FILES[i].file);
+        for (int i = 0; i < N_FUZZ_FILES; i++) snprintf(fuzz.file[i], sizeof fuzz.file[i], "%s/%s", folder, FUZZ_FILES[i].file);
         snprintf(fuzz.scratch, sizeof fuzz.scratch, "/tmp/qwen3next-fuzz-%ld", (long)getpid());
         snprintf(fuzz.temporary, sizeof fuzz.temporary, "%s.tmp", fuzz.scratch);
         fuzz.fd = memfd_create("input", 0);

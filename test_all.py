@@ -1738,12 +1738,18 @@ void draw(const float *knobs, int seed, const float *logits, int vocab, int n, i
 
 
 @functools.cache
-def sampler_library():
-    """qwen3next.c as a shared library that exports its sampler."""
-    (WORK / "sampler.c").write_text(SAMPLER_HARNESS)
+def engine_library(name, harness):
+    """qwen3next.c as a shared library that exports what a harness, C that includes it, makes of its functions."""
+    source, library = WORK / f"{name}.c", WORK / f"{name}.so"
+    source.write_text(harness)
     subprocess.run(["cc", "-std=gnu11", "-O1", "-w", "-pthread", "-shared", "-fPIC", "-DPLAIN_ONLY", f"-I{ROOT}",
-                    "-o", WORK / "sampler.so", WORK / "sampler.c", "-lm"], check=True)
-    return ctypes.CDLL(str(WORK / "sampler.so"))
+                    "-o", library, source, "-lm"], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def sampler_library():
+    """The engine's sampler."""
+    return engine_library("sampler", SAMPLER_HARNESS)
 
 
 def array(values, kind):
@@ -5525,15 +5531,6 @@ int spans(const char *tokenizer, const char *text, int n, int *out)
 """
 
 
-@functools.cache
-def span_library():
-    """qwen3next.c as a shared library that tells where tokens begin and end."""
-    (WORK / "spans.c").write_text(SPAN_HARNESS)
-    subprocess.run(["cc", "-std=gnu11", "-O1", "-w", "-pthread", "-shared", "-fPIC", "-DPLAIN_ONLY", f"-I{ROOT}",
-                    "-o", WORK / "spans.so", WORK / "spans.c", "-lm"], check=True)
-    return ctypes.CDLL(str(WORK / "spans.so"))
-
-
 def units(text):
     """Where a text can be cut, so that NFC of the parts is NFC of the whole, before a character that starts anew:
     [(bytes before, bytes of NFC before)], from (0, 0) to the end."""
@@ -5578,7 +5575,7 @@ def test_spans_of_tokens_in_any_text():
         texts.append("".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 25))))
     numbers, pointer = array(np.zeros(3 * most), np.int32)
     for text in texts:
-        n = span_library().spans(str(TOKENIZER).encode(), text.encode(), len(text.encode()), pointer)
+        n = engine_library("spans", SPAN_HARNESS).spans(str(TOKENIZER).encode(), text.encode(), len(text.encode()), pointer)
         assert list(map(tuple, numbers[:3 * n].reshape(-1, 3).tolist())) == expected_spans(text), ascii(text)
 
 

@@ -1,0 +1,1015 @@
+"""Write the corpus on which the demo checkpoint is trained: stories and small conversations, from a grammar.
+
+    python demo/corpus.py --documents 600000 --seed 1 -o build/demo/documents.jsonl
+
+Each line of the result is one JSON string, a whole document: a plain story, or a chat in ChatML. What can happen stands in
+tales/*.txt, what can be said in talk.txt, the words in words.txt; this file only knows how to put them together. See
+notation.txt for how those files are written. `--show TALE` prints stories of one tale to read, `--check` looks for slips.
+
+A tale's *cast* is drawn first: hero, friend, helper, other, thing, place, deed and so on. The request names some of its
+members, the story uses all: so a model that learns to predict the story must look at the request.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import multiprocessing
+import pathlib
+import random
+import re
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+# 1. Text with alternatives: "(a|b)", "{slot}", "<rule>"
+
+PIECES = re.compile(r"[()|]|\{[^{}]*\}|<[a-z][a-zA-Z0-9 _-]*>|[^()|{}<]+|<")
+
+
+class Sequence(list):
+    """Pieces one after the other: str, Slot, Rule, or Choice."""
+
+
+class Choice(list):
+    """Alternatives, each a Sequence, one of which is drawn."""
+
+
+class Slot(str):
+    """A value of the cast, by name: "hero", "a friend", "deed.past"."""
+
+
+class Rule(str):
+    """The name of a rule whose text is put here."""
+
+
+def parse(text):
+    """The Sequence that TEXT in our notation stands for. Raises ValueError for parentheses that do not match."""
+    stack = [Choice([Sequence()])]
+    for piece in PIECES.findall(text):
+        if piece == "(":
+            stack.append(Choice([Sequence()]))
+        elif piece == "|" and len(stack) > 1:
+            stack[-1].append(Sequence())
+        elif piece == ")" and len(stack) > 1:
+            choice = stack.pop()
+            stack[-1][-1].append(choice)
+        elif piece in ("|", ")"):
+            raise ValueError(f"{piece!r} outside of parentheses: {text[:80]!r}")
+        elif piece[0] == "{":
+            stack[-1][-1].append(Slot(piece[1:-1]))
+        elif piece[0] == "<" and len(piece) > 2:
+            stack[-1][-1].append(Rule(piece[1:-1]))
+        else:
+            stack[-1][-1].append(piece)
+    if len(stack) > 1:
+        raise ValueError(f"a parenthesis is not closed: {text[:80]!r}")
+    return stack[0][0]
+
+
+class Grammar:
+    """All rules, tales, talk and words. `rules[name]` is a list of Sequences, one of which is drawn."""
+
+    def __init__(self, folder=HERE):
+        self.words = read_words(folder / "words.txt")
+        self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
+        self.new_things = set()                     # names of tales in which the hero comes by the thing only in the course of it
+        for path in sorted((folder / "tales").glob("*.txt")):
+            read_tales(path, self)
+        for tale in self.tales.values():
+            tale.thing_is_new = tale.name in self.new_things
+        self.drawn = [tale for tale in self.tales.values() for _ in range(2 if "deed" in tale.needs else 1)]   # few tales, much asked for
+        read_talk(folder / "talk.txt", self)
+        self.held_out = HeldOut(folder / "heldout.txt")
+        self.held_out.remove_from(self.words)
+        for tale in self.tales.values():
+            self.held_out.remove_from(tale.lists)
+
+    def expand(self, sequence, cast, rng, bound=None):
+        """Text of a Sequence: slots from CAST (a mapping), alternatives drawn by RNG. With BOUND, a dict, a rule that has
+        been expanded keeps its text, so that a question and its answer speak of the same thing."""
+        out = []
+        for piece in sequence:
+            if isinstance(piece, Choice):
+                out.append(self.expand(rng.choice(piece), cast, rng, bound))
+            elif isinstance(piece, Slot):
+                out.append(cast[piece])
+            elif isinstance(piece, Rule):
+                out.append(self.expand_rule(piece, cast, rng, bound))
+            else:
+                out.append(piece)
+        return "".join(out)
+
+    def expand_rule(self, name, cast, rng, bound):
+        """Text of the rule NAME. Raises KeyError when there is none."""
+        if bound is not None and name in bound:
+            return bound[name]
+        if name not in self.rules:
+            raise KeyError(f"no rule <{name}>")
+        text = self.expand(rng.choice(self.rules[name]), cast, rng, bound)
+        if bound is not None:
+            bound[name] = text
+        return text
+
+
+# 2. Tidying: articles, capitals, spaces
+
+SAID = (r"(said|asked|cried|called|shouted|whispered|laughed|answered|replied|yelled|sighed|sang|thought|wondered|added|begged|"
+        r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
+        r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
+        r"promised|warned|went|says|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked)")
+LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|ukul))"         # a vowel that sounds like a consonant
+
+
+def tidy(text):
+    """Repair what alternatives leave behind: "a apple" -> "an apple", capitals where sentences begin, double spaces."""
+    text = re.sub(r"[ \t]+", " ", text)
+    text = re.sub(r" *\n *", "\n", text).strip()
+    text = re.sub(r" ([.,!?;:])", r"\1", text)
+    text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|hour\b|honest)(?!" + LIKE_YOU + ")", r"\1n ", text)
+    capital = lambda match: match[1] + match[2].upper()
+    text = re.sub(r'(^"?|\n"?)([a-z])', capital, text)
+    text = re.sub(r'([.!?] "?)([a-z])', capital, text)                     # He ran. she ran.
+    text = re.sub(r'(\." "?)([a-z])', capital, text)                       # "I ran." she ran.
+    text = re.sub(r'([!?]" "?)(?!(?:[\w\']+ ){0,4}' + SAID + r'\b)([a-z])', lambda m: m[1] + m[3].upper(), text)
+    return re.sub(r'(\b' + SAID + r'(?: [\w\']+){0,4}, ")([a-z])', lambda m: m[0] if '," ' in before(m) else m[1] + m[3].upper(), text)
+
+
+def before(match):
+    """The part of the match's own sentence that stands before it."""
+    return re.split(r"[.!?] |\n", match.string[:match.start()])[-1]
+
+
+def sentences(text):
+    """The sentences of TEXT as plain lower-case words, for the search for repetitions."""
+    parts = re.split(r'[.!?]+"?\s+"?(?=[A-Z])|\n+', text)
+    return [words for words in (re.sub(r"[^a-z0-9' ]", "", part.lower()).strip() for part in parts) if words]
+
+
+def repeats(text):
+    """The first sentence of three or more words that occurs twice in TEXT, else None."""
+    seen = set()
+    for sentence in sentences(text):
+        if len(sentence.split()) >= 3:
+            if sentence in seen:
+                return sentence
+            seen.add(sentence)
+    return None
+
+
+# 3. Words
+
+THINGS = ("toys", "tools", "clothes", "instruments", "treasures", "foods to carry", "plants", "home things")
+VOWELS = "aeiou"
+
+
+def read_words(path):
+    """The lists of words.txt: {section: [entry, ...]}; "irregular verbs" becomes {base: (past, ing)}."""
+    words, section = collections.defaultdict(list), None
+    for line in path.read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif line:
+            words[section] += [entry.strip() for entry in line.split(",") if entry.strip()]
+    words["irregular verbs"] = {base: forms for base, *forms in (entry.split() for entry in words["irregular verbs"])}
+    words["things"] = [entry for name in THINGS for entry in words[name]]
+    words["places"] = [(kind.split()[0], entry) for kind in ("in places", "at places", "on places") for entry in words[kind]]
+    return words
+
+
+def conjugate(phrase, irregular):
+    """(base, third person, past, -ing form) of a verb phrase: "ride a bike" -> rides, rode, riding a bike."""
+    verb, _, rest = phrase.partition(" ")
+    rest = " " + rest if rest else ""
+    third = "has" if verb == "have" else verb + ("es" if re.search(r"(s|x|z|ch|sh|o)$", verb) else "s")
+    past, ing = verb + "ed", verb + "ing"
+    if re.search(r"[^aeiou]y$", verb):
+        third, past = verb[:-1] + "ies", verb[:-1] + "ied"
+    elif verb.endswith("e"):
+        past, ing = verb + "d", verb[:-1] + "ing" if not verb.endswith("ee") else ing
+    elif re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", verb):
+        past, ing = verb + verb[-1] + "ed", verb + verb[-1] + "ing"
+    if verb in irregular:
+        past, ing = irregular[verb][:2]
+    return phrase, third + rest, past + rest, ing + rest
+
+
+def made_up_name(rng):
+    """A name that nobody has, so that the model learns to copy letters, not only names it knows: "Plimo", "Zarrik"."""
+    onset = ["b", "br", "d", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "t", "tr", "v", "w", "y", "z"]
+    vowel, coda = ["a", "e", "i", "o", "u", "oo", "ee", "ia"], ["", "", "n", "l", "r", "k", "m", "x", "sh", "bo", "ri", "na", "lu", "to", "mi"]
+    return (rng.choice(onset) + rng.choice(vowel) + rng.choice(["", rng.choice(onset[:20]) + rng.choice(vowel)]) + rng.choice(coda)).capitalize()
+
+
+class HeldOut:
+    """What the generator must not say, so that the test is one: words that it does not know at all, and requests of whose words
+    no two may meet in one cast."""
+
+    def __init__(self, path):
+        self.words, self.requests, section = set(), collections.defaultdict(set), None
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
+            line = line.strip()
+            if line.startswith("["):
+                section = line.strip("[]")
+            elif line and not line.startswith("#"):
+                if section == "words":
+                    self.words |= {word.strip().lower() for word in re.split(r"[,\s]+", line) if word.strip()}
+                elif section == "requests":
+                    for word in line.split("|")[-1].split():
+                        self.requests[word.split("/")[0].lower()].add(number)
+
+    def remove_from(self, words):
+        """Take the held-out words out of all lists of WORDS, in place."""
+        keep = lambda entry: not self.words & set(str(entry).lower().replace("'", " ").replace(",", " ").strip("()").split())
+        for name, entries in words.items():
+            if isinstance(entries, list):
+                words[name] = [entry for entry in entries if keep(entry if isinstance(entry, str) else entry[1])]
+
+    def refuses(self, phrases):
+        """Whether two words of one held-out request occur in PHRASES."""
+        count = collections.Counter()
+        for word in {word for phrase in phrases for word in phrase.lower().split()}:
+            for number in self.requests.get(word, ()):
+                count[number] += 1
+        return any(n > 1 for n in count.values())
+
+
+# 4. The cast of a story
+
+PRONOUNS = {"he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
+            "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"}}
+CALLED_BY_ROLE = {"mom", "dad", "mama", "papa", "mommy", "daddy", "grandma", "grandpa", "granny", "nana"}
+
+
+class Character:
+    """Somebody in a story. `kind` "fox", `name` "Pip" or None, `gender` "he" or "she", `owner` the hero whose family it is, or None."""
+
+    def __init__(self, kind, name, gender, owner=None, adjective=""):
+        self.kind, self.name, self.gender, self.owner, self.adjective = kind, name, gender, owner, adjective
+
+    def __str__(self):
+        if self.owner:
+            return self.kind.capitalize() if self.kind in CALLED_BY_ROLE else f"{self.owner.his} {self.kind}"
+        return self.name or f"the {self.kind}"
+
+    @property
+    def his(self):
+        return PRONOUNS[self.gender]["his"]
+
+    def introduced(self, rng):
+        """ "a fox named Pip", "a small girl called Mia", "an old owl", "his grandma". """
+        if self.owner:
+            return f"{self.owner.his} {self.kind}"
+        kind = f"a {self.adjective} {self.kind}" if self.adjective else f"a {self.kind}"
+        return f"{kind} {rng.choice(['named', 'named', 'called'])} {self.name}" if self.name else kind
+
+    def as_friend(self, rng):
+        """ "his friend Tilly", "his friend Tilly the rabbit", without a name "his friend the rabbit"; needs the hero's pronoun. """
+        if not self.name:
+            return f"friend the {self.kind}"
+        return f"friend {self.name}" + (f" the {self.kind}" if rng.random() < 0.5 and self.kind not in ("boy", "girl") else "")
+
+    def asked_for(self, rng, text):
+        """How a user names somebody who is in the story TEXT: "a fox", "a fox named Pip", "Pip the fox", "Pip". Only by name when the
+        story never says what kind it is."""
+        if self.owner:
+            return f"{self.owner.his} {self.kind}"
+        if self.name and not re.search(rf"\b{re.escape(self.kind)}\b", text):
+            return self.name
+        forms = [f"a {self.kind}", f"a {self.kind}", f"a {self.kind}", f"a little {self.kind}" if " " not in self.kind else f"a {self.kind}"]
+        if self.name:
+            forms += [f"a {self.kind} {rng.choice(['named', 'called'])} {self.name}", self.name if self.kind in ("boy", "girl") else f"{self.name} the {self.kind}"]
+        if self.name and self.kind in ("boy", "girl"):
+            forms += [self.name] * 3
+        return rng.choice(forms)
+
+
+class Cast(dict):
+    """Slot -> text for one story. Members that are asked for by name: `characters` {role: Character}, and thing, place, deed ..."""
+
+    def __init__(self, grammar, tale, rng, characters=None):
+        """Draw a cast for TALE (a Tale, or None for talk); CHARACTERS keeps those of an earlier story."""
+        super().__init__()
+        self.grammar, self.rng, self.asking, words = grammar, rng, None, grammar.words
+        pick = lambda slot, default: rng.choice(tale.lists.get(slot) or words[default]) if tale else rng.choice(words[default])
+        self.characters = characters or draw_characters(words, rng, tale.lists if tale else {})
+        self.thing = rng.choice(words["things"]) if not tale or "thing" not in tale.lists else rng.choice(tale.lists["thing"])
+        self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and " " not in self.thing else ""
+        self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
+        self.verbs = conjugate(pick("deed", "deeds"), words["irregular verbs"])
+        for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
+                ("home", "homes"), ("animal", "animals"):
+            self[slot] = pick(slot, name)
+        self["number"] = rng.choice(["two", "three", "four", "five", "six", "seven", "eight", "nine"])
+        self["adjective"] = rng.choice(words["hero adjectives"])
+        self["made-up name"] = made_up_name(rng)
+        self["user"] = rng.choice(words[rng.choice(["he names", "she names"])])
+        self["name"] = rng.choice(words[rng.choice(["he names", "she names", "pet names"])])
+
+    def __missing__(self, slot):
+        """Slots that are made of others: {a hero}, {friend.he}, {at place}, {deed.past}. Raises KeyError for no such slot."""
+        first, _, second = slot.partition(" ") if " " in slot else slot.partition(".")
+        if slot in PRONOUNS["he"]:
+            return PRONOUNS[self.characters["hero"].gender][slot]
+        if slot in self.characters:
+            return str(self.characters[slot])
+        if first in self.characters:
+            character = self.characters[first]
+            return character.kind if second == "kind" else PRONOUNS[character.gender][second]
+        if first == "a" and second in self.characters:
+            character = self.characters[second]
+            return character.asked_for(self.rng, self.asking) if self.asking else character.introduced(self.rng)
+        if first == "his" and second in self.characters:
+            return PRONOUNS[self.characters["hero"].gender]["his"] + " " + self.characters[second].as_friend(self.rng)
+        if first == "a" and second.split(".")[0] in (*self, *self.characters):
+            return f"a {self[second]}"
+        if first == "thing":
+            return self.thing if not self.adjective or second == "noun" or (self.asking and self.rng.random() < 0.6) else f"{self.adjective} {self.thing}"
+        if slot in ("place", "the place", "at place", "to place"):
+            preposition, place = self.place
+            return {"place": place, "the": f"the {place}", "at": f"{preposition} the {place}", "to": f"to the {place}"}[first]
+        if first == "deed":
+            return self.verbs[["", "s", "past", "ing"].index(second)]
+        raise KeyError(f"no slot {{{slot}}}")
+
+    def said(self, slots):
+        """The words by which a user would ask for SLOTS, for the comparison with what is held out."""
+        texts = {"thing": self.thing, "place": self.place[1], "deed": self.verbs[0]}
+        for slot in slots:
+            if slot in self.characters:
+                yield self.characters[slot].kind
+                yield self.characters[slot].name or ""
+            else:
+                yield texts.get(slot) or self[slot]
+
+
+def draw_characters(words, rng, lists):
+    """{role: Character} of one story: no two with one name, nor, where one has no name, of one kind. LISTS may limit kinds of friends
+    and helpers ("family": one of the hero's)."""
+    characters = {}
+    for role, draw in ("hero", draw_hero), ("friend", draw_friend), ("other", draw_other), ("helper", draw_helper):
+        while True:
+            one = draw(words, rng, characters)
+            if role in lists and "family" in lists[role]:
+                if one.owner is None:
+                    continue
+            elif role in lists:
+                one = Character(rng.choice(lists[role]), one.name, one.gender)
+            if all((one.name is None or one.name != each.name) and one.kind != each.kind or
+                   (one.name and each.name and one.name[:2] != each.name[:2]) for each in characters.values()):
+                break
+        characters[role] = one
+    return characters
+
+
+def draw_being(words, rng, shares, nameless):
+    """A Character by SHARES: weights of child, grown-up or role, animal, creature; without a name in NAMELESS of the last three."""
+    gender = rng.choice(["he", "she"])
+    sort = rng.choices(["child", "people", "animals", "creatures"], shares)[0]
+    adjective = rng.choice(words["hero adjectives"]) if rng.random() < 0.5 else ""
+    if sort == "child":
+        return Character({"he": "boy", "she": "girl"}[gender], draw_name(words, rng, gender, 0.05), gender, adjective=adjective)
+    kind = rng.choice(words[f"{gender} people"] if sort == "people" else words[sort])
+    name = None if rng.random() < nameless else draw_name(words, rng, gender, 0.0 if sort == "people" else 0.5)
+    return Character(kind, name, gender, adjective=adjective if " " not in kind else "")
+
+
+def draw_name(words, rng, gender, pet):
+    """A given name, with probability PET one of a pet; one in ten is made up."""
+    if rng.random() < 0.1:
+        return made_up_name(rng)
+    return rng.choice(words["pet names"] if rng.random() < pet else words[f"{gender} names"])
+
+
+def draw_hero(words, rng, characters):
+    return draw_being(words, rng, (0.36, 0.1, 0.38, 0.16), 0.15)
+
+
+def draw_friend(words, rng, characters):
+    child = characters["hero"].kind in ("boy", "girl")
+    return draw_being(words, rng, (0.45, 0.08, 0.32, 0.15) if child else (0.1, 0.08, 0.64, 0.18), 0.3)
+
+
+def draw_other(words, rng, characters):
+    return draw_being(words, rng, (0.25, 0.15, 0.45, 0.15), 0.5)
+
+
+def draw_helper(words, rng, characters):
+    if rng.random() < 0.5:
+        gender = rng.choice(["he", "she"])
+        return Character(rng.choice(words[f"{gender} family"]), None, gender, owner=characters["hero"])
+    return Character(rng.choice(words["helpers"]), None, rng.choice(["he", "she"]))
+
+
+# 5. Tales
+
+class Tale:
+    """What tales/*.txt says of one tale; all texts parsed."""
+
+    def __init__(self, name):
+        self.name, self.needs, self.lists = name, [], {}
+        self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
+        self.ask, self.start, self.open, self.questions, self.body = [], [], [], [], []
+
+    def texts(self):
+        """All slots of what follows an opening."""
+        return [slot for text in (*self.start, *self.body) for slot in slots(text)]
+
+    @functools.cached_property
+    def introduces_friend(self):
+        return "a friend" in self.texts()
+
+
+def read_tales(path, grammar):
+    """Add the tales and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
+    tale, body = None, None
+    for number, line in enumerate([*path.read_text().splitlines(), "tale"], 1):
+        key, colon, value = (part.strip() for part in line.partition(":"))
+        try:
+            if line.startswith("#"):
+                continue
+            if line.split(" ")[0] == "tale" or key.startswith("rule "):
+                if body is not None:
+                    tale.body = [parse(" ".join(paragraph.split("\n"))) for paragraph in re.split(r"\n\s*\n", "\n".join(body).strip())]
+                    body = None
+            if key.startswith("rule "):
+                grammar.rules[key[5:].strip()].append(parse(value))
+            elif key.startswith("opening "):
+                grammar.openings.append(Opening(key.split()[1:], parse(value)))
+            elif line.startswith("tale "):
+                if line[5:].strip() in grammar.tales:
+                    raise ValueError(f"a second tale named {line[5:].strip()}")
+                tale = grammar.tales[line[5:].strip()] = Tale(line[5:].strip())
+            elif body is not None:
+                body.append(line)
+            elif key == "body":
+                body = []
+            elif key == "needs":
+                tale.needs = value.split()
+            elif key == "thing is new":
+                grammar.new_things |= set(value.split())
+            elif key in ("ask", "start", "open"):
+                getattr(tale, key).append(parse(value))
+            elif key == "q":
+                tale.questions.append(tuple(parse(side.strip()) for side in value.split("=")))
+            elif colon and key in ("thing", "place", "deed", "trait", "food", "fear", "job", "friend", "helper"):
+                names = [name.strip() for name in value.split(",")] if "," in value else value.split()
+                tale.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
+            elif line.strip() and line != "tale":
+                raise ValueError(f"not understood: {line[:60]!r}")
+        except ValueError as error:
+            raise ValueError(f"{path.name}:{number}: {error}") from None
+
+
+class Opening:
+    """A beginning that stands in no tale: `text` with the slots it uses, `gender` and `kind` of its hero (None: anybody),
+    `friend` its friend's gender or None."""
+
+    def __init__(self, head, text):
+        self.gender, self.kind, self.friend = (head + [None, None])[:3]
+        self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food"}
+
+    def fits(self, tale):
+        """Whether TALE can go on from here: all that is named matters in it, and it does not introduce the friend a second time."""
+        return self.slots <= set(tale.needs) and tale.start and not ("friend" in self.slots and tale.introduces_friend) \
+            and not ("thing" in self.slots and (tale.thing_is_new or "thing" in tale.lists))
+
+    def characters(self, grammar, rng, lists):
+        """Characters for the cast, hero and friend as the text has them; always with names."""
+        words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
+        if self.kind is None:
+            return characters
+        kind = rng.choice(words["animals"]) if self.kind == "animal" else self.kind.replace("-", " ")
+        characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
+        if self.friend:
+            characters["friend"] = Character({"he": "boy", "she": "girl"}[self.friend], draw_name(words, rng, self.friend, 0.0), self.friend)
+        if characters["helper"].owner:
+            characters["helper"].owner = characters["hero"]
+        return characters
+
+
+class Story:
+    """A tale told: `opening` and `rest` are its text, `cast` who is in it, `tale` what it is."""
+
+    def __init__(self, grammar, tale, rng, characters=None, opening=None):
+        """Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 50 tries."""
+        for _ in range(50):
+            self.foreign = opening is not None
+            if opening:
+                characters = opening.characters(grammar, rng, tale.lists)
+            self.grammar, self.tale, self.rng, self.cast = grammar, tale, rng, Cast(grammar, tale, rng, characters)
+            if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs])):
+                characters = None
+                continue
+            if opening:
+                self.opening = grammar.expand(opening.text, self.cast, rng) + rng.choice([" ", "\n\n"]) + grammar.expand(rng.choice(tale.start), self.cast, rng)
+            elif tale.open and (rng.random() < 0.7 or not tale.start):
+                self.opening = grammar.expand(rng.choice(tale.open), self.cast, rng)
+            else:
+                self.opening = grammar.expand_rule("intro", self.cast, rng, None) + " " + grammar.expand(rng.choice(tale.start), self.cast, rng)
+            paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
+            joint = rng.choice([" ", "\n\n"])
+            text = tidy(self.opening + joint + "\n\n".join(paragraphs))
+            self.length = len(tidy(self.opening))
+            self.text = text
+            if not repeats(text):
+                return
+        raise ValueError(f"tale {tale.name}: always repeats {repeats(text)!r}, or is held out")
+
+    def matters(self, slot):
+        """Whether the story names what SLOT stands for more than once, and in its second half, too, so that a request may ask for it."""
+        cast = self.cast
+        if slot in cast.characters:
+            names = [cast.characters[slot].kind, cast.characters[slot].name or ""]
+        else:
+            names = [{"thing": cast.thing, "place": cast.place[1], "deed": cast.verbs[0]}.get(slot) or cast.get(slot) or ""]
+        return slot in PRONOUNS["he"] or (sum(self.text.count(name) for name in names if name) > 1 and
+                                          any(name and name in self.text[len(self.text) // 2:] for name in names))
+
+    def beginning(self):
+        """(first sentences, the rest) of the story, cut where a user might stop who begins a story himself."""
+        ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s)', self.text) if match.end() <= max(self.length, 220)]
+        cut = self.rng.choice(ends[:3]) if ends else self.length
+        return self.text[:cut], self.text[cut:].lstrip()
+
+
+# 6. Requests for a story, and questions about it
+
+def request(story):
+    """What a user says to get STORY: the tale's own phrase or a general one, with some more of what matters in it."""
+    grammar, tale, cast, rng = story.grammar, story.tale, story.cast, story.rng
+    cast.asking = story.text                                    # slots are now worded as a user would
+    try:
+        kind = rng.random()
+        if kind < 0.12:
+            return by_words(story)
+        if kind < 0.15:
+            return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng)
+        for _ in range(20):
+            phrase = rng.choice(tale.ask if rng.random() < 0.7 else general_topics(grammar, tale))
+            told = roots(phrase)
+            if all(story.matters(slot) for slot in told):
+                break
+        topic, more = grammar.expand(phrase, cast, rng), []
+        extra = [slot for slot in ("friend", "place", "thing") if slot in tale.needs and slot not in told and story.matters(slot) and rng.random() < 0.4]
+        for slot in rng.sample(extra, len(extra)):
+            if rng.random() < 0.6:
+                topic += " " + grammar.expand_rule(f"with {slot}", cast, rng, None)
+            else:
+                more.append(grammar.expand_rule(f"also {slot}", cast, rng, None))
+        if cast.characters["hero"].name and str(cast.characters["hero"]) not in topic and rng.random() < 0.25 and story.matters("hero"):
+            more.append(grammar.expand_rule("also name", cast, rng, None))
+        cast["topic"] = topic
+        return informal(tidy(" ".join([grammar.expand_rule("ask story", cast, rng, None), *more])), rng)
+    finally:
+        cast.asking = None
+
+
+def roots(phrase):
+    """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"."""
+    return {slot.split()[-1].split(".")[0] for slot in slots(phrase)}
+
+
+def general_topics(grammar, tale):
+    """Topics that only name members of the cast ("a fox and a lantern"), of which all matter in TALE."""
+    needed = {"hero", *tale.needs}
+    return [topic for topic in grammar.rules["topic"] if roots(topic) - {"he", "his", "him", "himself"} <= needed]
+
+
+def by_words(story):
+    """A request that lists words: "Write a story with the words fox, lantern and bridge." """
+    cast, rng = story.cast, story.rng
+    words = {"hero": cast.characters["hero"].kind, "friend": cast.characters["friend"].kind, "thing": cast.thing, "place": cast.place[1],
+             "helper": cast.characters["helper"].kind, "other": cast.characters["other"].kind, "deed": cast.verbs[0]}
+    wanted = [slot for slot in dict.fromkeys(["hero", *story.tale.needs]) if story.matters(slot) and not (slot in cast.characters and words[slot] not in story.text)]
+    names = [words.get(slot) or cast[slot] for slot in wanted] or [cast.thing]
+    names = rng.sample(names, min(len(names), rng.choice([2, 3, 3, 3, 4])))
+    quote = rng.choice(["", "", '"'])
+    names = [quote + name + quote for name in names]
+    cast["words"] = ", ".join(names[:-1]) + rng.choice([" and ", ", and " if len(names) > 2 else " and "]) + names[-1] if len(names) > 1 else names[0]
+    cast["plain words"] = ", ".join(names)
+    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng, None)), rng)
+
+
+def informal(text, rng):
+    """TEXT as people type: now and then in small letters, or without the last full stop."""
+    if rng.random() < 0.15:
+        text = text.rstrip(".?!")
+    if rng.random() < 0.08:
+        text = text.lower()
+    return text
+
+
+def slots(sequence):
+    """All slot names in a parsed text."""
+    for piece in sequence:
+        if isinstance(piece, Slot):
+            yield str(piece)
+        elif isinstance(piece, Choice):
+            for alternative in piece:
+                yield from slots(alternative)
+
+
+def questions(story):
+    """[(question, answer), ...] about STORY, true of it: the tale's own, and those of names, kinds and places."""
+    grammar, cast, rng = story.grammar, story.cast, story.rng
+    pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
+    known = ["hero" if cast.characters["hero"].name else "nameless"]
+    known += ["friend" if cast.characters["friend"].name else "nameless friend"] if "friend" in story.tale.needs else []
+    known += [slot for slot in ("place", "thing") if slot in story.tale.needs]
+    for slot in known:
+        for _ in range(2):
+            pairs.append((grammar.expand_rule(f"ask {slot}", cast, rng, None), grammar.expand_rule(f"say {slot}", cast, rng, None)))
+    rng.shuffle(pairs)
+    seen = set()
+    return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
+
+
+# 7. Talk: greetings, facts, what it does not know, names and moods
+
+class Facts:
+    """Pairs of one kind: `pairs` [(X, Y)], `ask` and `say` texts in which X and Y stand for a pair's sides."""
+
+    def __init__(self):
+        self.pairs, self.ask, self.say = [], [], []
+
+
+class Mood:
+    """How a system prompt makes it speak: `system` prompts, words `before` and `after` an answer or a story (`storybefore`,
+    `storyafter`), and answers of its own (`who`, `hello`)."""
+
+    def __init__(self):
+        self.texts = collections.defaultdict(list)
+
+
+class Talk:
+    """What talk.txt says: `groups` {name: (user's lines, answers)}, `facts`, `unknown` and `dontknow` {rule or "": texts},
+    `system` prompts that give a name with what is said of it (`named`), `moods`, `remarks` around stories."""
+
+    def __init__(self):
+        self.groups, self.facts, self.moods = collections.defaultdict(lambda: ([], [])), collections.defaultdict(Facts), {}
+        self.unknown, self.dontknow, self.system, self.named = [], collections.defaultdict(list), [], ([], [])
+        self.remarks = collections.defaultdict(list)
+
+
+def read_talk(path, grammar):
+    """Read talk.txt into GRAMMAR.talk and its rules. Raises ValueError with file and line for what is wrong."""
+    talk, group, mood, facts = grammar.talk, None, None, None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        line = line.strip()
+        try:
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if not line or line.startswith("#"):
+                continue
+            elif key.startswith("rule "):
+                grammar.rules[key[5:].strip()].append(parse(value))
+            elif line.startswith("talk "):
+                group, mood = talk.groups[line[5:]], None
+            elif line.startswith("mood "):
+                mood = talk.moods[line[5:]] = Mood()
+            elif key.startswith("facts "):
+                facts = talk.facts[key[6:]]
+                for pair in filter(str.strip, value.split(";")):
+                    x, y = (side.strip() for side in re.split("<=>|=", pair))
+                    facts.pairs += [(x, y), (y, x)] if "<=>" in pair else [(x, y)]
+            elif key.startswith("ask "):
+                talk.facts[key[4:]].ask.append(parse(value))
+            elif key.startswith("say "):
+                talk.facts[key[4:]].say.append(parse(value))
+            elif key == "unknown":
+                talk.unknown.append(parse(value))
+            elif key.split(" ")[0] == "dontknow":
+                talk.dontknow[key[9:].strip()].append(parse(value))
+            elif key == "system" and mood is None:
+                talk.system.append(parse(value))
+            elif mood is not None and key in ("system", "before", "after", "storybefore", "storyafter"):
+                mood.texts[key].append(parse(value))
+            elif re.match(r"\w*[<>] ?", line):
+                name, side, text = re.match(r"(\w*)([<>]) ?(.*)", line).groups()
+                if mood is not None and name:
+                    mood.texts[name].append(parse(text))
+                elif name == "named":
+                    talk.named["><".index(side)].append(parse(text))
+                elif name:
+                    talk.remarks[name + side].append(parse(text))
+                else:
+                    group["><".index(side)].append(parse(text))
+            else:
+                raise ValueError(f"not understood: {line[:60]!r}")
+        except ValueError as error:
+            raise ValueError(f"{path.name}:{number}: {error}") from None
+
+
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+           "nineteen twenty").split()
+PARTS = [(total, part) for total in range(21) for part in range(total + 1)]       # every sum to 20: total - part + part
+
+
+def sum_turn(grammar, rng):
+    """A sum or difference of numbers to 20, or one that is too big, as (question, answer)."""
+    total, part = rng.choice(PARTS)
+    plus = rng.random() < 0.5
+    a, b = (total - part, part) if plus else (total, part)
+    sign, word, result = ("+", "plus", total) if plus else ("-", "minus", total - part)
+    cast = {"a": str(a), "b": str(b), "sum": f"{a} {sign} {b}", "result": str(result), "in words": f"{NUMBERS[a]} {word} {NUMBERS[b]}",
+            "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}", "told": f"add {a} and {b}" if plus else f"take {b} (away |)from {a}"}
+    if rng.random() < 0.04:
+        cast["sum"] = cast["tight"] = cast["spoken"] = f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}"
+        question = grammar.expand_rule("ask big sum", cast, rng, None)
+        return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng, None))
+    cast["told"] = grammar.expand(parse(cast["told"]), cast, rng)
+    if rng.random() < 0.12:
+        story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]), "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
+        name = "word sum" if plus else "word difference"
+        return tidy(grammar.expand_rule("ask " + name, story, rng, None)), tidy(grammar.expand_rule("say " + name, story, rng, None))
+    return informal(tidy(grammar.expand_rule("ask sum", cast, rng, None)), rng), tidy(grammar.expand_rule("say sum", cast, rng, None))
+
+
+class Speaker:
+    """Makes turns (user, assistant) of small talk; keeps what was said of names in one conversation."""
+
+    def __init__(self, grammar, rng, mood=None, name=None):
+        self.grammar, self.rng, self.mood, self.name = grammar, rng, mood, name
+        self.cast, self.user = Cast(grammar, None, rng), None
+
+    def pair(self, users, answers):
+        """One of USERS with one of ANSWERS, rules in both bound to the same text."""
+        bound = {}
+        question = self.grammar.expand(self.rng.choice(users), self.cast, self.rng, bound)
+        return informal(tidy(question), self.rng), tidy(self.grammar.expand(self.rng.choice(answers), self.cast, self.rng, bound))
+
+    def small_talk(self):
+        """A turn of one of the groups; in a mood or under a name, greetings and "who are you" are answered in it."""
+        talk, groups = self.grammar.talk, self.grammar.talk.groups
+        group = self.rng.choice([name for name in groups if name not in ("myname", "recallname", "unknownname")])
+        if self.rng.random() < 0.06:
+            return self.names()
+        users, answers = groups[group]
+        if self.mood and group in self.mood.texts:
+            answers = self.mood.texts[group]
+        elif self.name and group == "who":
+            return self.named()
+        return self.pair(users, answers)
+
+    def names(self):
+        """The user tells a name, or asks for it later."""
+        groups = self.grammar.talk.groups
+        if self.user is None and self.rng.random() < 0.7:
+            self.user = self.cast["user"]
+            return self.pair(*groups["myname"])
+        return self.pair(groups["recallname"][0], groups["recallname" if self.user else "unknownname"][1])
+
+    def named(self):
+        """A question for the name that the system prompt gave."""
+        self.cast["name"] = self.name
+        return self.pair(*self.grammar.talk.named)
+
+    def in_mood(self):
+        """ "Who are you?" or a greeting, answered in the mood."""
+        group = self.rng.choice([name for name in ("who", "hello") if self.mood.texts[name]])
+        return self.pair(self.grammar.talk.groups[group][0], self.mood.texts[group])
+
+    def fact(self):
+        """A question about a pair of one of the lists of facts."""
+        lists = list(self.grammar.talk.facts.values())
+        facts = self.rng.choices(lists, [len(facts.pairs) ** 0.5 for facts in lists])[0]
+        x, y = self.rng.choice(facts.pairs)
+        if facts.ask:
+            put = lambda texts: re.sub(r"\b[XY]\b", lambda m: x if m[0] == "X" else y, self.grammar.expand(self.rng.choice(texts), self.cast, self.rng))
+            return informal(tidy(put(facts.ask)), self.rng), tidy(put(facts.say))
+        return informal(tidy(x), self.rng), tidy(y)
+
+    def unknown(self):
+        """A question that it cannot answer."""
+        talk, bound = self.grammar.talk, {}
+        question = self.grammar.expand(self.rng.choice(talk.unknown), self.cast, self.rng, bound)
+        fitting = [name for name in talk.dontknow if name in bound]
+        answers = talk.dontknow[self.rng.choice(fitting)] if fitting and self.rng.random() < 0.6 else talk.dontknow[""]
+        return informal(tidy(question), self.rng), tidy(self.grammar.expand(self.rng.choice(answers), self.cast, self.rng, bound))
+
+    def coat(self, answer, story=False):
+        """ANSWER with the mood's words around it."""
+        if self.mood is None:
+            return answer
+        first, last = ("storybefore", "storyafter") if story else ("before", "after")
+        word = lambda kind: tidy(self.grammar.expand(self.rng.choice(self.mood.texts[kind]), self.cast, self.rng)) if self.mood.texts[kind] else ""
+        joint = "\n\n" if story else " "
+        if story or self.rng.random() < 0.4:
+            return joint.join(filter(None, [word(first), answer, word(last)]))
+        return joint.join(filter(None, [word(first), answer] if self.rng.random() < 0.5 else [answer, word(last)]))
+
+
+# 8. Documents
+
+def chat(turns, system=None):
+    """ChatML of TURNS [(user, assistant), ...]."""
+    messages = [("system", system)] if system else []
+    for user, assistant in turns:
+        messages += [("user", user), ("assistant", assistant)]
+    return "\n".join(f"<|im_start|>{role}\n{text}<|im_end|>" for role, text in messages) + "\n"
+
+
+def tell(grammar, rng, characters=None):
+    """A Story of a tale drawn at random, with new characters or known ones."""
+    while True:
+        try:
+            return Story(grammar, rng.choice(grammar.drawn), rng, characters)
+        except ValueError:
+            continue
+
+
+def continued(grammar, rng):
+    """A Story that goes on from a foreign beginning."""
+    while True:
+        opening = rng.choice(rng.choice([grammar.openings, [opening for opening in grammar.openings if opening.kind is None]]))
+        fitting = [tale for tale in grammar.tales.values() if opening.fits(tale)]
+        try:
+            return Story(grammar, rng.choice(fitting), rng, opening=opening)
+        except (ValueError, IndexError):
+            continue
+
+
+def story_turn(story, speaker):
+    """(what the user asks, the story): by topic, by words, or by a beginning to be continued."""
+    grammar, rng, text = story.grammar, story.rng, story.text
+    if story.foreign or rng.random() < 0.1:
+        opening, rest = story.beginning()
+        story.cast["opening"] = opening
+        return tidy(grammar.expand_rule("ask continue", story.cast, rng, None)), speaker.coat(rest, story=True)
+    asked = request(story)
+    if speaker.mood is None and rng.random() < 0.06:
+        text = tidy(grammar.expand(rng.choice(grammar.talk.remarks["offer<"]), story.cast, rng)) + "\n\n" + text
+    return asked, speaker.coat(text, story=True)
+
+
+def plain_story(grammar, rng):
+    """A story alone, without a chat around it: what a prompt without a template is continued from."""
+    return (continued if rng.random() < 0.5 else tell)(grammar, rng).text
+
+
+def story_chat(grammar, rng):
+    """One request and its story; often questions about it, and sometimes a second story."""
+    speaker = speaker_of(grammar, rng, 0.0)
+    story = (continued if rng.random() < 0.08 else tell)(grammar, rng)
+    turns = [story_turn(story, speaker)]
+    if rng.random() < 0.4:
+        turns += questions(story)[:rng.choice([1, 1, 2, 3])]
+        if rng.random() < 0.2:
+            turns.append(speaker.pair(*(grammar.talk.remarks[rng.choice(["liked", "disliked", "why"]) + side] for side in "><")))
+        if rng.random() < 0.3:
+            turns.append(rng.choice([speaker.small_talk, speaker.fact, speaker.unknown, lambda: sum_turn(grammar, rng)])())
+        if rng.random() < 0.25:
+            turns.append(second_story(story, speaker))
+    return chat(turns)
+
+
+def second_story(story, speaker):
+    """Another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
+    grammar, rng = story.grammar, story.rng
+    if rng.random() < 0.5:
+        again = tell(grammar, rng, story.cast.characters)
+        return tidy(grammar.expand_rule("ask again", again.cast, rng, None)), speaker.coat(again.text, story=True)
+    other = tell(grammar, rng)
+    if rng.random() < 0.5:
+        return tidy(grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)), speaker.coat(other.text, story=True)
+    return story_turn(other, speaker)
+
+
+def speaker_of(grammar, rng, odd):
+    """A Speaker; with probability ODD one with a mood or a name."""
+    mood = name = None
+    if rng.random() < odd:
+        if rng.random() < 0.5:
+            mood = grammar.talk.moods[rng.choice(list(grammar.talk.moods))]
+        else:
+            name = rng.choice([made_up_name(rng), *(rng.choice(grammar.words[kind]) for kind in ("he names", "she names", "pet names"))])
+    return Speaker(grammar, rng, mood, name)
+
+
+def talk_chat(grammar, rng):
+    """A conversation of two to five turns: small talk, sums, facts, unknowns, rarely a story."""
+    speaker = speaker_of(grammar, rng, 0.0)
+    turns = []
+    for _ in range(rng.choice([1, 2, 3, 4, 6, 8])):
+        kind = rng.choices([speaker.small_talk, speaker.fact, speaker.unknown, lambda: sum_turn(grammar, rng),
+                            lambda: story_turn(tell(grammar, rng), speaker)], [0.36, 0.32, 0.15, 0.13, 0.04])[0]
+        turns.append(kind())
+    return chat(turns)
+
+
+def system_chat(grammar, rng):
+    """A conversation under a system prompt that gives a name or a mood."""
+    speaker = speaker_of(grammar, rng, 1.0)
+    speaker.cast["name"] = speaker.name or ""
+    system = tidy(grammar.expand(rng.choice(speaker.mood.texts["system"] if speaker.mood else grammar.talk.system), speaker.cast, rng))
+    turns = []
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        own = speaker.in_mood if speaker.mood else speaker.named
+        kind = rng.choices([own, speaker.small_talk, speaker.fact, speaker.unknown, None], [0.35, 0.2, 0.1, 0.05, 0.3])[0]
+        if kind is None:
+            turns.append(story_turn(tell(grammar, rng), speaker))
+        else:
+            user, assistant = kind()
+            turns.append((user, assistant if kind == own else speaker.coat(assistant)))
+    return chat(turns, system)
+
+
+def sums_chat(grammar, rng):
+    """One to eight sums in a row."""
+    return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
+
+
+KINDS = {plain_story: 0.29, story_chat: 0.36, talk_chat: 0.21, system_chat: 0.08, sums_chat: 0.06}
+
+
+def document(grammar, rng):
+    """One document of the corpus, its kind drawn by KINDS, without held-out words."""
+    while True:
+        text = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
+        if not grammar.held_out.words & set(re.findall(r"[a-z]+", text.lower())):
+            return text
+
+
+# 9. The command line
+
+def write_part(arguments):
+    """COUNT documents from SEED as JSON lines: one process's share."""
+    seed, count = arguments
+    grammar, rng = write_part.grammar, random.Random(seed)
+    return "".join(json.dumps(document(grammar, rng)) + "\n" for _ in range(count))
+
+
+def write(path, number, seed, grammar):
+    """Write NUMBER documents to PATH, in parts of 1,000 whose text depends on SEED alone, whatever the number of processes."""
+    from tqdm import tqdm
+    write_part.grammar = grammar
+    parts = [(f"{seed} {first}", min(1000, number - first)) for first in range(0, number, 1000)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    with multiprocessing.get_context("fork").Pool() as pool, open(part, "w") as file:
+        for text in tqdm(pool.imap(write_part, parts), total=len(parts), unit="k", file=sys.stderr):
+            file.write(text)
+    part.replace(path)
+
+
+def show(grammar, name, count, seed):
+    """Print COUNT requests and stories of the tale NAME ("all": of any; or a kind of document)."""
+    kinds = {kind.__name__: kind for kind in KINDS}
+    for i in range(count):
+        rng = random.Random(f"{seed} {i}")
+        if name in kinds:
+            print(kinds[name](grammar, rng), end="\n\n")
+            continue
+        story = tell(grammar, rng) if name == "all" else Story(grammar, grammar.tales[name], rng)
+        print(f"--- {story.tale.name}\n> {request(story)}\n\n{story.text}\n")
+        for question, answer in questions(story)[:3]:
+            print(f"> {question}\n{answer}")
+        print()
+
+
+def check(grammar, count=60):
+    """Expand every tale COUNT times; report errors, repeated sentences, and slots of `needs` that the story hardly names."""
+    for name, tale in grammar.tales.items():
+        counts, lengths, failed = collections.Counter(), [], collections.Counter()
+        if not (tale.ask and tale.body and (tale.start or tale.open)):
+            print(f"{name}: lacks ask, body, or start and open")
+            continue
+        for i in range(count):
+            rng = random.Random(f"check {i}")
+            try:
+                story = Story(grammar, tale, rng)
+                request(story), questions(story)
+            except (ValueError, KeyError, IndexError) as error:
+                failed[str(error)] += 1
+                continue
+            lengths.append(len(story.text.split()))
+            for slot in tale.needs:
+                value = {"thing": story.cast.thing, "place": story.cast.place[1], "deed": story.cast.verbs[0]}.get(slot) or story.cast[slot]
+                counts[slot] += story.text.lower().count(str(value).lower())
+        told = max(len(lengths), 1)
+        print(f"{name}: {sum(lengths) / told:.0f} words; " + ", ".join(f"{slot} {counts[slot] / told:.1f}" for slot in tale.needs),
+              *(f"\n    {times} x {error}" for error, times in failed.most_common(3)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--documents", type=int, default=600_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
+    parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
+    parser.add_argument("--count", type=int, default=5)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    grammar = Grammar()
+    if arguments.check:
+        check(grammar)
+    elif arguments.show:
+        show(grammar, arguments.show, arguments.count, arguments.seed)
+    else:
+        write(arguments.output, arguments.documents, arguments.seed, grammar)
+
+
+if __name__ == "__main__":
+    main()

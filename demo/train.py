@@ -1,0 +1,409 @@
+#!/usr/bin/env python3
+"""Train the demo checkpoint from scratch: corpus -> tokenizer -> rows of tokens -> weights -> a Hugging Face
+directory.
+
+    python demo/corpus.py -o build/demo/documents.jsonl
+    python demo/train.py --seconds 1400
+    python export.py build/demo/hf -o demo/stories.bin --type q8
+
+What a step has made stays in the work folder, and another run goes on from there; remove a file to make it,
+and what follows from it, anew:
+
+    documents.jsonl             a JSON string a line: a story, or a chat in ChatML
+    tokenizer.json              1  byte-level BPE like Qwen's, with a vocabulary of its own
+    rows.npy, held-out.npy      2  int16 [rows, row + 1] tokens, whole documents, -1 where a row ends early
+    state.pt                    3  weights, optimizer, step
+    hf/                         4  config.json, model.safetensors, tokenizer.json and so on
+
+A small model would spend three quarters of its weights on Qwen's 151,936 tokens, most of which it would never
+see; with 4,096 it does not, and words that it never saw are spelled in pieces.
+"""
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors, trainers)
+
+from model import Config, DecoderLayer, Qwen3Next
+
+START = time.monotonic()
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]      # the last ids of the vocabulary, in this order
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")                                       # Qwen2's
+HELD_OUT = 0.005                                                 # share of documents kept for validation
+MTP_WEIGHT, BALANCE_WEIGHT = 0.25, 0.01                          # of the two other losses
+WARM_UP, LAST_LR = 200, 0.02                                     # steps; share of --lr at the end
+SAVE_EVERY, SAY_EVERY = 300, 100                                 # seconds, steps
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+def say(text):
+    print(f"{time.monotonic() - START:7.1f} s  {text}", flush=True)
+
+
+def replace(path, write):
+    """Has write(temporary path) make a file, which then takes the place of `path`: no half file is ever found
+    there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def documents(path, every=1):
+    """The texts in documents.jsonl, or every n-th of them."""
+    with open(path, encoding="utf-8") as lines:
+        for line in itertools.islice(lines, 0, None, every):
+            yield json.loads(line)
+
+
+# ---- 1. Tokenizer ------------------------------------------------------------------------------------------
+
+def train_tokenizer(path, vocab_size, sample):
+    """documents.jsonl -> a Tokenizer of at most vocab_size ids: 256 bytes, merges learnt on about `sample`
+    documents, SPECIAL. The texts between special tokens are what it learns from, as those are never part of a
+    word."""
+    with open(path, "rb") as lines:
+        every = max(1, sum(1 for _ in lines) // sample)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)])
+    plain = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.post_processor = processors.ByteLevel(**plain)
+    tokenizer.decoder = decoders.ByteLevel(**plain)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
+                                  special_tokens=[], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    mark = re.compile("|".join(map(re.escape, SPECIAL)))
+    parts = (part for text in documents(path, every) for part in mark.split(text))
+    tokenizer.train_from_iterator(parts, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
+    return tokenizer
+
+
+# ---- 2. Rows -----------------------------------------------------------------------------------------------
+
+def encode(path, tokenizer, longest):
+    """documents.jsonl -> [int16 [n]], each document with its end, cut after `longest` tokens."""
+    encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+    texts, encoded = documents(path), []
+    while batch := [text + SPECIAL[0] for text in itertools.islice(texts, 8192)]:
+        found = encode_batch(batch, add_special_tokens=False)
+        encoded += [np.array(e.ids[:longest], np.int16) for e in found]
+    return encoded
+
+
+def pack(encoded, longest, open_rows=32):
+    """[int16 [n]], n <= longest -> int16 [rows, longest]: each document goes to the first of a few open rows
+    that has room for it; where none has, the fullest of them is closed for a new one."""
+    rows, free, place = 0, [], []                                # free: [room, row] of the open ones
+    for document in encoded:
+        entry = next((entry for entry in free if entry[0] >= len(document)), None)
+        if entry is None:
+            if len(free) == open_rows:
+                free.remove(min(free))
+            entry = [longest, rows]
+            free.append(entry)
+            rows += 1
+        place.append((entry[1], longest - entry[0]))
+        entry[0] -= len(document)
+    packed = np.full((rows, longest), -1, np.int16)
+    for document, (row, at) in zip(encoded, place):
+        packed[row, at:at + len(document)] = document
+    return packed
+
+
+def make_rows(work, tokenizer, longest, seed):
+    """Writes rows.npy and held-out.npy."""
+    encoded = encode(work / "documents.jsonl", tokenizer, longest)
+    order = np.random.default_rng(seed).permutation(len(encoded))
+    held_out = max(1, round(HELD_OUT * len(order)))
+    for name, part in (("held-out.npy", order[:held_out]), ("rows.npy", order[held_out:])):
+        rows = pack([encoded[i] for i in part], longest)
+        say(f"{name}: {len(part)} documents, {np.count_nonzero(rows >= 0)} tokens in {len(rows)} rows, "
+            f"{np.mean(rows < 0):.1%} padding")
+        temporary = work / ("part." + name)                    # np.save wants .npy at the end
+        np.save(temporary, rows)
+        os.replace(temporary, work / name)
+
+
+# ---- 3. Training -------------------------------------------------------------------------------------------
+
+class Order:
+    """Which rows a step takes: epoch after epoch, each in an order of its own that follows from seed and
+    epoch alone."""
+
+    def __init__(self, rows, batch, seed):
+        self.rows, self.batch, self.seed, self.epoch = rows, batch, seed, None
+
+    def permutation(self, epoch):
+        if epoch != self.epoch:
+            self.epoch, self.kept = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return self.kept
+
+    def __call__(self, step):
+        """int64 [batch] indices of rows."""
+        places = range(step * self.batch, (step + 1) * self.batch)
+        return np.array([self.permutation(place // self.rows)[place % self.rows] for place in places])
+
+
+def learning_rate(step, steps, highest):
+    """Up in WARM_UP steps, then down along a cosine to LAST_LR of the highest."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return highest * min(1, (step + 1) / WARM_UP) * (LAST_LR + (1 - LAST_LR) * cosine)
+
+
+def parts_of(rows):
+    """int16 [B, T + 1] with -1 for padding -> int64 [B, T] each: the tokens, those one later as input, those
+    one and two later as targets, in which -1 has no loss."""
+    rows = rows.long()
+    tokens, later = rows[:, :-1].clamp(min=0), rows[:, 1:]
+    return tokens, later.clamp(min=0), later, F.pad(later[:, 1:], (0, 1), value=-1)
+
+
+def head_loss(h, embedding, targets):
+    """Mean cross-entropy of softmax(h embedding^T). h [B, T, D], embedding [V, D], targets [B, T]."""
+    logits = F.linear(h, embedding).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def losses(model, rows, head_loss):
+    """(cross-entropy of the next token, that of the MTP head, balance of the experts), each []."""
+    tokens, following, targets, further = parts_of(rows)
+    embedding = model.model.embed_tokens.weight
+    h, balance = model(tokens)
+    h_mtp, balance_mtp = model.predict_further(h, following)
+    n = model.c.num_hidden_layers
+    return (head_loss(h, embedding, targets), head_loss(h_mtp, embedding, further),
+            (n * balance + balance_mtp) / (n + 1))
+
+
+def make_optimizer(model):
+    """AdamW; only matrices decay, but neither the embedding, whose rare rows would fade, nor the taps of
+    convolutions."""
+    decay, keep = [], []
+    for name, p in model.named_parameters():
+        matrix = p.ndim > 1 and not name.endswith(("embed_tokens.weight", "conv1d.weight"))
+        (decay if matrix else keep).append(p)
+    groups = [dict(params=decay, weight_decay=0.1), dict(params=keep, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def train(args, model, optimizer, step, data, save):
+    """Trains from `step` to args.steps or until args.seconds are over, and returns the step reached. data:
+    the rows, on the device. save(step) is called now and then, and at the end."""
+    order, parameters = Order(len(data), args.batch, args.seed), list(model.parameters())
+    loss_of_head = torch.compile(head_loss) if args.compile else head_loss
+    saved, said, said_step = time.monotonic(), time.monotonic(), step
+    while step < args.steps and time.monotonic() - START < args.seconds:
+        rows = data[torch.from_numpy(order(step)).to(data.device)]
+        with autocast(args):
+            main, mtp, balance = losses(model, rows, loss_of_head)
+            loss = main + MTP_WEIGHT * mtp + BALANCE_WEIGHT * balance
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        # The fused optimizer skips a step for which this is 1 (it is made for GradScaler): no NaN reaches the
+        # weights, and the host need not wait to learn of it.
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % SAY_EVERY == 0 or step in (1, 10):
+            values = [x.item() for x in (main.detach(), mtp.detach(), balance.detach(), norm)]
+            tokens = (step - said_step) * args.batch * (data.shape[1] - 1)
+            line = "step {}  loss {:.4f}  mtp {:.4f}  balance {:.3f}  norm {:.2f}  lr {:.2e}  {:.0f} tokens/s"
+            lr, now = optimizer.param_groups[0]["lr"], time.monotonic()
+            say(line.format(step, *values, lr, tokens / (now - said)))
+            said, said_step = now, step
+            if not all(map(math.isfinite, values[:2])):
+                sys.exit(f"train.py: no number as loss at step {step}; the saved state is of before")
+        if time.monotonic() - saved > SAVE_EVERY:
+            save(step)
+            saved = time.monotonic()
+    save(step)
+    return step
+
+
+def autocast(args):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+
+def save_state(path, args, model, optimizer, step):
+    """state.pt, unless a weight is no number."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        sys.exit(f"train.py: a weight is no number at step {step}, not saved")
+    state = dict(config=dataclasses.asdict(model.c), run=run_of(args), step=step, model=model.state_dict(),
+                 optimizer=optimizer.state_dict())
+    replace(path, lambda temporary: torch.save(state, temporary))
+    say(f"saved step {step}")
+
+
+def run_of(args):
+    """What makes one run of training differ from another."""
+    return {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
+
+
+# ---- 4. Validation and export ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def validate(args, model, rows):
+    """int16 [rows, T + 1], on the device -> {name: value}, means over all held-out tokens."""
+    total = torch.zeros(6, device=rows.device, dtype=torch.float64)
+    rows = F.pad(rows, (0, 0, 0, -len(rows) % args.batch), value=-1)
+    for batch in rows.split(args.batch):
+        tokens, following, targets, further = parts_of(batch)
+        with autocast(args):
+            h, _ = model(tokens)
+            h_mtp, _ = model.predict_further(h, following)
+            logits, guess = model.logits(h).float(), model.logits(h_mtp).argmax(-1)
+        choice, real, real_further = logits.argmax(-1), targets >= 0, further >= 0
+        total += torch.stack([
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"),
+            ((choice == targets) & real).sum(), real.sum(),
+            ((guess == further) & real_further).sum(),
+            ((guess[:, :-1] == choice[:, 1:]) & real_further[:, :-1]).sum(), real_further.sum()]).double()
+    loss, right, n, mtp_right, agree, n_further = total.tolist()
+    return {"loss": loss / n, "top-1 accuracy": right / n, "MTP accuracy": mtp_right / n_further,
+            "MTP guess is the model's choice": agree / n_further}
+
+
+def released_names(model):
+    """{name: tensor} as in the released checkpoints: an expert's matrices one by one, in bfloat16, A_log and
+    dt_bias in float32."""
+    tensors = {}
+    for name, p in model.state_dict().items():
+        p = p.cpu()
+        if name.endswith("experts.gate_up_proj"):
+            for e, (gate, up) in enumerate(p.unflatten(1, (2, -1)).unbind(0)):
+                tensors[name.replace("gate_up_proj", f"{e}.gate_proj.weight")] = gate
+                tensors[name.replace("gate_up_proj", f"{e}.up_proj.weight")] = up
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(p):
+                tensors[name.replace("down_proj", f"{e}.down_proj.weight")] = down
+        else:
+            tensors[name] = p
+    kept = "A_log", "dt_bias"
+    return {name: (p.float() if name.endswith(kept) else p.bfloat16()).clone() for name, p in tensors.items()}
+
+
+def export(folder, model, tokenizer):
+    """Writes the Hugging Face directory."""
+    end, _, im_end = map(tokenizer.token_to_id, SPECIAL)
+    config = dict(
+        architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", **dataclasses.asdict(model.c),
+        intermediate_size=2 * model.c.hidden_size, hidden_act="silu", max_position_embeddings=4096,
+        initializer_range=0.02, tie_word_embeddings=True, use_cache=True, attention_bias=False,
+        attention_dropout=0.0, rope_scaling=None, decoder_sparse_step=1, mlp_only_layers=[],
+        norm_topk_prob=True, output_router_logits=False, router_aux_loss_coef=0.001, bos_token_id=end,
+        eos_token_id=im_end, torch_dtype="bfloat16")
+    generation = dict(bos_token_id=end, pad_token_id=end, eos_token_id=[im_end, end], do_sample=True,
+                      temperature=0.7, top_k=20, top_p=0.8)
+    added = {tokenizer.token_to_id(text): dict(content=text, lstrip=False, normalized=False, rstrip=False,
+                                               single_word=False, special=True) for text in SPECIAL}
+    tokenizer_config = dict(
+        tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=added, additional_special_tokens=SPECIAL[1:],
+        chat_template=CHAT_TEMPLATE, eos_token=SPECIAL[2], pad_token=SPECIAL[0], bos_token=None,
+        unk_token=None, add_bos_token=False, add_prefix_space=False, clean_up_tokenization_spaces=False,
+        errors="replace", split_special_tokens=False, model_max_length=4096)
+    folder.mkdir(exist_ok=True)
+    for name, content in (("config.json", config), ("generation_config.json", generation),
+                          ("tokenizer_config.json", tokenizer_config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(released_names(model), str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("build/demo"),
+                        help="folder for all files (build/demo)")
+    parser.add_argument("--steps", type=int, default=15000, help="steps of the whole training (15000)")
+    parser.add_argument("--batch", type=int, default=64, help="rows a step (64)")
+    parser.add_argument("--row", type=int, default=1024, help="tokens a row (1024)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")
+    parser.add_argument("--seed", type=int, default=1, help="of weights, rows and their order (1)")
+    parser.add_argument("--seconds", type=float, default=math.inf,
+                        help="stop this long after the start; run again to go on")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--no-compile", dest="compile", action="store_false",
+                        help="run PyTorch's operations one by one")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=N",
+                        help="sizes other than Config's: hidden_size=128")
+    parser.add_argument("--prepare-only", action="store_true",
+                        help="stop after steps 1 and 2, which need no GPU")
+    parser.add_argument("--export-only", action="store_true",
+                        help="validate and export the state as it is")
+    args = parser.parse_args()
+    args.compile &= args.device == "cuda"
+    return args
+
+
+def main():
+    args = arguments()
+    pairs = [text.split("=") for text in args.set]
+    sizes = {name: type(getattr(Config, name))(value) for name, value in pairs}
+    work, path = args.work, args.work / "state.pt"
+    if not (work / "tokenizer.json").exists():
+        vocab_size = sizes.get("vocab_size", Config.vocab_size)
+        tokenizer = train_tokenizer(work / "documents.jsonl", vocab_size, sample=50000)
+        replace(work / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+        say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    if not (work / "rows.npy").exists():
+        make_rows(work, tokenizer, args.row + 1, args.seed)
+    if args.prepare_only:
+        return
+
+    torch.manual_seed(args.seed)
+    state = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else None
+    if state and not args.export_only and state["run"] != run_of(args):
+        sys.exit(f"train.py: {path} is of another run: wanted {run_of(args)}, found {state['run']}")
+    if args.export_only and not state:
+        sys.exit(f"train.py: {path}: there is no state to export")
+    sizes["vocab_size"] = tokenizer.get_vocab_size()
+    config = Config(**(state["config"] if state else sizes))
+    model = Qwen3Next(config).to(args.device)
+    optimizer, step = make_optimizer(model), 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    say(f"{sum(p.numel() for p in model.parameters())} weights, step {step} of {args.steps}")
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")               # TF32 for what autocast leaves in float32
+    if args.compile:                                   # one graph for each kind of layer, used by all of them
+        DecoderLayer.forward = torch.compile(DecoderLayer.forward, dynamic=False)
+
+    on_device = lambda name: torch.from_numpy(np.load(work / name)).to(args.device)
+    if not args.export_only:
+        save = lambda step: save_state(path, args, model, optimizer, step)
+        step = train(args, model, optimizer, step, on_device("rows.npy"), save)
+    if step >= args.steps or args.export_only:
+        values = validate(args, model, on_device("held-out.npy"))
+        say("held out: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        export(work / "hf", model, tokenizer)
+        say(f"wrote {work / 'hf'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
    19 heads      classify, tag, answer: labels, spans and scores equal transformers'
    20 siblings   Qwen3.5 and 3.6, dense and of experts: logits, drafts, tokenizer, template
    21 inside     every dumped tensor and every number of a trace equals what hooks in transformers see
+   22 demo       its corpus keeps its promises; its training resumes and exports; what the shipped model can do
 """
 
 import atexit
@@ -87,6 +88,7 @@ DEBUG_ENGINE = ROOT / "qwen3next-debug"          # with AddressSanitizer and Und
 EXPORT = (sys.executable, ROOT / "export.py")
 TOKENIZER = ROOT / "tokenizer.bin"
 DEMO = ROOT / "demo" / "stories.bin"
+DEMO_TOKENIZER = DEMO.with_name("tokenizer.bin")           # a small vocabulary of its own
 
 WORK = Path(tempfile.mkdtemp(prefix="qwen3next-test-"))   # every file that the tests make
 atexit.register(shutil.rmtree, WORK, ignore_errors=True)
@@ -4106,7 +4108,7 @@ def test_an_output_never_replaces_an_input(tmp_path):
     """-o naming the model, the tokenizer or the prompt; export.py onto a file of its source."""
     model, tokenizer, prompt = tmp_path / "m.bin", tmp_path / "t.bin", tmp_path / "p.txt"
     shutil.copy(DEMO, model)
-    shutil.copy(TOKENIZER, tokenizer)
+    shutil.copy(DEMO_TOKENIZER, tokenizer)
     prompt.write_text("Once upon a time")
     for victim_file in model, tokenizer, prompt:
         before = victim_file.read_bytes()
@@ -5154,7 +5156,7 @@ def test_any_request_may_fail(mode, tmp_path, report):
 def test_a_checkpoint_that_changes_while_it_is_mapped(how, tmp_path):
     model = tmp_path / "model.bin"
     shutil.copy(DEMO, model)
-    process = subprocess.Popen([ENGINE, model, "-z", TOKENIZER, "-i", "Once upon a time", "-n", "100000", "-c", "4096", "-t", "1", "-q",
+    process = subprocess.Popen([ENGINE, model, "-z", DEMO_TOKENIZER, "-i", "Once upon a time", "-n", "100000", "-c", "4096", "-t", "1", "-q",
                                 "-p", "1", "-k", "0", "-d", "0", "-j", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(40)
     if how in ("cut off", "emptied"):             # one line, whichever of the threads finds out
@@ -5999,12 +6001,13 @@ def test_trace_for_people(tmp_path):
     text = "Once upon a time there was a \u201clittle\u201d \U0001f989"
     if not DEMO.exists():
         pytest.skip("no demo checkpoint")
-    table = engine(DEMO, "-m", "trace", "-i", text, "-o", tmp_path / "t", "-z", TOKENIZER, "-j", 2).decode()
+    table = engine(DEMO, "-m", "trace", "-i", text, "-o", tmp_path / "t", "-j", 2).decode()
     lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
     tokens = [line["token"] for line in lines if line["layer"] == 0]
-    ids = real_tokenizer().encode(text).ids
+    file = read_tokenizer(DEMO_TOKENIZER)
+    ids = library_tokenizer(file).encode(text).ids
     assert [line["id"] for line in lines if line["layer"] == 0] == ids
-    texts = [real_file().tokens[id] for id in ids]
+    texts = [file.tokens[id] for id in ids]
     assert all(token.encode() == text or "\ufffd" in token for token, text in zip(tokens, texts)) and "\ufffd" in "".join(tokens)
     last = [line for line in lines if line["position"] == len(ids) - 1]
     blocks = re.split(r"^layer \d+, ", table, flags=re.M)[1:]
@@ -6015,8 +6018,8 @@ def test_trace_for_people(tmp_path):
         wanted = [f"{x:.3f}" for x in line.get("gate", line.get("decay")) + line.get("entropy", line.get("beta"))]
         assert shown[:len(wanted)] == wanted
         assert f"-> {line['output_norm']:.4g}, mixer +{line['mixer_norm']:.4g}, mlp +{line['mlp_norm']:.4g}" in block
-        assert all(json.dumps(token, ensure_ascii=False) in block for token in line["next_tokens"])
-    alone = engine(DEMO, "-m", "trace", "-i", text, "-z", TOKENIZER).decode()
+        assert all(json.dumps(token, ensure_ascii=False).replace(r"\n", r"\u000a") in block for token in line["next_tokens"])
+    alone = engine(DEMO, "-m", "trace", "-i", text).decode()
     assert alone == table
     for full in ("/dev/full", "/dev/stdout"):                    # the right reason, in one line
         with open("/dev/full", "wb") as output:
@@ -6034,3 +6037,187 @@ if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "fuzz-seeds":
         sys.exit("usage: python test_all.py fuzz-seeds FOLDER (the tests: python -m pytest test_all.py)")
     fuzz_seeds(Path(sys.argv[2]).resolve())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 22 The demo: its corpus, its training, and what it can do
+# ----------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def demo_module(name):
+    """demo/NAME.py, imported."""
+    sys.path.insert(0, str(ROOT / "demo"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "demo"))
+
+
+@functools.cache
+def grammar():
+    return demo_module("corpus").Grammar()
+
+
+def test_the_corpus_follows_from_its_seed(tmp_path):
+    """The same documents whatever the number of processes; others from another seed."""
+    for name, seed, prefix in ("a", 7, []), ("b", 7, ["taskset", "-c", "0"]), ("c", 8, []):
+        result = run(*prefix, sys.executable, ROOT / "demo" / "corpus.py", "--documents", 1200, "--seed", seed, "-o", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    texts = [(tmp_path / name).read_text() for name in "abc"]
+    assert texts[0] == texts[1] != texts[2] and texts[0].count("\n") == 1200
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_documents_of_the_corpus():
+    """ChatML as the template writes it, right sums, no notation left over, and nothing of what is held out."""
+    sums, message = 0, r"<\|im_start\|>(?:system|user|assistant)\n(?:(?!<\|).)+<\|im_end\|>"
+    for i in range(600):
+        text = demo_module("corpus").document(grammar(), random.Random(f"test {i}"))
+        chat = text.startswith("<|im_start|>")
+        assert not chat or re.fullmatch(rf"(?s){message}(?:\n{message})*\n", text), text
+        bare = re.sub(r"<\|im_(start|end)\|>", "", text)
+        assert not re.search(r"[{}|<>]", bare) and "  " not in bare, text
+        assert not grammar().held_out.words & set(re.findall("[a-z]+", text.lower())), text
+        for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", text):
+            assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b)), text
+            sums += 1
+    assert sums > 100
+
+
+@pytest.mark.parametrize("name", sorted(grammar().tales) if (ROOT / "demo" / "words.txt").exists() else [])
+def test_tales_tell_what_was_asked_for(name):
+    """Each tale, several times: names in the request are those in the story, no sentence twice, no two words of one held-out
+    request in a cast, what a tale needs is named in it."""
+    corpus, tale, named = demo_module("corpus"), grammar().tales[name], 0
+    for i in range(8):
+        story = corpus.Story(grammar(), tale, random.Random(f"test {name} {i}"))
+        request = corpus.request(story)
+        assert corpus.repeats(story.text) is None and len(story.text.split()) > 100
+        assert not re.search(r"[{}|<>()]", story.text + request), (request, story.text)
+        assert not grammar().held_out.refuses(story.cast.said(["hero", *tale.needs]))
+        for one in story.cast.characters.values():
+            if one.name and re.search(rf"\b{one.name}\b", request):
+                assert re.search(rf"\b{one.name}\b", story.text), (request, story.text)
+        named += sum(story.matters(slot) for slot in tale.needs)
+        assert all(question and answer for question, answer in corpus.questions(story))
+    assert named > 8 * len(tale.needs) / 2, f"{named} of {8 * len(tale.needs)}"
+
+
+def test_verbs_and_tidying_of_the_corpus():
+    corpus = demo_module("corpus")
+    irregular = grammar().words["irregular verbs"]
+    for phrase, forms in {"swim": "swims swam swimming", "ride a bike": "rides a bike|rode a bike|riding a bike", "carry": "carries carried carrying",
+                          "hop": "hops hopped hopping", "have a picnic": "has a picnic|had a picnic|having a picnic", "bake": "bakes baked baking"}.items():
+        assert list(corpus.conjugate(phrase, irregular)[1:]) == (forms.split("|") if "|" in forms else forms.split()), phrase
+    for text, wanted in {'a owl and a unicorn. she saw a apple.': "An owl and a unicorn. She saw an apple.", '"why?" asked tom.': '"Why?" asked tom.',
+                         'he said, "the fox is here."': 'He said, "The fox is here."', '"yes," he said, "and you?"': '"Yes," he said, "and you?"'}.items():
+        assert corpus.tidy(text) == wanted
+    for wrong in "(a|b", "a)", "a|b":
+        with pytest.raises(ValueError):
+            corpus.parse(wrong)
+
+
+TINY_DEMO = dict(vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, linear_num_key_heads=2,
+                 linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+                 moe_intermediate_size=8, shared_expert_intermediate_size=8)
+
+
+def test_delta_rule_of_the_training():
+    """A chunk at a time equals token by token: S <- exp(g) S; S <- S + k beta (v - S^T k)^T; o = S^T q / sqrt(dk)."""
+    module, B, T, H, dk, dv = demo_module("model"), 2, 150, 6, 8, 16
+    torch.manual_seed(0)
+    heads = [torch.randn(B, T, H // 2, dk, dtype=torch.float64) for _ in range(2)]      # of keys: each serves two of values
+    q, k = (module.l2norm(x).repeat_interleave(2, 2) for x in heads)
+    v, g, beta = torch.randn(B, T, H, dv, dtype=torch.float64), -torch.rand(B, T, H, dtype=torch.float64), torch.rand(B, T, H, dtype=torch.float64)
+    S, wanted = torch.zeros(B, H, dk, dv, dtype=torch.float64), []
+    for t in range(T):
+        S = S * g[:, t, :, None, None].exp()
+        new = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t]))
+        S = S + k[:, t, :, :, None] * new[:, :, None]
+        wanted.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * dk ** -0.5)
+    assert (module.delta_rule(*heads, v, g, beta) - torch.stack(wanted, 1)).abs().max() < 1e-9
+
+
+def test_training_of_the_demo(tmp_path):
+    """demo/train.py from documents to a folder that transformers and export.py read; a run that is stopped and goes on has the
+    weights of one that was not; the engine reads the result and drafts with its MTP head."""
+    train, work = demo_module("train"), tmp_path / "work"
+    work.mkdir()
+    documents = [demo_module("corpus").document(grammar(), random.Random(f"train {i}")) for i in range(60)]
+    (work / "documents.jsonl").write_text("".join(json.dumps(text) + "\n" for text in documents))
+    base = [sys.executable, ROOT / "demo" / "train.py", "--work", work, "--steps", 3, "--batch", 2, "--row", 128, "--device", "cpu",
+            "--set", *(f"{name}={size}" for name, size in TINY_DEMO.items())]
+    result = run(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
+    assert result.returncode == 0 and (work / "state.pt").exists(), result.stderr
+    result = run(*base)
+    assert result.returncode == 0, result.stderr
+    result = run(*base, "--lr", 1e-4)
+    assert result.returncode == 1 and b"another run" in result.stderr
+
+    state = torch.load(work / "state.pt", weights_only=True)
+    module = demo_module("model")
+    model = module.Qwen3Next(module.Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    rows = torch.from_numpy(np.load(work / "rows.npy"))
+    args = train.argparse.Namespace(steps=6, batch=2, lr=3e-3, seed=1, seconds=math.inf, device="cpu", compile=False)
+
+    def weights(stops):
+        """After 6 steps, stopped and read again behind each step of STOPS."""
+        ours, kept = copy.deepcopy(model), {}
+        optimizer, step = train.make_optimizer(ours), 0
+        for stop in (*stops, 6):
+
+            def keep(n):
+                kept.update(model=copy.deepcopy(ours.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
+                if n == stop < 6:
+                    raise InterruptedError
+            with contextlib.suppress(InterruptedError), pytest.MonkeyPatch.context() as patch, torch.enable_grad():
+                patch.setattr(train, "SAVE_EVERY", -1)
+                step = train.train(args, ours, optimizer, step, rows, keep)
+            ours, step = module.Qwen3Next(model.c), stop
+            ours.load_state_dict(kept["model"])
+            optimizer = train.make_optimizer(ours)
+            optimizer.load_state_dict(kept["optimizer"])
+        return ours.state_dict()
+
+    whole, stopped = weights(()), weights((2, 3))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole) and not torch.equal(whole["mtp.fc.weight"], model.mtp.fc.weight)
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(work / "hf", dtype=torch.float32).eval()
+    rounded = module.Qwen3Next(model.c)
+    rounded.load_state_dict({name: tensor if name.endswith(("A_log", "dt_bias")) else tensor.bfloat16().float() for name, tensor in state["model"].items()})
+    ids = rows[:1, :128].long().clamp(min=0)
+    with torch.no_grad():
+        assert (hf(ids).logits - rounded.logits(rounded(ids)[0])).abs().max() < 1e-4
+    path = tmp_path / "model.bin"
+    assert run(*EXPORT, work / "hf", "-o", path, "--type", "f32").returncode == 0
+    ours = engine_logits(path, ids[0].tolist())
+    assert np.abs(ours - hf(ids).logits[0].detach().numpy()).max() < 1e-4
+    answer = run(ENGINE, path, "-m", "chat", "-i", "Hello!", "-n", 30, "-d", 1)
+    assert answer.returncode == 0 and drafts_right(answer.stderr)[1] > 5
+
+
+def test_what_the_demo_can_do(report):
+    """As shipped, with its own sampling: small sums, stories that end by themselves and repeat no sentence, drafts."""
+    corpus, rng = demo_module("corpus"), random.Random(1)
+    assert DEMO.stat().st_size <= 45_183_104
+    lines = []
+    for _ in range(40):
+        total = rng.randint(0, 20)
+        part = rng.randint(0, total)
+        lines += [f"What is {total - part} + {part}?", f"What is {total} - {part}?"]
+    asked = "".join(f"{line}\n/clear\n" for line in lines).encode()
+    answers = run(ENGINE, DEMO, "-m", "chat", "-q", "-s", 1, stdin=asked).stdout.decode()
+    for line in lines:
+        a, sign, b = re.findall(r"(\d+) ([+-]) (\d+)", line)[0]
+        assert f"{a} {sign} {b} = {int(a) + int(b) if sign == '+' else int(a) - int(b)}." in answers, line
+    right = made = 0
+    for seed, request in enumerate(("Tell me a story about a fox named Pip who lost his drum.", "Write a story about a girl and a whale at the harbor.",
+                                    "A story about a robot who is afraid of thunder.", "Tell me a story with the words king, spoon and river.")):
+        result = run(ENGINE, DEMO, "-m", "chat", "-i", request, "-s", seed, "-d", 1, "-n", 1000)
+        story = result.stdout.decode()
+        assert len(story.split()) > 100 and corpus.repeats(story) is None and story.rstrip()[-1] in '.!?"', story
+        pair = drafts_right(result.stderr)
+        right, made = right + pair[0], made + pair[1]
+    report(f"demo: {right} of {made} drafts right")
+    assert right >= 0.85 * made

@@ -504,7 +504,8 @@ class Story:
                 characters = None
                 continue
             if opening:
-                self.opening = grammar.expand(opening.text, self.cast, rng) + rng.choice([" ", "\n\n"]) + grammar.expand(rng.choice(tale.start), self.cast, rng)
+                self.opening = (grammar.expand(opening.text, self.cast, rng) + rng.choice([" ", "\n\n"]) +
+                                grammar.expand(rng.choice(tale.start), self.cast, rng))
             elif tale.open and (rng.random() < 0.7 or not tale.start):
                 self.opening = grammar.expand(rng.choice(tale.open), self.cast, rng)
             else:

@@ -113,7 +113,7 @@ def l2norm(x):
 
 def delta_rule(q, k, v, g, beta, chunk=64):
     """Gated delta rule, chunk by chunk: q, k [B, T, G, dk], v [B, T, H, dv], g, beta [B, T, H]
-    -> o [B, T, H, dv], all float32.
+    -> o [B, T, H, dv], all float32. q and k are brought to length one first, q then divided by sqrt(dk).
 
     Token by token, with a state S [dk, dv] for each value head, zero at first, it is
         S   <-  exp(g_t) S

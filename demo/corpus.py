@@ -1,6 +1,6 @@
 """Write the corpus on which the demo checkpoint is trained: stories and small conversations, from a grammar.
 
-    python demo/corpus.py --documents 600000 --seed 1 -o build/demo/documents.jsonl
+    python demo/corpus.py
 
 Each line of the result is one JSON string, a whole document: a plain story, or a chat in ChatML. What can happen stands in
 tales/*.txt, what can be said in talk.txt, the words in words.txt; this file only knows how to put them together. See
@@ -996,7 +996,7 @@ def check(grammar, count=60):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=600_000)
+    parser.add_argument("--documents", type=int, default=700_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))

@@ -3,7 +3,7 @@
 directory.
 
     python demo/corpus.py -o build/demo/documents.jsonl
-    python demo/train.py --seconds 1400
+    python demo/train.py
     python export.py build/demo/hf -o demo/stories.bin --type q8
 
 What a step has made stays in the work folder, and another run goes on from there; remove a file to make it,
@@ -337,8 +337,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("build/demo"),
                         help="folder for all files (build/demo)")
-    parser.add_argument("--steps", type=int, default=15000, help="steps of the whole training (15000)")
-    parser.add_argument("--batch", type=int, default=64, help="rows a step (64)")
+    parser.add_argument("--steps", type=int, default=8300, help="steps of the whole training (8300)")
+    parser.add_argument("--batch", type=int, default=96, help="rows a step (96)")
     parser.add_argument("--row", type=int, default=1024, help="tokens a row (1024)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, rows and their order (1)")

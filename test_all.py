@@ -6066,6 +6066,9 @@ def test_the_corpus_follows_from_its_seed(tmp_path):
     texts = [(tmp_path / name).read_text() for name in "abc"]
     assert texts[0] == texts[1] != texts[2] and texts[0].count("\n") == 1200
     assert not list(tmp_path.glob("*.tmp"))
+    for wrong, words in (["--show", "nosuch"], b"nosuch"), (["--documents", 0], b"--documents"), (["-o", tmp_path / "a" / "b"], str(tmp_path / "a").encode()):
+        result = run(sys.executable, ROOT / "demo" / "corpus.py", "--documents", 5, *wrong)
+        assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 
 
 def test_documents_of_the_corpus():
@@ -6153,6 +6156,9 @@ def test_training_of_the_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run(*base, "--lr", 1e-4)
     assert result.returncode == 1 and b"another run" in result.stderr
+    for wrong, words in (["--set", "hidden_size=x"], b"hidden_size=x"), (["--steps", 0], b"--steps"), (["--work", tmp_path / "none"], b"documents.jsonl"):
+        result = run(*base, *wrong)
+        assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 
     state = torch.load(work / "state.pt", weights_only=True)
     module = demo_module("model")

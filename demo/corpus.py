@@ -1003,13 +1003,22 @@ def main():
     parser.add_argument("--count", type=int, default=5)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    grammar = Grammar()
-    if arguments.check:
-        check(grammar)
-    elif arguments.show:
-        show(grammar, arguments.show, arguments.count, arguments.seed)
-    else:
-        write(arguments.output, arguments.documents, arguments.seed, grammar)
+    if arguments.documents < 1 or arguments.count < 1:
+        parser.error("--documents and --count must be at least 1")
+    try:
+        grammar = Grammar()
+        if arguments.show and arguments.show not in {"all", *grammar.tales, *(kind.__name__ for kind in KINDS)}:
+            parser.error(f"--show: no tale {arguments.show}; there are {', '.join(sorted(grammar.tales))}")
+        if arguments.check:
+            check(grammar)
+        elif arguments.show:
+            show(grammar, arguments.show, arguments.count, arguments.seed)
+        else:
+            write(arguments.output, arguments.documents, arguments.seed, grammar)
+    except OSError as error:
+        sys.exit(f"corpus.py: {error.filename}: {error.strerror}")
+    except ValueError as error:                                 # names file and line
+        sys.exit(f"corpus.py: {error}")
 
 
 if __name__ == "__main__":

@@ -333,6 +333,15 @@ def export(folder, model, tokenizer):
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
+def size(text):
+    """NAME=N of --set -> (name, number), for the sizes of Config."""
+    name, _, value = text.partition("=")
+    try:
+        return name, type(getattr(Config, name))(value)
+    except (AttributeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text}: wanted a size of Config and a number") from None
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("build/demo"),
@@ -347,22 +356,27 @@ def arguments():
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--no-compile", dest="compile", action="store_false",
                         help="run PyTorch's operations one by one")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=N",
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=N", type=size,
                         help="sizes other than Config's: hidden_size=128")
     parser.add_argument("--prepare-only", action="store_true",
                         help="stop after steps 1 and 2, which need no GPU")
     parser.add_argument("--export-only", action="store_true",
                         help="validate and export the state as it is")
     args = parser.parse_args()
+    if min(args.steps, args.batch, args.row) < 1:
+        parser.error("--steps, --batch and --row must be at least 1")
+    if args.device == "cuda" and not args.prepare_only and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU (cpu is for tiny sizes)")
     args.compile &= args.device == "cuda"
     return args
 
 
 def main():
     args = arguments()
-    pairs = [text.split("=") for text in args.set]
-    sizes = {name: type(getattr(Config, name))(value) for name, value in pairs}
+    sizes = dict(args.set)
     work, path = args.work, args.work / "state.pt"
+    if not (work / "rows.npy").exists() and not (work / "documents.jsonl").exists():
+        sys.exit(f"train.py: {work / 'documents.jsonl'}: not there; corpus.py writes it")
     if not (work / "tokenizer.json").exists():
         vocab_size = sizes.get("vocab_size", Config.vocab_size)
         tokenizer = train_tokenizer(work / "documents.jsonl", vocab_size, sample=50000)

@@ -6227,3 +6227,16 @@ def test_what_the_demo_can_do(report):
         right, made = right + pair[0], made + pair[1]
     report(f"demo: {right} of {made} drafts right")
     assert right >= 0.85 * made
+
+
+def test_scores_of_the_demo(tmp_path, report):
+    """demo/evaluate.py prints a table of shares and writes the texts; the demo knows its small facts."""
+    result = run(sys.executable, ROOT / "demo" / "evaluate.py", DEMO, "--only", "questions", "sums", "--samples", tmp_path / "samples", timeout=600)
+    assert result.returncode == 0, result.stderr
+    shares = {line[:38].strip(): float(line.split()[-2]) for line in result.stdout.decode().splitlines() if line.endswith("%")}
+    table = {re.sub(r"\s+", " ", name): share for name, share in shares.items()}
+    report(str(table))
+    assert table["questions all"] > 75 and table["sums all"] > 99.5                # other kernels sum in another order
+    assert "== question: " in (tmp_path / "samples").read_text()
+    result = run(sys.executable, ROOT / "demo" / "evaluate.py", tmp_path / "none.bin", "--only", "sums")
+    assert result.returncode and b"none.bin" in result.stderr and b"Traceback" not in result.stderr

@@ -495,6 +495,7 @@ class Story:
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 50 tries."""
+        text = ""
         for _ in range(50):
             self.foreign = opening is not None
             if opening:
@@ -890,7 +891,7 @@ def speaker_of(grammar, rng, odd):
 
 
 def talk_chat(grammar, rng):
-    """A conversation of two to five turns: small talk, sums, facts, unknowns, rarely a story."""
+    """A conversation of one to eight turns: small talk, sums, facts, unknowns, rarely a story."""
     speaker = speaker_of(grammar, rng, 0.0)
     turns = []
     for _ in range(rng.choice([1, 2, 3, 4, 6, 8])):

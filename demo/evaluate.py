@@ -3,7 +3,8 @@
     python demo/evaluate.py [MODEL] [--seed 1] [--only requests sums] [--samples FILE]
 
 Prints a table of shares; --samples writes every text with its scores, to be read by hand. A text is drawn with the checkpoint's
-own sampling settings and the seed 1000 * SEED + its number in its section. All measures of stories are proxies.
+own sampling settings and the seed 1000 * SEED + its number in its section; sums at temperature 0. The conversations of [turns] have no
+score, they are only written. All measures of stories are proxies.
 """
 
 import argparse
@@ -252,6 +253,12 @@ def main():
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--samples", type=pathlib.Path, help="a file for all texts with their scores")
     args = parser.parse_args()
+    if not ENGINE.exists():
+        sys.exit(f"evaluate.py: {ENGINE}: not there; `make` builds it")
+    try:
+        samples = open(args.samples, "w") if args.samples else None
+    except OSError as error:
+        sys.exit(f"evaluate.py: {error.filename}: {error.strerror}")
     data, report, seed = read_held_out(), Report(), 1000 * args.seed
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for section in args.only:
@@ -266,7 +273,8 @@ def main():
                 globals()[section](report, pool, args.model, data[section], seed)
     report.table()
     if args.samples:
-        args.samples.write_text("\n".join(report.samples))
+        samples.write("\n".join(report.samples))
+        samples.close()
 
 
 if __name__ == "__main__":

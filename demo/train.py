@@ -2,12 +2,12 @@
 """Train the demo checkpoint from scratch: corpus -> tokenizer -> rows of tokens -> weights -> a Hugging Face
 directory.
 
-    python demo/corpus.py -o build/demo/documents.jsonl
+    python demo/corpus.py
     python demo/train.py
     python export.py build/demo/hf -o demo/stories.bin --type q8
 
-What a step has made stays in the work folder, and another run goes on from there; remove a file to make it,
-and what follows from it, anew:
+What a step has made stays in the work folder, and another run goes on from there. Remove a file to make it anew; a
+new tokenizer makes new rows, and a state of other rows or options is refused:
 
     documents.jsonl             a JSON string a line: a story, or a chat in ChatML
     tokenizer.json              1  byte-level BPE like Qwen's, with a vocabulary of its own
@@ -15,7 +15,7 @@ and what follows from it, anew:
     state.pt                    3  weights, optimizer, step
     hf/                         4  config.json, model.safetensors, tokenizer.json and so on
 
-A small model would spend three quarters of its weights on Qwen's 151,936 tokens, most of which it would never
+A small model would spend two thirds of its weights on Qwen's 151,936 tokens, most of which it would never
 see; with 4,096 it does not, and words that it never saw are spelled in pieces.
 """
 import argparse
@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -132,6 +133,8 @@ def pack(encoded, longest, open_rows=32):
 def make_rows(work, tokenizer, longest, seed):
     """Writes rows.npy and held-out.npy."""
     encoded = encode(work / "documents.jsonl", tokenizer, longest)
+    if len(encoded) < 2:
+        sys.exit(f"train.py: {work / 'documents.jsonl'}: wanted two documents or more, found {len(encoded)}")
     order = np.random.default_rng(seed).permutation(len(encoded))
     held_out = max(1, round(HELD_OUT * len(order)))
     for name, part in (("held-out.npy", order[:held_out]), ("rows.npy", order[held_out:])):
@@ -344,7 +347,7 @@ def size(text):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("build/demo"),
+    parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
     parser.add_argument("--steps", type=int, default=8300, help="steps of the whole training (8300)")
     parser.add_argument("--batch", type=int, default=96, help="rows a step (96)")
@@ -363,6 +366,8 @@ def arguments():
     parser.add_argument("--export-only", action="store_true",
                         help="validate and export the state as it is")
     args = parser.parse_args()
+    if any(value <= 0 for _, value in args.set):
+        parser.error("--set: sizes must be above 0")
     if min(args.steps, args.batch, args.row) < 1:
         parser.error("--steps, --batch and --row must be at least 1")
     if args.device == "cuda" and not args.prepare_only and not torch.cuda.is_available():
@@ -375,15 +380,15 @@ def main():
     args = arguments()
     sizes = dict(args.set)
     work, path = args.work, args.work / "state.pt"
-    if not (work / "rows.npy").exists() and not (work / "documents.jsonl").exists():
+    if not (work / "documents.jsonl").exists() and not ((work / "rows.npy").exists() and (work / "tokenizer.json").exists()):
         sys.exit(f"train.py: {work / 'documents.jsonl'}: not there; corpus.py writes it")
-    if not (work / "tokenizer.json").exists():
+    if fresh := not (work / "tokenizer.json").exists():
         vocab_size = sizes.get("vocab_size", Config.vocab_size)
         tokenizer = train_tokenizer(work / "documents.jsonl", vocab_size, sample=50000)
         replace(work / "tokenizer.json", lambda path: tokenizer.save(str(path)))
         say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    if not (work / "rows.npy").exists():
+    if fresh or not (work / "rows.npy").exists():
         make_rows(work, tokenizer, args.row + 1, args.seed)
     if args.prepare_only:
         return
@@ -395,6 +400,9 @@ def main():
     if args.export_only and not state:
         sys.exit(f"train.py: {path}: there is no state to export")
     sizes["vocab_size"] = tokenizer.get_vocab_size()
+    for name, wanted in sizes.items():
+        if state and state["config"][name] != wanted:
+            sys.exit(f"train.py: {path}: {name}: wanted {wanted}, found {state['config'][name]}")
     config = Config(**(state["config"] if state else sizes))
     model = Qwen3Next(config).to(args.device)
     optimizer, step = make_optimizer(model), 0
@@ -409,6 +417,8 @@ def main():
         DecoderLayer.forward = torch.compile(DecoderLayer.forward, dynamic=False)
 
     on_device = lambda name: torch.from_numpy(np.load(work / name)).to(args.device)
+    if on_device("held-out.npy").shape[1] != args.row + 1:
+        sys.exit(f"train.py: {work / 'rows.npy'}: rows are not of --row {args.row} tokens")
     if not args.export_only:
         save = lambda step: save_state(path, args, model, optimizer, step)
         step = train(args, model, optimizer, step, on_device("rows.npy"), save)
@@ -420,4 +430,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"train.py: {error.filename}: {error.strerror}")
+    except (ValueError, pickle.UnpicklingError) as error:        # documents that are no JSON, sizes that do not fit, a damaged state
+        sys.exit(f"train.py: {error}")

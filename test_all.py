@@ -1472,9 +1472,14 @@ def babbling_model():
     return export(source, WORK / "babble.bin", "--type", "q8")
 
 
+def tokenizer_of(model):
+    """The tokenizer that belongs to a model: the demo has its own, models of these tests have Qwen's."""
+    return DEMO_TOKENIZER if model == DEMO else TOKENIZER
+
+
 def chat(model, lines, *options, **kwargs):
     """A conversation through pipes, one line a turn: (standard output, ids the model has been fed in the end)."""
-    result = run(ENGINE, model, "-m", "chat", "-v", "-z", TOKENIZER, *options,
+    result = run(ENGINE, model, "-m", "chat", "-v", "-z", tokenizer_of(model), *options,
                  stdin="".join(line + "\n" for line in lines).encode(), **kwargs)
     assert result.returncode == 0, result.stderr
     history = []
@@ -3778,14 +3783,14 @@ for turn in range(20):
 def test_a_long_chat_reads_nothing_twice(flavour, drafts, report):
     """20 turns with edits, /undo and /regen: tokens read are those of messages and answers, each once."""
     model = chat_model(flavour) if not drafts else DEMO
-    result = run(ENGINE, model, "-m", "chat", "-v", "-z", TOKENIZER, "-t", 0, "-n", 12, *(["-d", drafts] if drafts else []),
+    result = run(ENGINE, model, "-m", "chat", "-v", "-z", tokenizer_of(model), "-t", 0, "-n", 12, *(["-d", drafts] if drafts else []),
                  stdin="".join(line + "\n" for line in TWENTY).encode())
     assert result.returncode == 0, result.stderr
     history, read, again = replay(result.stderr)
     messages = [line for line in TWENTY if not line.startswith("/")]
     prompts = sum(int(n) for n in re.findall(rb"\[prompt (\d+) tokens", result.stderr))
     around = 8                                   # <|im_end|> \n <|im_start|> user \n ... <|im_end|> \n <|im_start|> assistant \n
-    words = sum(len(real_tokenizer().encode(message).ids) for message in messages)
+    words = sum(len(library_tokenizer(read_tokenizer(tokenizer_of(model))).encode(message).ids) for message in messages)
     report(f"{len(messages)} messages: {read} tokens read, {again} again; whole prompts each time would be "
            f"{len(messages) * len(history) // 2} or so")
     assert again == 0 and prompts <= words + (around + 3) * len(messages)
@@ -3913,7 +3918,7 @@ def test_saved_chat_goes_on_with_all_its_turns():
     file = WORK / "saved chat"
     for model in (chat_model("instruct"), chat_model("thinking"), chat_model("trimmed"), DEMO):
         for flag in ([], ["-d", 2]) if model == DEMO else ([],):
-            options = ["-m", "chat", "-v", "-z", TOKENIZER, "-s", 8, "-n", 25, *flag]
+            options = ["-m", "chat", "-v", "-z", tokenizer_of(model), "-s", 8, "-n", 25, *flag]
             before, after = ["Hello there.", "Who are you?", "Tell me more."], ["/regen", "/undo", "/undo", "/regen", "And now?", "Good."]
             one = run(ENGINE, model, *options, "-y", "Be kind.", stdin="\n".join(before + after).encode())
             a = run(ENGINE, model, *options, "-y", "Be kind.", "--save", file, stdin="\n".join(before).encode())
@@ -3926,7 +3931,7 @@ def test_saved_chat_goes_on_with_all_its_turns():
 def test_chat_saved_in_the_middle_of_an_answer():
     file = WORK / "cut answer"
     for model, question in ((chat_model("thinking"), "Hi"), (DEMO, "Tell me a story about an ant.")):
-        options = ["-m", "chat", "-z", TOKENIZER, "-q"]
+        options = ["-m", "chat", "-z", tokenizer_of(model), "-q"]
         whole = engine(model, *options, "-s", 2, "-i", question)
         for n in (1, 5, 9):
             first = engine(model, *options, "-s", 2, "-i", question, "-n", n, "--save", file)

@@ -1017,7 +1017,7 @@ def main():
         else:
             write(arguments.output, arguments.documents, arguments.seed, grammar)
     except OSError as error:
-        sys.exit(f"corpus.py: {error.filename}: {error.strerror}")
+        sys.exit(f"corpus.py: {error.filename or 'standard output'}: {error.strerror}")
     except ValueError as error:                                 # names file and line
         sys.exit(f"corpus.py: {error}")
 

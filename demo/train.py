@@ -433,6 +433,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        sys.exit(f"train.py: {error.filename}: {error.strerror}")
+        sys.exit(f"train.py: {error.filename or 'standard output'}: {error.strerror}")
     except (ValueError, pickle.UnpicklingError) as error:        # documents that are no JSON, sizes that do not fit, a damaged state
         sys.exit(f"train.py: {error}")

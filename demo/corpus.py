@@ -74,11 +74,9 @@ class Grammar:
     def __init__(self, folder=HERE):
         self.words = read_words(folder / "words.txt")
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
-        self.new_things = set()                     # names of tales in which the hero comes by the thing only in the course of it
         for path in sorted((folder / "tales").glob("*.txt")):
             read_tales(path, self)
-        for tale in self.tales.values():
-            tale.thing_is_new = tale.name in self.new_things
+        self.own_openings = [opening for opening in self.openings if opening.kind is None]
         self.drawn = [tale for tale in self.tales.values() for _ in range(2 if "deed" in tale.needs else 1)]   # few tales, much asked for
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
@@ -101,7 +99,7 @@ class Grammar:
                 out.append(piece)
         return "".join(out)
 
-    def expand_rule(self, name, cast, rng, bound):
+    def expand_rule(self, name, cast, rng, bound=None):
         """Text of the rule NAME. Raises KeyError when there is none."""
         if bound is not None and name in bound:
             return bound[name]
@@ -161,7 +159,6 @@ def repeats(text):
 # 3. Words
 
 THINGS = ("toys", "tools", "clothes", "instruments", "treasures", "foods to carry", "plants", "home things")
-VOWELS = "aeiou"
 
 
 def read_words(path):
@@ -203,22 +200,32 @@ def made_up_name(rng):
     return (rng.choice(onset) + rng.choice(vowel) + rng.choice(["", rng.choice(onset[:20]) + rng.choice(vowel)]) + rng.choice(coda)).capitalize()
 
 
+def read_held_out(path):
+    """The sections of heldout.txt: {name: [line, ...]}, lines split at bars into their fields; [turns] is a list of conversations, each a
+    list of lines."""
+    sections, name = {}, None
+    for line in path.read_text().splitlines():
+        if line.startswith("["):
+            name = line.strip("[]")
+            sections[name] = [[]] if name == "turns" else []
+        elif name == "turns":
+            sections[name][-1:] = [sections[name][-1] + [line]] if line else [sections[name][-1], []]
+        elif line and not line.startswith("#"):
+            sections[name].append([field.strip() for field in re.split(r"\|+", line)])
+    sections["turns"] = [turns for turns in sections["turns"] if turns]
+    return sections
+
+
 class HeldOut:
     """What the generator must not say, so that the test is one: words that it does not know at all, and requests of whose words
     no two may meet in one cast."""
 
     def __init__(self, path):
-        self.words, self.requests, section = set(), collections.defaultdict(set), None
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
-            line = line.strip()
-            if line.startswith("["):
-                section = line.strip("[]")
-            elif line and not line.startswith("#"):
-                if section == "words":
-                    self.words |= {word.strip().lower() for word in re.split(r"[,\s]+", line) if word.strip()}
-                elif section == "requests":
-                    for word in line.split("|")[-1].split():
-                        self.requests[word.split("/")[0].lower()].add(number)
+        sections, self.requests = read_held_out(path), collections.defaultdict(set)
+        self.words = {word.lower() for fields in sections["words"] for word in re.split(r"[,\s]+", fields[0]) if word}
+        for number, fields in enumerate(sections["requests"]):
+            for word in fields[-1].split():
+                self.requests[word.split("/")[0].lower()].add(number)
 
     def remove_from(self, words):
         """Take the held-out words out of all lists of WORDS, in place."""
@@ -334,15 +341,15 @@ class Cast(dict):
             return self.verbs[["", "s", "past", "ing"].index(second)]
         raise KeyError(f"no slot {{{slot}}}")
 
+    def names(self, slot):
+        """The bare words for what SLOT stands for: ["fox", "Pip"], ["fox"] without a name, ["lantern"], ["garden"], ["swim"]."""
+        if slot in self.characters:
+            return list(filter(None, [self.characters[slot].kind, self.characters[slot].name]))
+        return [{"thing": self.thing, "place": self.place[1], "deed": self.verbs[0]}.get(slot) or self[slot]]
+
     def said(self, slots):
         """The words by which a user would ask for SLOTS, for the comparison with what is held out."""
-        texts = {"thing": self.thing, "place": self.place[1], "deed": self.verbs[0]}
-        for slot in slots:
-            if slot in self.characters:
-                yield self.characters[slot].kind
-                yield self.characters[slot].name or ""
-            else:
-                yield texts.get(slot) or self[slot]
+        return [name for slot in slots for name in self.names(slot)]
 
 
 def draw_characters(words, rng, lists):
@@ -449,7 +456,7 @@ def read_tales(path, grammar):
             elif key == "needs":
                 tale.needs = value.split()
             elif key == "thing is new":
-                grammar.new_things |= set(value.split())
+                tale.thing_is_new = True
             elif key in ("ask", "start", "open"):
                 getattr(tale, key).append(parse(value))
             elif key == "q":
@@ -491,44 +498,40 @@ class Opening:
 
 
 class Story:
-    """A tale told: `opening` and `rest` are its text, `cast` who is in it, `tale` what it is."""
+    """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `foreign` whether the opening
+    stands in no tale."""
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 50 tries."""
-        text = ""
+        self.grammar, self.tale, self.rng, self.foreign, text = grammar, tale, rng, opening is not None, ""
         for _ in range(50):
-            self.foreign = opening is not None
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
-            self.grammar, self.tale, self.rng, self.cast = grammar, tale, rng, Cast(grammar, tale, rng, characters)
+            self.cast = Cast(grammar, tale, rng, characters)
             if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs])):
                 characters = None
                 continue
             if opening:
-                self.opening = (grammar.expand(opening.text, self.cast, rng) + rng.choice([" ", "\n\n"]) +
-                                grammar.expand(rng.choice(tale.start), self.cast, rng))
+                begun = (grammar.expand(opening.text, self.cast, rng) + rng.choice([" ", "\n\n"]) +
+                         grammar.expand(rng.choice(tale.start), self.cast, rng))
             elif tale.open and (rng.random() < 0.7 or not tale.start):
-                self.opening = grammar.expand(rng.choice(tale.open), self.cast, rng)
+                begun = grammar.expand(rng.choice(tale.open), self.cast, rng)
             else:
-                self.opening = grammar.expand_rule("intro", self.cast, rng, None) + " " + grammar.expand(rng.choice(tale.start), self.cast, rng)
+                begun = grammar.expand_rule("intro", self.cast, rng) + " " + grammar.expand(rng.choice(tale.start), self.cast, rng)
             paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
             joint = rng.choice([" ", "\n\n"])
-            text = tidy(self.opening + joint + "\n\n".join(paragraphs))
-            self.length = len(tidy(self.opening))
-            self.text = text
+            self.text = text = tidy(begun + joint + "\n\n".join(paragraphs))
+            self.length = len(tidy(begun))
             if not repeats(text):
                 return
         raise ValueError(f"tale {tale.name}: always repeats {repeats(text)!r}, or is held out")
 
     def matters(self, slot):
         """Whether the story names what SLOT stands for more than once, and in its second half, too, so that a request may ask for it."""
-        cast = self.cast
-        if slot in cast.characters:
-            names = [cast.characters[slot].kind, cast.characters[slot].name or ""]
-        else:
-            names = [{"thing": cast.thing, "place": cast.place[1], "deed": cast.verbs[0]}.get(slot) or cast.get(slot) or ""]
-        return slot in PRONOUNS["he"] or (sum(self.text.count(name) for name in names if name) > 1 and
-                                          any(name and name in self.text[len(self.text) // 2:] for name in names))
+        if slot in PRONOUNS["he"]:
+            return True
+        names = self.cast.names(slot)
+        return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
 
     def beginning(self):
         """(first sentences, the rest) of the story, cut where a user might stop who begins a story himself."""
@@ -558,13 +561,13 @@ def request(story):
         extra = [slot for slot in ("friend", "place", "thing") if slot in tale.needs and slot not in told and story.matters(slot) and rng.random() < 0.4]
         for slot in rng.sample(extra, len(extra)):
             if rng.random() < 0.6:
-                topic += " " + grammar.expand_rule(f"with {slot}", cast, rng, None)
+                topic += " " + grammar.expand_rule(f"with {slot}", cast, rng)
             else:
-                more.append(grammar.expand_rule(f"also {slot}", cast, rng, None))
+                more.append(grammar.expand_rule(f"also {slot}", cast, rng))
         if cast.characters["hero"].name and str(cast.characters["hero"]) not in topic and rng.random() < 0.25 and story.matters("hero"):
-            more.append(grammar.expand_rule("also name", cast, rng, None))
+            more.append(grammar.expand_rule("also name", cast, rng))
         cast["topic"] = topic
-        return informal(tidy(" ".join([grammar.expand_rule("ask story", cast, rng, None), *more])), rng)
+        return informal(tidy(" ".join([grammar.expand_rule("ask story", cast, rng), *more])), rng)
     finally:
         cast.asking = None
 
@@ -583,16 +586,14 @@ def general_topics(grammar, tale):
 def by_words(story):
     """A request that lists words: "Write a story with the words fox, lantern and bridge." """
     cast, rng = story.cast, story.rng
-    words = {"hero": cast.characters["hero"].kind, "friend": cast.characters["friend"].kind, "thing": cast.thing, "place": cast.place[1],
-             "helper": cast.characters["helper"].kind, "other": cast.characters["other"].kind, "deed": cast.verbs[0]}
-    wanted = [slot for slot in dict.fromkeys(["hero", *story.tale.needs]) if story.matters(slot) and not (slot in cast.characters and words[slot] not in story.text)]
-    names = [words.get(slot) or cast[slot] for slot in wanted] or [cast.thing]
+    words = {slot: cast.names(slot)[0] for slot in ("hero", *story.tale.needs) if story.matters(slot)}
+    names = [word for slot, word in words.items() if slot not in cast.characters or word in story.text] or [cast.thing]
     names = rng.sample(names, min(len(names), rng.choice([2, 3, 3, 3, 4])))
     quote = rng.choice(["", "", '"'])
     names = [quote + name + quote for name in names]
     cast["words"] = ", ".join(names[:-1]) + rng.choice([" and ", ", and " if len(names) > 2 else " and "]) + names[-1] if len(names) > 1 else names[0]
     cast["plain words"] = ", ".join(names)
-    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng, None)), rng)
+    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng)
 
 
 def informal(text, rng):
@@ -623,7 +624,7 @@ def questions(story):
     known += [slot for slot in ("place", "thing") if slot in story.tale.needs]
     for slot in known:
         for _ in range(2):
-            pairs.append((grammar.expand_rule(f"ask {slot}", cast, rng, None), grammar.expand_rule(f"say {slot}", cast, rng, None)))
+            pairs.append((grammar.expand_rule(f"ask {slot}", cast, rng), grammar.expand_rule(f"say {slot}", cast, rng)))
     rng.shuffle(pairs)
     seen = set()
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
@@ -658,7 +659,7 @@ class Talk:
 
 def read_talk(path, grammar):
     """Read talk.txt into GRAMMAR.talk and its rules. Raises ValueError with file and line for what is wrong."""
-    talk, group, mood, facts = grammar.talk, None, None, None
+    talk, group, mood = grammar.talk, None, None
     for number, line in enumerate(path.read_text().splitlines(), 1):
         line = line.strip()
         try:
@@ -716,17 +717,17 @@ def sum_turn(grammar, rng):
     a, b = (total - part, part) if plus else (total, part)
     sign, word, result = ("+", "plus", total) if plus else ("-", "minus", total - part)
     cast = {"a": str(a), "b": str(b), "sum": f"{a} {sign} {b}", "result": str(result), "in words": f"{NUMBERS[a]} {word} {NUMBERS[b]}",
-            "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}", "told": f"add {a} and {b}" if plus else f"take {b} (away |)from {a}"}
+            "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}"}
     if rng.random() < 0.04:
         cast["sum"] = cast["tight"] = cast["spoken"] = f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}"
-        question = grammar.expand_rule("ask big sum", cast, rng, None)
-        return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng, None))
-    cast["told"] = grammar.expand(parse(cast["told"]), cast, rng)
+        question = grammar.expand_rule("ask big sum", cast, rng)
+        return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng))
+    cast["told"] = f"add {a} and {b}" if plus else f"take {b} {rng.choice(['away ', ''])}from {a}"
     if rng.random() < 0.12:
         story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]), "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
         name = "word sum" if plus else "word difference"
-        return tidy(grammar.expand_rule("ask " + name, story, rng, None)), tidy(grammar.expand_rule("say " + name, story, rng, None))
-    return informal(tidy(grammar.expand_rule("ask sum", cast, rng, None)), rng), tidy(grammar.expand_rule("say sum", cast, rng, None))
+        return tidy(grammar.expand_rule("ask " + name, story, rng)), tidy(grammar.expand_rule("say " + name, story, rng))
+    return informal(tidy(grammar.expand_rule("ask sum", cast, rng)), rng), tidy(grammar.expand_rule("say sum", cast, rng))
 
 
 class Speaker:
@@ -744,7 +745,7 @@ class Speaker:
 
     def small_talk(self):
         """A turn of one of the groups; in a mood or under a name, greetings and "who are you" are answered in it."""
-        talk, groups = self.grammar.talk, self.grammar.talk.groups
+        groups = self.grammar.talk.groups
         group = self.rng.choice([name for name in groups if name not in ("myname", "recallname", "unknownname")])
         if self.rng.random() < 0.06:
             return self.names()
@@ -825,7 +826,7 @@ def tell(grammar, rng, characters=None):
 def continued(grammar, rng):
     """A Story that goes on from a foreign beginning."""
     while True:
-        opening = rng.choice(rng.choice([grammar.openings, [opening for opening in grammar.openings if opening.kind is None]]))
+        opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
         fitting = [tale for tale in grammar.tales.values() if opening.fits(tale)]
         try:
             return Story(grammar, rng.choice(fitting), rng, opening=opening)
@@ -839,7 +840,7 @@ def story_turn(story, speaker):
     if story.foreign or rng.random() < 0.1:
         opening, rest = story.beginning()
         story.cast["opening"] = opening
-        return tidy(grammar.expand_rule("ask continue", story.cast, rng, None)), speaker.coat(rest, story=True)
+        return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(rest, story=True)
     asked = request(story)
     if speaker.mood is None and rng.random() < 0.06:
         text = tidy(grammar.expand(rng.choice(grammar.talk.remarks["offer<"]), story.cast, rng)) + "\n\n" + text
@@ -872,7 +873,7 @@ def second_story(story, speaker):
     grammar, rng = story.grammar, story.rng
     if rng.random() < 0.5:
         again = tell(grammar, rng, story.cast.characters)
-        return tidy(grammar.expand_rule("ask again", again.cast, rng, None)), speaker.coat(again.text, story=True)
+        return tidy(grammar.expand_rule("ask again", again.cast, rng)), speaker.coat(again.text, story=True)
     other = tell(grammar, rng)
     if rng.random() < 0.5:
         return tidy(grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)), speaker.coat(other.text, story=True)
@@ -988,8 +989,8 @@ def check(grammar, count=60):
                 continue
             lengths.append(len(story.text.split()))
             for slot in tale.needs:
-                value = {"thing": story.cast.thing, "place": story.cast.place[1], "deed": story.cast.verbs[0]}.get(slot) or story.cast[slot]
-                counts[slot] += story.text.lower().count(str(value).lower())
+                value = str(story.cast[slot]) if slot in story.cast.characters else story.cast.names(slot)[0]
+                counts[slot] += story.text.lower().count(value.lower())
         told = max(len(lengths), 1)
         print(f"{name}: {sum(lengths) / told:.0f} words; " + ", ".join(f"{slot} {counts[slot] / told:.1f}" for slot in tale.needs),
               *(f"\n    {times} x {error}" for error, times in failed.most_common(3)))

@@ -15,6 +15,8 @@ import re
 import subprocess
 import sys
 
+from corpus import NUMBERS, read_held_out
+
 HERE = pathlib.Path(__file__).resolve().parent
 ENGINE = HERE.parent / "qwen3next"
 SECTIONS = ("requests", "openings", "sums", "questions", "followups", "turns")
@@ -30,24 +32,7 @@ NOT_NAMES = set("""I I'm I'll I've I'd Mom Mommy Mama Mum Mother Dad Daddy Papa 
     Mondays Tuesdays Wednesdays Thursdays Fridays Saturdays Sundays January February March April May June July
     August September October November December Earth Mars Moon Sun North South East West Pole God Christmas Easter Halloween
     English French TV OK T-rex Komodo Dalmatian The End""".split())
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-           "eighteen nineteen twenty").split()
 SUM_WORDINGS = ("What is {a} {sign} {b}?", "{a} {word} {b}", "How much is {A} {word} {B}?")   # {A} {B}: in words
-
-
-def read_held_out():
-    """The sections of heldout.txt, each a list of its lines split at bars; [turns] a list of conversations."""
-    sections, name = {}, None
-    for line in (HERE / "heldout.txt").read_text().splitlines():
-        if line.startswith("["):
-            name = line.strip("[]")
-            sections[name] = [[]] if name == "turns" else []
-        elif name == "turns":
-            sections[name][-1:] = [sections[name][-1] + [line]] if line else [sections[name][-1], []]
-        elif line and not line.startswith("#"):
-            sections[name].append([field.strip() for field in re.split(r"\|+", line)])
-    sections["turns"] = [turns for turns in sections["turns"] if turns]
-    return sections
 
 
 # 1. Running the engine
@@ -259,7 +244,7 @@ def main():
         samples = open(args.samples, "w") if args.samples else None
     except OSError as error:
         sys.exit(f"evaluate.py: {error.filename}: {error.strerror}")
-    data, report, seed = read_held_out(), Report(), 1000 * args.seed
+    data, report, seed = read_held_out(HERE / "heldout.txt"), Report(), 1000 * args.seed
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for section in args.only:
             if section in ("requests", "openings"):

@@ -130,6 +130,12 @@ def pack(encoded, longest, open_rows=32):
     return packed
 
 
+def save_rows(path, rows):
+    """np.save under just this name: it would put .npy behind one that does not end so."""
+    with open(path, "wb") as file:
+        np.save(file, rows)
+
+
 def make_rows(work, tokenizer, longest, seed):
     """Writes rows.npy and held-out.npy."""
     encoded = encode(work / "documents.jsonl", tokenizer, longest)
@@ -141,9 +147,7 @@ def make_rows(work, tokenizer, longest, seed):
         rows = pack([encoded[i] for i in part], longest)
         say(f"{name}: {len(part)} documents, {np.count_nonzero(rows >= 0)} tokens in {len(rows)} rows, "
             f"{np.mean(rows < 0):.1%} padding")
-        temporary = work / ("part." + name)                    # np.save wants .npy at the end
-        np.save(temporary, rows)
-        os.replace(temporary, work / name)
+        replace(work / name, lambda path: save_rows(path, rows))
 
 
 # ---- 3. Training -------------------------------------------------------------------------------------------
@@ -417,13 +421,14 @@ def main():
         DecoderLayer.forward = torch.compile(DecoderLayer.forward, dynamic=False)
 
     on_device = lambda name: torch.from_numpy(np.load(work / name)).to(args.device)
-    if on_device("held-out.npy").shape[1] != args.row + 1:
+    held_out = on_device("held-out.npy")
+    if held_out.shape[1] != args.row + 1:
         sys.exit(f"train.py: {work / 'rows.npy'}: rows are not of --row {args.row} tokens")
     if not args.export_only:
         save = lambda step: save_state(path, args, model, optimizer, step)
         step = train(args, model, optimizer, step, on_device("rows.npy"), save)
     if step >= args.steps or args.export_only:
-        values = validate(args, model, on_device("held-out.npy"))
+        values = validate(args, model, held_out)
         say("held out: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         export(work / "hf", model, tokenizer)
         say(f"wrote {work / 'hf'}")

@@ -6080,9 +6080,14 @@ def test_documents_of_the_corpus():
     """ChatML as the template writes it, right sums, no notation left over, and nothing of what is held out."""
     sums, message = 0, r"<\|im_start\|>(?:system|user|assistant)\n(?:(?!<\|).)+<\|im_end\|>"
     for i in range(600):
-        text = demo_module("corpus").document(grammar(), random.Random(f"test {i}"))
-        chat = text.startswith("<|im_start|>")
-        assert not chat or re.fullmatch(rf"(?s){message}(?:\n{message})*\n", text), text
+        pieces = demo_module("corpus").document(grammar(), random.Random(f"test {i}"))
+        text = "".join(pieces)
+        if text.startswith("<|im_start|>"):
+            assert re.fullmatch(rf"(?s){message}(?:\n{message})*", text), text
+            assert all(piece.endswith("<|im_start|>assistant\n") for piece in pieces[::2]), pieces      # read; what follows is learned
+            assert all(re.fullmatch(r"(?s)(?:(?!<\|).)+<\|im_end\|>", piece) for piece in pieces[1::2]), pieces
+        else:
+            assert len(pieces) == 2 and len(pieces[0].split()) < 100 < len(text.split()), pieces
         bare = re.sub(r"<\|im_(start|end)\|>", "", text)
         assert not re.search(r"[{}|<>]", bare) and "  " not in bare, text
         assert not grammar().held_out.words & set(re.findall("[a-z]+", text.lower())), text
@@ -6099,7 +6104,8 @@ def test_tales_tell_what_was_asked_for(name):
     corpus, tale, named = demo_module("corpus"), grammar().tales[name], 0
     for i in range(8):
         story = corpus.Story(grammar(), tale, random.Random(f"test {name} {i}"))
-        request = corpus.request(story)
+        request, topic = corpus.request(story)
+        assert topic is None or len(topic) > 3
         assert corpus.repeats(story.text) is None and len(story.text.split()) > 100
         assert not re.search(r"[{}|<>()]", story.text + request), (request, story.text)
         assert not grammar().held_out.refuses(story.cast.said(["hero", *tale.needs]))
@@ -6109,6 +6115,39 @@ def test_tales_tell_what_was_asked_for(name):
         named += sum(story.matters(slot) for slot in tale.needs)
         assert all(question and answer for question, answer in corpus.questions(story))
     assert named > 8 * len(tale.needs) / 2, f"{named} of {8 * len(tale.needs)}"
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M)) - {"noticed"}))
+def test_threads_run_through_the_story(name):
+    """What a thread is on must be asked for, and is named in the story's last paragraph. Those on a place serve foreign beginnings only."""
+    corpus, thread, woven, asked = demo_module("corpus"), grammar().threads[name], 0, 0
+    assert thread.ask and thread.first and thread.middle and thread.last
+    for i in range(30):
+        rng = random.Random(f"test {name} {i}")
+        with contextlib.suppress(ValueError):
+            story = corpus.Story(grammar(), rng.choice(list(grammar().tales.values())), rng, threads=[thread])
+            if not story.threads:
+                continue
+            (_, cast), = story.threads
+            request, topic = corpus.request(story)
+            assert not re.search(r"[{}|<>()]", story.text + request), (request, story.text)
+            assert all(one in story.told for one in story.must) and (thread.needs[0], cast) in story.must
+            words = [word for slot in thread.needs for word in (cast.verbs if slot == "deed" else cast.names(slot)) if word]
+            woven += 1
+            asked += any(word.lower() in request.lower() for word in words)
+            assert any(word.lower() in story.text.split("\n\n")[-1].lower() for word in words), story.text
+    assert thread.needs[0] == "place" or woven > 2 and asked > 0.9 * woven, (woven, asked)
+
+
+def test_foreign_beginnings_are_kept():
+    """The members of a foreign beginning and the nouns it speaks of come again in the rest."""
+    corpus, kept = demo_module("corpus"), []
+    for i in range(60):
+        story = corpus.continued(grammar(), random.Random(f"test {i}"))
+        assert story.text.startswith(story.begun) and corpus.repeats(story.text) is None
+        kept += [any(word in story.text[len(story.begun):] for word in cast.names(slot) if word)
+                 for thread, cast in story.threads for slot in thread.needs]
+    assert len(kept) > 20 and sum(kept) > 0.95 * len(kept), (sum(kept), len(kept))
 
 
 def test_verbs_and_tidying_of_the_corpus():
@@ -6152,9 +6191,12 @@ def test_training_of_the_demo(tmp_path):
     train, work = demo_module("train"), tmp_path / "work"
     work.mkdir()
     documents = [demo_module("corpus").document(grammar(), random.Random(f"train {i}")) for i in range(60)]
-    (work / "documents.jsonl").write_text("".join(json.dumps(text) + "\n" for text in documents))
+    (work / "documents.jsonl").write_text('"text"\n')
     base = [sys.executable, ROOT / "demo" / "train.py", "--work", work, "--steps", 3, "--batch", 2, "--row", 128, "--device", "cpu",
             "--set", *(f"{name}={size}" for name, size in TINY_DEMO.items())]
+    result = run(*base)
+    assert result.returncode == 1 and b"wanted a list of strings" in result.stderr, result.stderr
+    (work / "documents.jsonl").write_text("".join(json.dumps(pieces) + "\n" for pieces in documents))
     result = run(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
     assert result.returncode == 0 and (work / "state.pt").exists(), result.stderr
     result = run(*base)
@@ -6170,6 +6212,19 @@ def test_training_of_the_demo(tmp_path):
     model = module.Qwen3Next(module.Config(**state["config"]))
     model.load_state_dict(state["model"])
     rows = torch.from_numpy(np.load(work / "rows.npy"))
+    tokens, _, targets, _ = train.parts_of(rows)
+    assert tokens.min() >= 0 and targets.min() == -1 and {-1} < set(rows[rows < 0].tolist())
+    tokenizer = train.Tokenizer.from_file(str(work / "tokenizer.json"))
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    for pieces, encoded in zip(documents, train.encode(work / "documents.jsonl", tokenizer, 10 ** 6)):
+        assert decode(np.where(encoded < 0, -2 - encoded, encoded).tolist()) == "".join(pieces) + "<|endoftext|>"
+        assert decode(encoded[encoded >= 0].tolist()) == "".join(pieces[1::2]) + "<|endoftext|>"
+    common = train.common_tokens(torch.tensor([[-1, -2 - 5] + [3] * 10000 + [8] * 2 + [17]], dtype=torch.int16), 20)
+    assert common.nonzero().flatten().tolist() == [3]
+    question = [-2 - 5, -2 - 6, -2 - 3]                         # of 5, 6 and 3; then 5 is asked for, until <|endoftext|>, 17
+    early, asked, rest = train.EARLY_WEIGHT, train.ASKED_WEIGHT, 200 - train.EARLY
+    weights = train.weights_of(torch.tensor([[*question, 5, *[3] * 199, 6, 17, -2 - 9, 5, -1]], dtype=torch.int16), common)[0].tolist()
+    assert weights == [0, 0, asked, *[early] * (train.EARLY - 1), *[1] * rest, asked, 1, 0, early, 0]
     args = train.argparse.Namespace(steps=6, batch=2, lr=3e-3, seed=1, seconds=math.inf, device="cpu", compile=False)
 
     def weights(stops):

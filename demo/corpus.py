@@ -2,7 +2,7 @@
 
     python demo/corpus.py
 
-Each line of the result is one JSON string, a whole document: a plain story, or a chat in ChatML. What can happen stands in
+Each line of the result is a JSON list of strings, a whole document: a plain story, or a chat in ChatML. What can happen stands in
 tales/*.txt, what can be said in talk.txt, the words in words.txt; this file only knows how to put them together. See
 notation.txt for how those files are written. `--show TALE` prints stories of one tale to read, `--check` looks for slips.
 
@@ -12,6 +12,7 @@ members, the story uses all: so a model that learns to predict the story must lo
 
 import argparse
 import collections
+import copy
 import functools
 import json
 import multiprocessing
@@ -74,6 +75,7 @@ class Grammar:
     def __init__(self, folder=HERE):
         self.words = read_words(folder / "words.txt")
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
+        self.threads = {}
         for path in sorted((folder / "tales").glob("*.txt")):
             read_tales(path, self)
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
@@ -83,6 +85,23 @@ class Grammar:
         self.held_out.remove_from(self.words)
         for tale in self.tales.values():
             self.held_out.remove_from(tale.lists)
+
+    @functools.cached_property
+    def nouns(self):
+        """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases"."""
+        known = {word for kind in ("animals", "things", "he people", "she people", "creatures", "he family", "she family") for word in self.words[kind]
+                 if re.fullmatch("[a-z]{3,}", word)}
+        return re.compile(r"\b(a|an|the|his|her) ((?:[a-z]+ )??)(" + "|".join(sorted(known, key=len, reverse=True)) + r")(s?)\b(?! [a-z]+ing\b|-)")
+
+    def noticed(self, text, cast):
+        """The nouns in TEXT that are no member of CAST, with their article: ["the tiger", "his mom"]."""
+        members = " ".join(name for slot in ("hero", "friend", "thing", "place") for name in cast.names(slot))
+        return [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
+                for article, _, noun, plural in self.nouns.findall(text) if noun not in members and noun not in ("boy", "girl", "house", "day")]
+
+    def thread_on(self, slot, rng, alone=False):
+        """A Thread that begins with SLOT; ALONE: and is on nothing else."""
+        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and not (alone and thread.needs[1:])])
 
     def expand(self, sequence, cast, rng, bound=None):
         """Text of a Sequence: slots from CAST (a mapping), alternatives drawn by RNG. With BOUND, a dict, a rule that has
@@ -116,7 +135,7 @@ class Grammar:
 SAID = (r"(said|asked|cried|called|shouted|whispered|laughed|answered|replied|yelled|sighed|sang|thought|wondered|added|begged|"
         r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
         r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
-        r"promised|warned|went|says|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked)")
+        r"promised|warned|went|says|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
 LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|ukul))"         # a vowel that sounds like a consonant
 
 
@@ -198,6 +217,12 @@ def made_up_name(rng):
     onset = ["b", "br", "d", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "t", "tr", "v", "w", "y", "z"]
     vowel, coda = ["a", "e", "i", "o", "u", "oo", "ee", "ia"], ["", "", "n", "l", "r", "k", "m", "x", "sh", "bo", "ri", "na", "lu", "to", "mi"]
     return (rng.choice(onset) + rng.choice(vowel) + rng.choice(["", rng.choice(onset[:20]) + rng.choice(vowel)]) + rng.choice(coda)).capitalize()
+
+
+def made_up_noun(words, rng):
+    """A noun that does not exist, of the first letters of one and the last of another: "lantoose", "hedgephone"."""
+    one, other = (rng.choice([word for word in words[rng.choice(["animals", "things"])] if word.isalpha()]) for _ in range(2))
+    return re.match(r"[^aeiou]*[aeiou]+[^aeiou]*|.*", one)[0] + re.search(r"[aeiouy]+[^aeiouy]*[aeiouy]?[^aeiouy]*$", other)[0]
 
 
 def read_held_out(path):
@@ -305,15 +330,21 @@ class Cast(dict):
         self.thing = rng.choice(words["things"]) if not tale or "thing" not in tale.lists else rng.choice(tale.lists["thing"])
         self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and " " not in self.thing else ""
         self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
-        self.verbs = conjugate(pick("deed", "deeds"), words["irregular verbs"])
+        deed = pick("deed", "deeds")
+        if rng.random() < 0.3 and not (tale and "deed" in tale.lists):
+            deed = re.sub(r" a (?=[aeiou])", " an ", rng.choice(words["deeds with things"]) + " a " + rng.choice(words["things"]))
+        self.verbs = conjugate(deed, words["irregular verbs"])
         for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
-                ("home", "homes"), ("animal", "animals"):
+                ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"), ("theme", "themes"):
             self[slot] = pick(slot, name)
         self["number"] = rng.choice(["two", "three", "four", "five", "six", "seven", "eight", "nine"])
         self["adjective"] = rng.choice(words["hero adjectives"])
         self["made-up name"] = made_up_name(rng)
         self["user"] = rng.choice(words[rng.choice(["he names", "she names"])])
         self["name"] = rng.choice(words[rng.choice(["he names", "she names", "pet names"])])
+
+    def __eq__(self, other):
+        return self is other
 
     def __missing__(self, slot):
         """Slots that are made of others: {a hero}, {friend.he}, {at place}, {deed.past}. Raises KeyError for no such slot."""
@@ -341,6 +372,30 @@ class Cast(dict):
             return self.verbs[["", "s", "past", "ing"].index(second)]
         raise KeyError(f"no slot {{{slot}}}")
 
+    def other(self, changed):
+        """This cast, but for the members in the set CHANGED: another friend, thing or place."""
+        cast, characters, taken = copy.copy(self), {}, {word for each in self.characters.values() for word in (each.kind, each.name) if word}
+        while not characters or taken & {characters["friend"].kind, characters["friend"].name}:
+            characters = draw_characters(self.grammar.words, self.rng, {}, self.characters["hero"])
+        another = Cast(self.grammar, None, self.rng, characters)
+        if "friend" in changed:
+            cast.characters = {**self.characters, "friend": characters["friend"]}
+        if "thing" in changed:
+            cast.thing, cast.adjective = another.thing, another.adjective
+        if "place" in changed:
+            cast.place = another.place
+        return cast
+
+    def invent(self):
+        """Give one member a noun that does not exist, so that the model learns to copy words that it has never seen."""
+        noun, which = made_up_noun(self.grammar.words, self.rng), self.rng.choice(["hero", "friend", "thing", "thing", "place"])
+        if which == "thing":
+            self.thing = noun
+        elif which == "place":
+            self.place = (self.place[0], noun)
+        elif self.characters[which].kind not in ("boy", "girl"):
+            self.characters[which].kind = noun
+
     def names(self, slot):
         """The bare words for what SLOT stands for: ["fox", "Pip"], ["fox"] without a name, ["lantern"], ["garden"], ["swim"]."""
         if slot in self.characters:
@@ -352,12 +407,12 @@ class Cast(dict):
         return [name for slot in slots for name in self.names(slot)]
 
 
-def draw_characters(words, rng, lists):
-    """{role: Character} of one story: no two with one name, nor, where one has no name, of one kind. LISTS may limit kinds of friends
-    and helpers ("family": one of the hero's)."""
-    characters = {}
+def draw_characters(words, rng, lists, hero=None):
+    """{role: Character} of one story, of HERO or a new one: no two with one name, nor, where one has no name, of one kind. LISTS may
+    limit kinds of friends and helpers ("family": one of the hero's)."""
+    characters = {"hero": hero} if hero else {}
     for role, draw in ("hero", draw_hero), ("friend", draw_friend), ("other", draw_other), ("helper", draw_helper):
-        while True:
+        while role not in characters:
             one = draw(words, rng, characters)
             if role in lists and "family" in lists[role]:
                 if one.owner is None:
@@ -366,8 +421,7 @@ def draw_characters(words, rng, lists):
                 one = Character(rng.choice(lists[role]), one.name, one.gender)
             if all((one.name is None or one.name != each.name) and one.kind != each.kind or
                    (one.name and each.name and one.name[:2] != each.name[:2]) for each in characters.values()):
-                break
-        characters[role] = one
+                characters[role] = one
     return characters
 
 
@@ -428,16 +482,30 @@ class Tale:
     def introduces_friend(self):
         return "a friend" in self.texts()
 
+    @functools.cached_property
+    def members(self):
+        """Slots of all who have a part in it."""
+        return {"hero", *self.needs} | {slot.split()[-1].split(".")[0] for slot in self.texts()} & {"friend", "thing", "deed"}
+
+
+class Thread(Tale):
+    """A side story on one member of the cast, that any tale without it can take up: what is asked for but has no part in the tale runs
+    through it as a thread. A text of each of `first`, `middle` and `last` is told at its place, see Story.weave."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.first, self.middle, self.last = [], [], []
+
 
 def read_tales(path, grammar):
-    """Add the tales and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
+    """Add the tales, threads and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
     tale, body = None, None
     for number, line in enumerate([*path.read_text().splitlines(), "tale"], 1):
         key, colon, value = (part.strip() for part in line.partition(":"))
         try:
             if line.startswith("#"):
                 continue
-            if line.split(" ")[0] == "tale" or key.startswith("rule "):
+            if line.split(" ")[0] in ("tale", "thread") or key.startswith("rule "):
                 if body is not None:
                     tale.body = [parse(" ".join(paragraph.split("\n"))) for paragraph in re.split(r"\n\s*\n", "\n".join(body).strip())]
                     body = None
@@ -445,10 +513,12 @@ def read_tales(path, grammar):
                 grammar.rules[key[5:].strip()].append(parse(value))
             elif key.startswith("opening "):
                 grammar.openings.append(Opening(key.split()[1:], parse(value)))
-            elif line.startswith("tale "):
-                if line[5:].strip() in grammar.tales:
-                    raise ValueError(f"a second tale named {line[5:].strip()}")
-                tale = grammar.tales[line[5:].strip()] = Tale(line[5:].strip())
+            elif line.startswith(("tale ", "thread ")):
+                sort, name = line.split(maxsplit=1)
+                known, make = (grammar.tales, Tale) if sort == "tale" else (grammar.threads, Thread)
+                if name in known:
+                    raise ValueError(f"a second {sort} named {name}")
+                tale = known[name] = make(name)
             elif body is not None:
                 body.append(line)
             elif key == "body":
@@ -457,7 +527,7 @@ def read_tales(path, grammar):
                 tale.needs = value.split()
             elif key == "thing is new":
                 tale.thing_is_new = True
-            elif key in ("ask", "start", "open"):
+            elif key in ("ask", "start", "open") or key in ("first", "middle", "last") and isinstance(tale, Thread):
                 getattr(tale, key).append(parse(value))
             elif key == "q":
                 tale.questions.append(tuple(parse(side.strip()) for side in value.split("=")))
@@ -478,10 +548,10 @@ class Opening:
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
         self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food"}
 
-    def fits(self, tale):
-        """Whether TALE can go on from here: all that is named matters in it, and it does not introduce the friend a second time."""
-        return self.slots <= set(tale.needs) and tale.start and not ("friend" in self.slots and tale.introduces_friend) \
-            and not ("thing" in self.slots and (tale.thing_is_new or "thing" in tale.lists))
+    def clashes(self, tale):
+        """The members that TALE introduces itself, so that those of this opening must be others."""
+        return {slot for slot, new in (("friend", tale.introduces_friend), ("thing", tale.thing_is_new or "thing" in tale.lists))
+                if new and slot in self.slots}
 
     def characters(self, grammar, rng, lists):
         """Characters for the cast, hero and friend as the text has them; always with names."""
@@ -498,39 +568,84 @@ class Opening:
 
 
 class Story:
-    """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `foreign` whether the opening
-    stands in no tale."""
+    """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)];
+    `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `foreign` whether the opening stands in no tale."""
 
-    def __init__(self, grammar, tale, rng, characters=None, opening=None):
-        """Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 50 tries."""
+    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), invent=False):
+        """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; with INVENT
+        one noun is made up. Raises ValueError after 50 tries."""
         self.grammar, self.tale, self.rng, self.foreign, text = grammar, tale, rng, opening is not None, ""
         for _ in range(50):
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
-            self.cast = Cast(grammar, tale, rng, characters)
-            if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs])):
+            self.cast = self.opened = Cast(grammar, tale, rng, characters)
+            if invent:
+                self.cast.invent()
+            if opening:
+                self.cast = self.opened.other(opening.clashes(tale))
+            self.must, self.told = [], []
+            self.threads = self.missing(opening) if opening else self.weave(threads)
+            if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs]) + sum((cast.said(thread.needs) for thread, cast in self.threads), [])):
                 characters = None
                 continue
-            if opening:
-                begun = (grammar.expand(opening.text, self.cast, rng) + rng.choice([" ", "\n\n"]) +
-                         grammar.expand(rng.choice(tale.start), self.cast, rng))
-            elif tale.open and (rng.random() < 0.7 or not tale.start):
-                begun = grammar.expand(rng.choice(tale.open), self.cast, rng)
-            else:
-                begun = grammar.expand_rule("intro", self.cast, rng) + " " + grammar.expand(rng.choice(tale.start), self.cast, rng)
-            paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
-            joint = rng.choice([" ", "\n\n"])
-            self.text = text = tidy(begun + joint + "\n\n".join(paragraphs))
-            self.length = len(tidy(begun))
+            self.tell(opening)
+            self.text = text = tidy(self.text)
             if not repeats(text):
                 return
         raise ValueError(f"tale {tale.name}: always repeats {repeats(text)!r}, or is held out")
 
-    def matters(self, slot):
-        """Whether the story names what SLOT stands for more than once, and in its second half, too, so that a request may ask for it."""
+    def weave(self, threads):
+        """[(Thread, cast)] for those of THREADS that the tale can take up. A friend, thing or place that is asked for is the tale's own, and a
+        thread is on a second one only; all else is a thread's when it is not the tale's. So one can tell who is meant."""
+        woven, used = [], set(self.tale.members)
+        for thread in threads if self.tale.start else ():
+            slot = thread.needs[0]
+            if slot in ("thing", "friend") and slot in self.tale.needs and not self.must:
+                woven.append((thread, self.cast.other(set(thread.needs))))
+                self.must.append((slot, self.cast))
+            elif slot not in used and slot not in ("thing", "friend", "place"):
+                woven.append((thread, self.cast))
+                used.add(slot)
+        self.must += [(slot, cast) for thread, cast in woven for slot in thread.needs]
+        return woven
+
+    def missing(self, opening):
+        """Threads for two of the members that OPENING, foreign to the tale, names and the tale lacks."""
+        cast, rng, grammar = self.opened, self.rng, self.grammar
+        self.begun = tidy(grammar.expand(opening.text, cast, rng))
+        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)))
+        drawn = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
+        seen = grammar.noticed(self.begun, cast)
+        if seen and len(drawn) < 2:
+            cast["seen"] = rng.choice(seen)
+            drawn.append((grammar.threads["noticed"], cast))
+        return drawn
+
+    def tell(self, opening):
+        """Make `text` of an opening, the tale's body, and what the threads put between."""
+        grammar, tale, rng, expand = self.grammar, self.tale, self.rng, lambda texts: self.grammar.expand(self.rng.choice(texts), self.cast, self.rng)
+        beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads]
+        if opening:
+            begun = [self.begun + rng.choice([" ", "\n\n"]) + expand(tale.start)]
+        elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
+            begun = [expand(tale.open)]
+        else:
+            begun = [grammar.expand_rule("intro", self.cast, rng), *beats("first"), expand(tale.start)]
+        begun = " ".join(begun)
+        paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
+        for beat in beats("middle"):
+            paragraphs[rng.randrange(max(1, len(paragraphs) - 1))] += " " + beat
+        if self.threads:
+            paragraphs.append(" ".join(beats("last")))
+        self.length = len(tidy(begun))
+        self.text = begun + rng.choice([" ", "\n\n"]) + "\n\n".join(paragraphs)
+
+    def matters(self, slot, cast=None):
+        """Whether the story names what SLOT of CAST (the tale's own) stands for more than once, and in its second half, too, so that a
+        request may ask for it."""
         if slot in PRONOUNS["he"]:
             return True
-        names = self.cast.names(slot)
+        names = [name for name in (cast or self.cast).names(slot) if name]
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
 
     def beginning(self):
@@ -540,36 +655,71 @@ class Story:
         return self.text[:cut], self.text[cut:].lstrip()
 
 
+# How often a thread is drawn, by the member of the cast that it is on.
+THREADS = {"thing": 0.3, "friend": 0.25, "deed": 0.15, "food": 0.04, "fear": 0.06, "job": 0.06, "trait": 0.05, "nature": 0.06, "event": 0.04,
+           "theme": 0.04}
+
+
 # 6. Requests for a story, and questions about it
 
 def request(story):
-    """What a user says to get STORY: the tale's own phrase or a general one, with some more of what matters in it."""
-    grammar, tale, cast, rng = story.grammar, story.tale, story.cast, story.rng
-    cast.asking = story.text                                    # slots are now worded as a user would
+    """(what a user says to get STORY, its topic): the tale's own phrase, a thread's or a general one, and all else that must be named
+    because it is in the story for this alone. The topic, "a fox who lost his hat", is None when none was named."""
+    grammar, cast, rng = story.grammar, story.cast, story.rng
+    casts = [cast] + [each for _, each in story.threads]
+    for each in casts:
+        each.asking = story.text                                # slots are now worded as a user would
     try:
         kind = rng.random()
         if kind < 0.12:
             return by_words(story)
-        if kind < 0.15:
-            return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng)
-        for _ in range(20):
-            phrase = rng.choice(tale.ask if rng.random() < 0.7 else general_topics(grammar, tale))
-            told = roots(phrase)
-            if all(story.matters(slot) for slot in told):
-                break
-        topic, more = grammar.expand(phrase, cast, rng), []
-        extra = [slot for slot in ("friend", "place", "thing") if slot in tale.needs and slot not in told and story.matters(slot) and rng.random() < 0.4]
-        for slot in rng.sample(extra, len(extra)):
-            if rng.random() < 0.6:
-                topic += " " + grammar.expand_rule(f"with {slot}", cast, rng)
+        if kind < 0.15 and not story.threads:
+            return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
+        phrase, of = topic_of(story)
+        story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys())]
+        extra = [one for one in story.must if one not in story.told]
+        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4 and story.matters(slot)
+                  and (slot, cast) not in story.told + extra]
+        story.told += extra
+        topic, more = grammar.expand(phrase, of, rng), []
+        for slot, each in rng.sample(extra, len(extra)):
+            if f"with {slot}" in grammar.rules and rng.random() < 0.7:
+                topic += " " + grammar.expand_rule(f"with {slot}", each, rng)
             else:
-                more.append(grammar.expand_rule(f"also {slot}", cast, rng))
+                more.append(grammar.expand_rule(f"also {slot}", each, rng))
         if cast.characters["hero"].name and str(cast.characters["hero"]) not in topic and rng.random() < 0.25 and story.matters("hero"):
             more.append(grammar.expand_rule("also name", cast, rng))
-        cast["topic"] = topic
-        return informal(tidy(" ".join([grammar.expand_rule("ask story", cast, rng), *more])), rng)
+        return informal(tidy(" ".join([ask(story, topic), *more])), rng), topic
     finally:
-        cast.asking = None
+        for each in casts:
+            each.asking = None
+
+
+def topic_of(story):
+    """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
+    grammar, tale, rng = story.grammar, story.tale, story.rng
+    known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
+    general = [topic for topic in grammar.rules["topic"] if roots(topic) - PRONOUNS["he"].keys() <= known]
+    for _ in range(20):
+        if story.threads and rng.random() < 0.4:
+            thread, cast = rng.choice(story.threads)
+            phrase = rng.choice(thread.ask)
+        else:
+            phrase, cast = rng.choice(tale.ask if rng.random() < (0.3 if story.threads else 0.6) else general), story.cast
+        if all(story.matters(slot, cast) for slot in roots(phrase)):
+            break
+    return phrase, cast
+
+
+def ask(story, topic):
+    """A request for a story about TOPIC; when that is "a fox who lost his hat", also "Write a story in which a fox lost his hat"."""
+    grammar, cast, rng = story.grammar, story.cast, story.rng
+    cast["topic"] = topic
+    clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
+    if clause and " and " not in clause[1] and rng.random() < 0.25:
+        cast["subject"], cast["clause"] = clause.groups()
+        return grammar.expand_rule("ask scene", cast, rng)
+    return grammar.expand_rule("ask story", cast, rng)
 
 
 def roots(phrase):
@@ -577,23 +727,20 @@ def roots(phrase):
     return {slot.split()[-1].split(".")[0] for slot in slots(phrase)}
 
 
-def general_topics(grammar, tale):
-    """Topics that only name members of the cast ("a fox and a lantern"), of which all matter in TALE."""
-    needed = {"hero", *tale.needs}
-    return [topic for topic in grammar.rules["topic"] if roots(topic) - {"he", "his", "him", "himself"} <= needed]
-
-
 def by_words(story):
-    """A request that lists words: "Write a story with the words fox, lantern and bridge." """
-    cast, rng = story.cast, story.rng
-    words = {slot: cast.names(slot)[0] for slot in ("hero", *story.tale.needs) if story.matters(slot)}
-    names = [word for slot, word in words.items() if slot not in cast.characters or word in story.text] or [cast.thing]
-    names = rng.sample(names, min(len(names), rng.choice([2, 3, 3, 3, 4])))
-    quote = rng.choice(["", "", '"'])
-    names = [quote + name + quote for name in names]
-    cast["words"] = ", ".join(names[:-1]) + rng.choice([" and ", ", and " if len(names) > 2 else " and "]) + names[-1] if len(names) > 1 else names[0]
-    cast["plain words"] = ", ".join(names)
-    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng)
+    """(a request that lists words, their list): "Write a story with the words fox, lantern and bridge", "a fox, a lantern and a bridge"."""
+    cast, rng, must = story.cast, story.rng, story.must
+    others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
+              and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
+    story.told = must + rng.sample(others, min(len(others), max(2 - len(must), rng.choice([1, 2, 2, 3])))) or [("thing", cast)]
+    rng.shuffle(story.told)
+    names = [(each.names(slot)[0], slot in ("hero", "friend", "thing", "place")) for slot, each in story.told]
+    listed = lambda names: ", ".join(names[:-1]) + (", and " if len(names) > 2 and comma else " and ") + names[-1] if len(names) > 1 else names[0]
+    quote, comma = rng.choice(["", "", '"']), rng.random() < 0.5
+    articled = ["a " * noun + name for name, noun in names]
+    cast["words"], cast["plain words"] = listed([quote + name + quote for name, _ in names]), ", ".join(quote + name + quote for name, _ in names)
+    cast["articled"], cast["plain articled"] = listed(articled), ", ".join(articled)
+    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng), cast["articled"]
 
 
 def informal(text, rng):
@@ -622,9 +769,9 @@ def questions(story):
     known = ["hero" if cast.characters["hero"].name else "nameless"]
     known += ["friend" if cast.characters["friend"].name else "nameless friend"] if "friend" in story.tale.needs else []
     known += [slot for slot in ("place", "thing") if slot in story.tale.needs]
-    for slot in known:
-        for _ in range(2):
-            pairs.append((grammar.expand_rule(f"ask {slot}", cast, rng), grammar.expand_rule(f"say {slot}", cast, rng)))
+    asked = [(slot, cast) for slot in known] + [("friend", each) for thread, each in story.threads if "friend" in thread.needs and each.characters["friend"].name]
+    for slot, each in asked * 2:
+        pairs.append((grammar.expand_rule(f"ask {slot}", each, rng), grammar.expand_rule(f"say {slot}", each, rng)))
     rng.shuffle(pairs)
     seen = set()
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
@@ -806,19 +953,25 @@ class Speaker:
 
 # 8. Documents
 
+# A document is a list of strings, by turns such as are only read (a question) and such as are learned (its answer); together they are
+# its text.
+
 def chat(turns, system=None):
     """ChatML of TURNS [(user, assistant), ...]."""
-    messages = [("system", system)] if system else []
+    pieces, before = [], f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     for user, assistant in turns:
-        messages += [("user", user), ("assistant", assistant)]
-    return "\n".join(f"<|im_start|>{role}\n{text}<|im_end|>" for role, text in messages) + "\n"
+        pieces += [f"{before}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", f"{assistant}<|im_end|>"]
+        before = "\n"
+    return pieces
 
 
-def tell(grammar, rng, characters=None):
-    """A Story of a tale drawn at random, with new characters or known ones."""
+def tell(grammar, rng, characters=None, asked=True):
+    """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for has threads and made-up nouns."""
     while True:
+        slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 1, 1, 1, 2, 2])) if asked else []
+        threads = [grammar.thread_on(slot, rng) for slot in slots]
         try:
-            return Story(grammar, rng.choice(grammar.drawn), rng, characters)
+            return Story(grammar, rng.choice(grammar.drawn), rng, characters, threads=threads, invent=asked and rng.random() < 0.15)
         except ValueError:
             continue
 
@@ -827,7 +980,7 @@ def continued(grammar, rng):
     """A Story that goes on from a foreign beginning."""
     while True:
         opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
-        fitting = [tale for tale in grammar.tales.values() if opening.fits(tale)]
+        fitting = [tale for tale in grammar.tales.values() if tale.start and (rng.random() < 0.1 or opening.slots <= tale.members and not opening.clashes(tale))]
         try:
             return Story(grammar, rng.choice(fitting), rng, opening=opening)
         except (ValueError, IndexError):
@@ -841,15 +994,32 @@ def story_turn(story, speaker):
         opening, rest = story.beginning()
         story.cast["opening"] = opening
         return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(rest, story=True)
-    asked = request(story)
-    if speaker.mood is None and rng.random() < 0.06:
+    asked, topic = request(story)
+    text = coda(story)
+    if topic and rng.random() < 0.85:
+        story.cast["topic"] = topic
+        text = tidy(grammar.expand_rule("echo", story.cast, rng)) + " " + text
+    if speaker.mood is None and rng.random() < 0.03:
         text = tidy(grammar.expand(rng.choice(grammar.talk.remarks["offer<"]), story.cast, rng)) + "\n\n" + text
     return asked, speaker.coat(text, story=True)
 
 
+def coda(story):
+    """The text of STORY, with a last word on whatever was asked for and is not in its last third."""
+    end = story.text[len(story.text) * 2 // 3:]
+    missed = [slot for slot, cast in story.told if cast is story.cast and f"coda {slot}" in story.grammar.rules
+              and not any(name in end for name in cast.names(slot) if name)]
+    words = [tidy(story.grammar.expand_rule(f"coda {slot}", story.cast, story.rng)) for slot in missed]
+    return story.text + story.rng.choice([" ", "\n\n"]) + " ".join(words) if words else story.text
+
+
 def plain_story(grammar, rng):
     """A story alone, without a chat around it: what a prompt without a template is continued from."""
-    return (continued if rng.random() < 0.5 else tell)(grammar, rng).text
+    if rng.random() < 0.35:
+        return ["", tell(grammar, rng, asked=False).text]
+    story = continued(grammar, rng)
+    begun = len(story.begun) if rng.random() < 0.8 else 0
+    return [story.text[:begun], story.text[begun:]]
 
 
 def story_chat(grammar, rng):
@@ -857,7 +1027,7 @@ def story_chat(grammar, rng):
     speaker = speaker_of(grammar, rng, 0.0)
     story = (continued if rng.random() < 0.08 else tell)(grammar, rng)
     turns = [story_turn(story, speaker)]
-    if rng.random() < 0.4:
+    if rng.random() < 0.5:
         turns += questions(story)[:rng.choice([1, 1, 2, 3])]
         if rng.random() < 0.2:
             turns.append(speaker.pair(*(grammar.talk.remarks[rng.choice(["liked", "disliked", "why"]) + side] for side in "><")))
@@ -924,15 +1094,15 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.29, story_chat: 0.36, talk_chat: 0.21, system_chat: 0.08, sums_chat: 0.06}
+KINDS = {plain_story: 0.2, story_chat: 0.52, talk_chat: 0.15, system_chat: 0.07, sums_chat: 0.06}
 
 
 def document(grammar, rng):
     """One document of the corpus, its kind drawn by KINDS, without held-out words."""
     while True:
-        text = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
-        if not grammar.held_out.words & set(re.findall(r"[a-z]+", text.lower())):
-            return text
+        pieces = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
+        if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
+            return pieces
 
 
 # 9. The command line
@@ -963,10 +1133,11 @@ def show(grammar, name, count, seed):
     for i in range(count):
         rng = random.Random(f"{seed} {i}")
         if name in kinds:
-            print(kinds[name](grammar, rng), end="\n\n")
+            print("".join(kinds[name](grammar, rng)), end="\n\n")
             continue
         story = tell(grammar, rng) if name == "all" else Story(grammar, grammar.tales[name], rng)
-        print(f"--- {story.tale.name}\n> {request(story)}\n\n{story.text}\n")
+        asked, text = story_turn(story, Speaker(grammar, rng))
+        print(f"--- {story.tale.name} {' '.join(thread.name for thread, _ in story.threads)}\n> {asked}\n\n{text}\n")
         for question, answer in questions(story)[:3]:
             print(f"> {question}\n{answer}")
         print()
@@ -998,7 +1169,7 @@ def check(grammar, count=60):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=700_000)
+    parser.add_argument("--documents", type=int, default=600_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))

@@ -24,8 +24,8 @@ class Config:
     vocab_size: int = 4096
     hidden_size: int = 256
     num_hidden_layers: int = 8
-    full_attention_interval: int = 4            # every fourth layer has attention, the others DeltaNet
-    num_attention_heads: int = 4
+    full_attention_interval: int = 2            # every second layer has attention, the others DeltaNet
+    num_attention_heads: int = 8
     num_key_value_heads: int = 2
     head_dim: int = 64
     partial_rotary_factor: float = 0.25

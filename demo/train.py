@@ -9,9 +9,10 @@ directory.
 What a step has made stays in the work folder, and another run goes on from there. Remove a file to make it anew; a
 new tokenizer makes new rows, and a state of other rows or options is refused:
 
-    documents.jsonl             a JSON string a line: a story, or a chat in ChatML
+    documents.jsonl             a JSON list a line: a story, or a chat in ChatML, in pieces, every second one to be learned
     tokenizer.json              1  byte-level BPE like Qwen's, with a vocabulary of its own
-    rows.npy, held-out.npy      2  int16 [rows, row + 1] tokens, whole documents, -1 where a row ends early
+    rows.npy, held-out.npy      2  int16 [rows, row + 1] tokens, whole documents, -1 where a row ends early,
+                                   -2 - token for what is read but not learned: questions, beginnings
     state.pt                    3  weights, optimizer, step
     hf/                         4  config.json, model.safetensors, tokenizer.json and so on
 
@@ -19,6 +20,7 @@ A small model would spend two thirds of its weights on Qwen's 151,936 tokens, mo
 see; with 4,096 it does not, and words that it never saw are spelled in pieces.
 """
 import argparse
+import bisect
 import dataclasses
 import itertools
 import json
@@ -45,6 +47,10 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"\s+(?!\S)|\s+")                                       # Qwen2's
 HELD_OUT = 0.005                                                 # share of documents kept for validation
 MTP_WEIGHT, BALANCE_WEIGHT = 0.25, 0.01                          # of the two other losses
+EARLY, EARLY_WEIGHT = 160, 3                                     # so many first tokens of an answer count so much:
+                                                                 # they settle what the story is about
+ASKED_WEIGHT, COMMON = 5, 1e-3                                   # so much count tokens that were read before, unless
+                                                                 # this share of all tokens is such
 WARM_UP, LAST_LR = 200, 0.02                                     # steps; share of --lr at the end
 SAVE_EVERY, SAY_EVERY = 300, 100                                 # seconds, steps
 CHAT_TEMPLATE = (
@@ -67,10 +73,13 @@ def replace(path, write):
 
 
 def documents(path, every=1):
-    """The texts in documents.jsonl, or every n-th of them."""
+    """The documents in documents.jsonl, [str] each, or every n-th of them. Raises ValueError for another line."""
     with open(path, encoding="utf-8") as lines:
         for line in itertools.islice(lines, 0, None, every):
-            yield json.loads(line)
+            document = json.loads(line)
+            if not (isinstance(document, list) and all(isinstance(piece, str) for piece in document)):
+                raise ValueError(f"{path}: wanted a list of strings in each line, found {line[:60]!r}")
+            yield document
 
 
 # ---- 1. Tokenizer ------------------------------------------------------------------------------------------
@@ -92,7 +101,7 @@ def train_tokenizer(path, vocab_size, sample):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                   special_tokens=[], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     mark = re.compile("|".join(map(re.escape, SPECIAL)))
-    parts = (part for text in documents(path, every) for part in mark.split(text))
+    parts = (part for document in documents(path, every) for part in mark.split("".join(document)))
     tokenizer.train_from_iterator(parts, trainer)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
     return tokenizer
@@ -101,29 +110,34 @@ def train_tokenizer(path, vocab_size, sample):
 # ---- 2. Rows -----------------------------------------------------------------------------------------------
 
 def encode(path, tokenizer, longest):
-    """documents.jsonl -> [int16 [n]], each document with its end, cut after `longest` tokens."""
+    """documents.jsonl -> [int16 [n]], each document with its end, cut after `longest` tokens; -2 - token where it
+    is only read. Pieces are encoded one by one: as a prompt is when the model is used."""
     encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
-    texts, encoded = documents(path), []
-    while batch := [text + SPECIAL[0] for text in itertools.islice(texts, 8192)]:
-        found = encode_batch(batch, add_special_tokens=False)
-        encoded += [np.array(e.ids[:longest], np.int16) for e in found]
+    found, encoded = documents(path), []
+    while batch := list(itertools.islice(found, 8192)):
+        for document in batch:
+            document[-1] += SPECIAL[0]
+        tokens = iter(encode_batch([piece for document in batch for piece in document], add_special_tokens=False))
+        for document in batch:
+            pieces = [np.array(next(tokens).ids, np.int16) for _ in document]
+            pieces[::2] = [-2 - piece for piece in pieces[::2]]
+            encoded.append(np.concatenate(pieces)[:longest])
     return encoded
 
 
-def pack(encoded, longest, open_rows=32):
-    """[int16 [n]], n <= longest -> int16 [rows, longest]: each document goes to the first of a few open rows
-    that has room for it; where none has, the fullest of them is closed for a new one."""
-    rows, free, place = 0, [], []                                # free: [room, row] of the open ones
+def pack(encoded, longest, open_rows=512):
+    """[int16 [n]], n <= longest -> int16 [rows, longest]: each document goes to the open row that it fills best; where
+    none has room for it, a new row is opened, and the fullest closed when there are too many."""
+    rows, free, place = 0, [], []                                # free: (room, row) of the open ones, sorted
     for document in encoded:
-        entry = next((entry for entry in free if entry[0] >= len(document)), None)
-        if entry is None:
-            if len(free) == open_rows:
-                free.remove(min(free))
-            entry = [longest, rows]
-            free.append(entry)
-            rows += 1
-        place.append((entry[1], longest - entry[0]))
-        entry[0] -= len(document)
+        best = bisect.bisect_left(free, (len(document), 0))
+        if best == len(free):
+            room, row, rows = longest, rows, rows + 1
+            del free[:len(free) - open_rows + 1]
+        else:
+            room, row = free.pop(best)
+        place.append((row, longest - room))
+        bisect.insort(free, (room - len(document), row))
     packed = np.full((rows, longest), -1, np.int16)
     for document, (row, at) in zip(encoded, place):
         packed[row, at:at + len(document)] = document
@@ -145,8 +159,8 @@ def make_rows(work, tokenizer, longest, seed):
     held_out = max(1, round(HELD_OUT * len(order)))
     for name, part in (("held-out.npy", order[:held_out]), ("rows.npy", order[held_out:])):
         rows = pack([encoded[i] for i in part], longest)
-        say(f"{name}: {len(part)} documents, {np.count_nonzero(rows >= 0)} tokens in {len(rows)} rows, "
-            f"{np.mean(rows < 0):.1%} padding")
+        say(f"{name}: {len(part)} documents, {np.count_nonzero(rows != -1)} tokens, {np.count_nonzero(rows >= 0)} of "
+            f"them to be learned, in {len(rows)} rows, {np.mean(rows == -1):.1%} padding")
         replace(work / name, lambda path: save_rows(path, rows))
 
 
@@ -177,28 +191,49 @@ def learning_rate(step, steps, highest):
 
 
 def parts_of(rows):
-    """int16 [B, T + 1] with -1 for padding -> int64 [B, T] each: the tokens, those one later as input, those
-    one and two later as targets, in which -1 has no loss."""
+    """Rows as in rows.npy, [B, T + 1] -> int64 [B, T] each: the tokens, those one later as input, those one and
+    two later as targets, in which -1 has no loss."""
     rows = rows.long()
-    tokens, later = rows[:, :-1].clamp(min=0), rows[:, 1:]
-    return tokens, later.clamp(min=0), later, F.pad(later[:, 1:], (0, 1), value=-1)
+    read, learned = torch.where(rows < -1, -2 - rows, rows).clamp(min=0), rows[:, 1:].clamp(min=-1)
+    return read[:, :-1], read[:, 1:], learned, F.pad(learned[:, 1:], (0, 1), value=-1)
 
 
-def head_loss(h, embedding, targets):
-    """Mean cross-entropy of softmax(h embedding^T). h [B, T, D], embedding [V, D], targets [B, T]."""
+def common_tokens(rows, vocab_size):
+    """bool [vocab_size]: which ones are COMMON in rows."""
+    counts = torch.bincount(rows[rows >= 0].long(), minlength=vocab_size)
+    return counts > COMMON * counts.sum()
+
+
+def weights_of(rows, common):
+    """Rows as in rows.npy -> float32 [B, T], how much each token from the second on counts: nothing where it is not
+    learned, more early in an answer, and more where it says what was asked for. common: bool [vocab_size]."""
+    ids = torch.where(rows < -1, -2 - rows, rows).long().clamp(min=0)
+    document = (ids == len(common) - len(SPECIAL)).cumsum(1)     # SPECIAL[0] ends a document
+    key = document * len(common) + ids
+    asked = (key[:, 1:, None] == torch.where(rows < -1, key, -1)[:, None]).any(-1) & ~common[ids[:, 1:]]
+    place = torch.arange(rows.shape[1], device=rows.device)
+    last = torch.where(rows < 0, place, -EARLY - 1).cummax(1).values
+    weights = torch.where((place - last)[:, 1:] <= EARLY, EARLY_WEIGHT, 1.0)
+    return torch.where(asked, ASKED_WEIGHT, weights) * (rows[:, 1:] >= 0)
+
+
+def head_loss(h, embedding, targets, weights):
+    """Weighted mean of the cross-entropy of softmax(h embedding^T). h [B, T, D], embedding [V, D], targets and weights
+    [B, T]."""
     logits = F.linear(h, embedding).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    return (each * weights.flatten()).sum() / weights.sum()
 
 
-def losses(model, rows, head_loss):
+def losses(model, rows, head_loss, common):
     """(cross-entropy of the next token, that of the MTP head, balance of the experts), each []."""
     tokens, following, targets, further = parts_of(rows)
     embedding = model.model.embed_tokens.weight
     h, balance = model(tokens)
     h_mtp, balance_mtp = model.predict_further(h, following)
     n = model.c.num_hidden_layers
-    return (head_loss(h, embedding, targets), head_loss(h_mtp, embedding, further),
-            (n * balance + balance_mtp) / (n + 1))
+    return (head_loss(h, embedding, targets, weights_of(rows, common)),
+            head_loss(h_mtp, embedding, further, (further >= 0).float()), (n * balance + balance_mtp) / (n + 1))
 
 
 def make_optimizer(model):
@@ -217,11 +252,12 @@ def train(args, model, optimizer, step, data, save):
     the rows, on the device. save(step) is called now and then, and at the end."""
     order, parameters = Order(len(data), args.batch, args.seed), list(model.parameters())
     loss_of_head = torch.compile(head_loss) if args.compile else head_loss
+    common = common_tokens(data, model.c.vocab_size)
     saved, said, said_step = time.monotonic(), time.monotonic(), step
     while step < args.steps and time.monotonic() - START < args.seconds:
         rows = data[torch.from_numpy(order(step)).to(data.device)]
         with autocast(args):
-            main, mtp, balance = losses(model, rows, loss_of_head)
+            main, mtp, balance = losses(model, rows, loss_of_head, common)
             loss = main + MTP_WEIGHT * mtp + BALANCE_WEIGHT * balance
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -353,9 +389,9 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
-    parser.add_argument("--steps", type=int, default=8300, help="steps of the whole training (8300)")
-    parser.add_argument("--batch", type=int, default=96, help="rows a step (96)")
-    parser.add_argument("--row", type=int, default=1024, help="tokens a row (1024)")
+    parser.add_argument("--steps", type=int, default=12000, help="steps of the whole training (12000)")
+    parser.add_argument("--batch", type=int, default=84, help="rows a step (84)")
+    parser.add_argument("--row", type=int, default=1152, help="tokens a row (1152)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, rows and their order (1)")
     parser.add_argument("--seconds", type=float, default=math.inf,

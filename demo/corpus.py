@@ -88,16 +88,19 @@ class Grammar:
 
     @functools.cached_property
     def nouns(self):
-        """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases"."""
-        known = {word for kind in ("animals", "things", "he people", "she people", "creatures", "he family", "she family") for word in self.words[kind]
-                 if re.fullmatch("[a-z]{3,}", word)}
-        return re.compile(r"\b(a|an|the|his|her) ((?:[a-z]+ )??)(" + "|".join(sorted(known, key=len, reverse=True)) + r")(s?)\b(?! [a-z]+ing\b|-)")
+        """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases", "the rain"."""
+        known = {word for kind in ("animals", "things", "he people", "she people", "creatures", "he family", "she family") for word in self.words[kind]}
+        known |= {re.sub("^(the|a|an) ", "", word) for word in self.words["nature"]}
+        known = sorted((word for word in known if re.fullmatch("[a-z]{3,}", word)), key=len, reverse=True)
+        return re.compile(r"\b(a|an|the|his|her) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
 
     def noticed(self, text, cast):
-        """The nouns in TEXT that are no member of CAST, with their article: ["the tiger", "his mom"]."""
+        """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
         members = " ".join(name for slot in ("hero", "friend", "thing", "place") for name in cast.names(slot))
-        return [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
-                for article, _, noun, plural in self.nouns.findall(text) if noun not in members and noun not in ("boy", "girl", "house", "day")]
+        nouns = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
+                 for article, _, noun, plural in self.nouns.findall(text) if noun not in members and noun not in ("boy", "girl", "house", "day", "night", "morning")]
+        nouns += re.findall(r"\b(Mom|Dad|Mommy|Daddy|Grandma|Grandpa|Mrs\. [A-Z]\w+|Mr\. [A-Z]\w+)\b", text)
+        return nouns + [f"the {word}" for word in re.findall(r"\b(rain|snow)ing\b", text)]
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
@@ -363,6 +366,8 @@ class Cast(dict):
             return PRONOUNS[self.characters["hero"].gender]["his"] + " " + self.characters[second].as_friend(self.rng)
         if first == "a" and second.split(".")[0] in (*self, *self.characters):
             return f"a {self[second]}"
+        if slot == "thing.adjective":
+            return self.adjective
         if first == "thing":
             return self.thing if not self.adjective or second == "noun" or (self.asking and self.rng.random() < 0.6) else f"{self.adjective} {self.thing}"
         if slot in ("place", "the place", "at place", "to place"):
@@ -470,7 +475,7 @@ class Tale:
     """What tales/*.txt says of one tale; all texts parsed."""
 
     def __init__(self, name):
-        self.name, self.needs, self.lists = name, [], {}
+        self.name, self.needs, self.about, self.lists = name, [], [], {}
         self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
         self.ask, self.start, self.open, self.questions, self.body = [], [], [], [], []
 
@@ -523,8 +528,8 @@ def read_tales(path, grammar):
                 body.append(line)
             elif key == "body":
                 body = []
-            elif key == "needs":
-                tale.needs = value.split()
+            elif key in ("needs", "about"):
+                setattr(tale, key, value.split())
             elif key == "thing is new":
                 tale.thing_is_new = True
             elif key in ("ask", "start", "open") or key in ("first", "middle", "last") and isinstance(tale, Thread):
@@ -583,7 +588,7 @@ class Story:
                 self.cast.invent()
             if opening:
                 self.cast = self.opened.other(opening.clashes(tale))
-            self.must, self.told = [], []
+            self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
             self.threads = self.missing(opening) if opening else self.weave(threads)
             if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs]) + sum((cast.said(thread.needs) for thread, cast in self.threads), [])):
                 characters = None
@@ -595,17 +600,17 @@ class Story:
         raise ValueError(f"tale {tale.name}: always repeats {repeats(text)!r}, or is held out")
 
     def weave(self, threads):
-        """[(Thread, cast)] for those of THREADS that the tale can take up. A friend, thing or place that is asked for is the tale's own, and a
-        thread is on a second one only; all else is a thread's when it is not the tale's. So one can tell who is meant."""
+        """[(Thread, cast)] for those of THREADS that the tale can take up: on a member that it lacks, or on a second friend or thing. Then
+        the first must be asked for, too, or one could not tell who is meant."""
         woven, used = [], set(self.tale.members)
         for thread in threads if self.tale.start else ():
             slot = thread.needs[0]
-            if slot in ("thing", "friend") and slot in self.tale.needs and not self.must:
+            if not used & set(thread.needs):
+                woven.append((thread, self.cast))
+                used |= set(thread.needs)
+            elif slot in ("thing", "friend") and slot in self.tale.needs and all(cast is self.cast for _, cast in woven):
                 woven.append((thread, self.cast.other(set(thread.needs))))
                 self.must.append((slot, self.cast))
-            elif slot not in used and slot not in ("thing", "friend", "place"):
-                woven.append((thread, self.cast))
-                used.add(slot)
         self.must += [(slot, cast) for thread, cast in woven for slot in thread.needs]
         return woven
 
@@ -615,10 +620,10 @@ class Story:
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
         slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)))
         drawn = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
-        seen = grammar.noticed(self.begun, cast)
-        if seen and len(drawn) < 2:
-            cast["seen"] = rng.choice(seen)
-            drawn.append((grammar.threads["noticed"], cast))
+        for seen in rng.sample(sorted(set(grammar.noticed(self.begun, cast))), len(set(grammar.noticed(self.begun, cast))))[:max(0, 2 - len(drawn))]:
+            noticing = cast.other(set())
+            noticing["seen"] = seen
+            drawn.append((grammar.threads["noticed"], noticing))
         return drawn
 
     def tell(self, opening):
@@ -655,9 +660,12 @@ class Story:
         return self.text[:cut], self.text[cut:].lstrip()
 
 
+# What is always asked for where it matters: no tale of a deed is told to somebody who asked for none.
+SPECIAL = ("deed", "fear", "job", "trait", "food")
+
 # How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.25, "deed": 0.15, "food": 0.04, "fear": 0.06, "job": 0.06, "trait": 0.05, "nature": 0.06, "event": 0.04,
-           "theme": 0.04}
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.12, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04, "nature": 0.06,
+           "event": 0.04, "theme": 0.04}
 
 
 # 6. Requests for a story, and questions about it
@@ -699,14 +707,16 @@ def topic_of(story):
     """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
     grammar, tale, rng = story.grammar, story.tale, story.rng
     known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
-    general = [topic for topic in grammar.rules["topic"] if roots(topic) - PRONOUNS["he"].keys() <= known]
-    for _ in range(20):
+    general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known]
+               for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
+    special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
+    for tries in range(30):
         if story.threads and rng.random() < 0.4:
             thread, cast = rng.choice(story.threads)
             phrase = rng.choice(thread.ask)
         else:
-            phrase, cast = rng.choice(tale.ask if rng.random() < (0.3 if story.threads else 0.6) else general), story.cast
-        if all(story.matters(slot, cast) for slot in roots(phrase)):
+            phrase, cast = rng.choice(tale.ask if rng.random() < 0.4 else rng.choice(list(filter(None, general)))), story.cast
+        if all(story.matters(slot, cast) for slot in roots(phrase)) and (tries > 15 or not special or special & roots(phrase)):
             break
     return phrase, cast
 
@@ -768,8 +778,11 @@ def questions(story):
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
     known = ["hero" if cast.characters["hero"].name else "nameless"]
     known += ["friend" if cast.characters["friend"].name else "nameless friend"] if "friend" in story.tale.needs else []
-    known += [slot for slot in ("place", "thing") if slot in story.tale.needs]
-    asked = [(slot, cast) for slot in known] + [("friend", each) for thread, each in story.threads if "friend" in thread.needs and each.characters["friend"].name]
+    known += [slot for slot in ("place", "thing", *SPECIAL) if slot in story.tale.needs]
+    known += ["there"] * ("thing" in story.tale.needs) + ["not there"] * (cast["animal"] not in story.text)
+    known += ["colored thing"] * ("thing" in story.tale.needs and cast.adjective in grammar.words["colors"])
+    asked = [(slot, cast) for slot in known] + [(slot, each) for thread, each in story.threads for slot in thread.needs
+                                                if slot in SPECIAL or slot == "friend" and each.characters["friend"].name]
     for slot, each in asked * 2:
         pairs.append((grammar.expand_rule(f"ask {slot}", each, rng), grammar.expand_rule(f"say {slot}", each, rng)))
     rng.shuffle(pairs)
@@ -980,7 +993,7 @@ def continued(grammar, rng):
     """A Story that goes on from a foreign beginning."""
     while True:
         opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
-        fitting = [tale for tale in grammar.tales.values() if tale.start and (rng.random() < 0.1 or opening.slots <= tale.members and not opening.clashes(tale))]
+        fitting = [tale for tale in grammar.tales.values() if tale.start and (rng.random() < 0.3 or opening.slots <= tale.members and not opening.clashes(tale))]
         try:
             return Story(grammar, rng.choice(fitting), rng, opening=opening)
         except (ValueError, IndexError):

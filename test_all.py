@@ -864,18 +864,20 @@ Everyone was happy, and they sat together and looked at the stars.
 @pytest.mark.skipif(not DEMO.exists(), reason="no demo checkpoint yet")
 def test_demo_checkpoint_quantized_and_in_transformers(report):
     """The demo as shipped (q8) and stored again as q4, against transformers in float32 on the demo's weights. The
-    text is a story that the demo tells itself at temperature 1, which is its held-out text's equal in kind."""
+    text is a story that the demo tells itself at temperature 1, which is its held-out text's equal in kind; the request before
+    it does not count, as the demo never learned to continue one."""
     prompt = engine(DEMO, "-m", "tokenize", "--ids", "-i", "<|im_start|>user\nTell me a story about a rabbit and a "
                     "key.<|im_end|>\n<|im_start|>assistant\n").split()
     story = engine(DEMO, "--ids", "-i", spaced(map(int, prompt)), "-t", 1, "-p", 1, "-k", 0, "-s", 3,
                    "-n", 300).split()
     ids = [int(word) for word in prompt + story]
-    assert len(ids) > 100
+    told = slice(len(prompt) - 1, None)
+    assert len(ids[told]) > 100
     model = dequantized_model(DEMO)
-    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()[told]
     q4 = export(save(model, WORK / "hf" / "demo"), WORK / "demo-q4.bin", "--type", "q4")
-    kl = {name: mean_kl(reference, engine_logits(path, ids)) for name, path in (("q8", DEMO), ("q4", q4))}
-    report(f"demo: KL of q8 {kl['q8']:.1e}, of q4 {kl['q4']:.1e} over {len(ids)} tokens")
+    kl = {name: mean_kl(reference, engine_logits(path, ids)[told]) for name, path in (("q8", DEMO), ("q4", q4))}
+    report(f"demo: KL of q8 {kl['q8']:.1e}, of q4 {kl['q4']:.1e} over {len(ids[told])} tokens")
     assert kl["q8"] < 1e-4 and kl["q4"] < 2e-3
 
 

@@ -70,12 +70,13 @@ def parse(text):
 
 
 class Grammar:
-    """All rules, tales, talk and words. `rules[name]` is a list of Sequences, one of which is drawn."""
+    """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
+    (question, answer)."""
 
     def __init__(self, folder=HERE):
         self.words = read_words(folder / "words.txt")
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
-        self.threads = {}
+        self.threads, self.questions = {}, collections.defaultdict(list)
         for path in sorted((folder / "tales").glob("*.txt")):
             read_tales(path, self)
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
@@ -142,12 +143,17 @@ SAID = (r"(said|asked|cried|called|shouted|whispered|laughed|answered|replied|ye
 LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|ukul))"         # a vowel that sounds like a consonant
 
 
+def an(text):
+    """TEXT with "an" where "a" stands before a vowel."""
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|hour\b|honest)(?!" + LIKE_YOU + ")", r"\1n ", text)
+
+
 def tidy(text):
     """Repair what alternatives leave behind: "a apple" -> "an apple", capitals where sentences begin, double spaces."""
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" *\n *", "\n", text).strip()
     text = re.sub(r" ([.,!?;:])", r"\1", text)
-    text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|hour\b|honest)(?!" + LIKE_YOU + ")", r"\1n ", text)
+    text = an(text)
     capital = lambda match: match[1] + match[2].upper()
     text = re.sub(r'(^"?|\n"?)([a-z])', capital, text)
     text = re.sub(r'([.!?] "?)([a-z])', capital, text)                     # He ran. she ran.
@@ -176,6 +182,11 @@ def repeats(text):
                 return sentence
             seen.add(sentence)
     return None
+
+
+def listed(names, comma=""):
+    """ "a fox", "a fox and a lantern", "a fox, a lantern and a bridge"; with COMMA="," one before the last "and", too. """
+    return ", ".join(names[:-1]) + comma * (len(names) > 2) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
 # 3. Words
@@ -215,6 +226,17 @@ def conjugate(phrase, irregular):
     return phrase, third + rest, past + rest, ing + rest
 
 
+def plural(noun):
+    """ "foxes", "ponies", "mice", "lighthouse keepers". """
+    for one, many in ("mouse", "mice"), ("goose", "geese"), ("man", "men"), ("sheep", "sheep"), ("fish", "fish"), ("deer", "deer"), ("wolf", "wolves"), \
+            ("calf", "calves"), ("elf", "elves"), ("leaf", "leaves"), ("thief", "thieves"), ("ox", "oxen"), ("moose", "moose"):
+        if noun.endswith(one) and not noun.endswith("fox"):
+            return noun[:-len(one)] + many
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + ("es" if re.search(r"(s|x|z|ch|sh)$", noun) else "s")
+
+
 def made_up_name(rng):
     """A name that nobody has, so that the model learns to copy letters, not only names it knows: "Plimo", "Zarrik"."""
     onset = ["b", "br", "d", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "t", "tr", "v", "w", "y", "z"]
@@ -222,10 +244,16 @@ def made_up_name(rng):
     return (rng.choice(onset) + rng.choice(vowel) + rng.choice(["", rng.choice(onset[:20]) + rng.choice(vowel)]) + rng.choice(coda)).capitalize()
 
 
+NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|anus|peni|tit|fag|nig|sex|porn|crap|puss|bast|hore|damn")
+
+
 def made_up_noun(words, rng):
     """A noun that does not exist, of the first letters of one and the last of another: "lantoose", "hedgephone"."""
-    one, other = (rng.choice([word for word in words[rng.choice(["animals", "things"])] if word.isalpha()]) for _ in range(2))
-    return re.match(r"[^aeiou]*[aeiou]+[^aeiou]*|.*", one)[0] + re.search(r"[aeiouy]+[^aeiouy]*[aeiouy]?[^aeiouy]*$", other)[0]
+    while True:
+        one, other = (rng.choice([word for word in words[rng.choice(["animals", "things"])] if word.isalpha()]) for _ in range(2))
+        noun = re.match(r"[^aeiou]*[aeiou]+[^aeiou]*|.*", one)[0] + re.search(r"[aeiouy]+[^aeiouy]*[aeiouy]?[^aeiouy]*$", other)[0]
+        if not NOT_FOR_CHILDREN.search(noun) and noun not in (one, other):
+            return noun
 
 
 def read_held_out(path):
@@ -330,12 +358,12 @@ class Cast(dict):
         self.grammar, self.rng, self.asking, words = grammar, rng, None, grammar.words
         pick = lambda slot, default: rng.choice(tale.lists.get(slot) or words[default]) if tale else rng.choice(words[default])
         self.characters = characters or draw_characters(words, rng, tale.lists if tale else {})
-        self.thing = rng.choice(words["things"]) if not tale or "thing" not in tale.lists else rng.choice(tale.lists["thing"])
+        self.thing = pick("thing", "things")
         self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and " " not in self.thing else ""
         self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
         deed = pick("deed", "deeds")
         if rng.random() < 0.3 and not (tale and "deed" in tale.lists):
-            deed = re.sub(r" a (?=[aeiou])", " an ", rng.choice(words["deeds with things"]) + " a " + rng.choice(words["things"]))
+            deed = an(rng.choice(words["deeds with things"]) + " a " + rng.choice(words["things"]))
         self.verbs = conjugate(deed, words["irregular verbs"])
         for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
                 ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"), ("theme", "themes"):
@@ -346,8 +374,7 @@ class Cast(dict):
         self["user"] = rng.choice(words[rng.choice(["he names", "she names"])])
         self["name"] = rng.choice(words[rng.choice(["he names", "she names", "pet names"])])
 
-    def __eq__(self, other):
-        return self is other
+    __eq__, __hash__ = object.__eq__, object.__hash__           # two casts are never the same, though their values may be
 
     def __missing__(self, slot):
         """Slots that are made of others: {a hero}, {friend.he}, {at place}, {deed.past}. Raises KeyError for no such slot."""
@@ -390,6 +417,12 @@ class Cast(dict):
         if "place" in changed:
             cast.place = another.place
         return cast
+
+    def pair(self):
+        """Make the friend one of the hero's kind, so that one can ask for "two foxes"; only when both have names."""
+        hero, friend = self.characters["hero"], self.characters["friend"]
+        if hero.name and friend.name and not friend.owner and hero.kind not in ("boy", "girl"):
+            friend.kind, self["pair"] = hero.kind, "two " + plural(hero.kind)
 
     def invent(self):
         """Give one member a noun that does not exist, so that the model learns to copy words that it has never seen."""
@@ -534,8 +567,9 @@ def read_tales(path, grammar):
                 tale.thing_is_new = True
             elif key in ("ask", "start", "open") or key in ("first", "middle", "last") and isinstance(tale, Thread):
                 getattr(tale, key).append(parse(value))
-            elif key == "q":
-                tale.questions.append(tuple(parse(side.strip()) for side in value.split("=")))
+            elif key == "q" or key.startswith("q "):
+                questions = tale.questions if key == "q" else grammar.questions[key[2:]]
+                questions.append(tuple(parse(side.strip()) for side in value.split("=")))
             elif colon and key in ("thing", "place", "deed", "trait", "food", "fear", "job", "friend", "helper"):
                 names = [name.strip() for name in value.split(",")] if "," in value else value.split()
                 tale.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
@@ -574,7 +608,8 @@ class Opening:
 
 class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)];
-    `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `foreign` whether the opening stands in no tale."""
+    `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `foreign` whether the opening stands in no tale: then
+    `begun` is its text and `opened` the cast of that."""
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), invent=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; with INVENT
@@ -584,12 +619,14 @@ class Story:
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
+            if not (opening or characters) and rng.random() < 0.06:
+                self.cast.pair()
             if invent:
                 self.cast.invent()
             if opening:
                 self.cast = self.opened.other(opening.clashes(tale))
             self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
-            self.threads = self.missing(opening) if opening else self.weave(threads)
+            self.threads = self.take_up(opening) if opening else self.weave(threads)
             if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs]) + sum((cast.said(thread.needs) for thread, cast in self.threads), [])):
                 characters = None
                 continue
@@ -614,16 +651,17 @@ class Story:
         self.must += [(slot, cast) for thread, cast in woven for slot in thread.needs]
         return woven
 
-    def missing(self, opening):
-        """Threads for two of the members that OPENING, foreign to the tale, names and the tale lacks."""
+    def take_up(self, opening):
+        """Expand OPENING, foreign to the tale, into `begun`; [(Thread, cast)] for two of the members that it names and the tale lacks, and
+        for what else it speaks of."""
         cast, rng, grammar = self.opened, self.rng, self.grammar
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
         slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)))
         drawn = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
-        for seen in rng.sample(sorted(set(grammar.noticed(self.begun, cast))), len(set(grammar.noticed(self.begun, cast))))[:max(0, 2 - len(drawn))]:
-            noticing = cast.other(set())
-            noticing["seen"] = seen
-            drawn.append((grammar.threads["noticed"], noticing))
+        seen = list(dict.fromkeys(grammar.noticed(self.begun, cast)))[:3]
+        if seen:
+            cast["seen"] = listed(seen)
+            drawn.append((grammar.threads["noticed"], cast))
         return drawn
 
     def tell(self, opening):
@@ -648,7 +686,7 @@ class Story:
     def matters(self, slot, cast=None):
         """Whether the story names what SLOT of CAST (the tale's own) stands for more than once, and in its second half, too, so that a
         request may ask for it."""
-        if slot in PRONOUNS["he"]:
+        if slot in PRONOUNS["he"] or slot == "pair":
             return True
         names = [name for name in (cast or self.cast).names(slot) if name]
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
@@ -689,15 +727,21 @@ def request(story):
         extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4 and story.matters(slot)
                   and (slot, cast) not in story.told + extra]
         story.told += extra
-        topic, more = grammar.expand(phrase, of, rng), []
+        topic, more, rest = grammar.expand(phrase, of, rng), [], ""
+        clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
         for slot, each in rng.sample(extra, len(extra)):
-            if f"with {slot}" in grammar.rules and rng.random() < 0.7:
+            if f"with {slot}" in grammar.rules and (slot == "place" or not clause) and rng.random() < 0.7:
                 topic += " " + grammar.expand_rule(f"with {slot}", each, rng)
             else:
                 more.append(grammar.expand_rule(f"also {slot}", each, rng))
-        if cast.characters["hero"].name and str(cast.characters["hero"]) not in topic and rng.random() < 0.25 and story.matters("hero"):
+                rest += ", and of " + grammar.expand_rule(f"echo {slot}", each, rng) if f"echo {slot}" in grammar.rules else ""
+        hero, friend = cast.characters["hero"], cast.characters["friend"]
+        if hero.name and str(hero) not in topic and rng.random() < 0.25 and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
-        return informal(tidy(" ".join([ask(story, topic), *more])), rng), topic
+        asked = ask(story, topic)
+        if more and asked[-1] not in ".?!:":
+            asked += "."
+        return informal(tidy(" ".join([asked, *more])), rng), topic + rest
     finally:
         for each in casts:
             each.asking = None
@@ -707,6 +751,7 @@ def topic_of(story):
     """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
     grammar, tale, rng = story.grammar, story.tale, story.rng
     known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
+    known |= {"pair"} & (story.cast.keys() if "friend" in tale.needs else set())
     general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known]
                for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
     special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
@@ -744,12 +789,12 @@ def by_words(story):
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(2 - len(must), rng.choice([1, 2, 2, 3])))) or [("thing", cast)]
     rng.shuffle(story.told)
-    names = [(each.names(slot)[0], slot in ("hero", "friend", "thing", "place")) for slot, each in story.told]
-    listed = lambda names: ", ".join(names[:-1]) + (", and " if len(names) > 2 and comma else " and ") + names[-1] if len(names) > 1 else names[0]
-    quote, comma = rng.choice(["", "", '"']), rng.random() < 0.5
-    articled = ["a " * noun + name for name, noun in names]
-    cast["words"], cast["plain words"] = listed([quote + name + quote for name, _ in names]), ", ".join(quote + name + quote for name, _ in names)
-    cast["articled"], cast["plain articled"] = listed(articled), ", ".join(articled)
+    names = {each.verbs[3] if slot == "deed" else each.names(slot)[0]: slot in ("hero", "friend", "thing", "place", "job")
+             for slot, each in story.told}
+    quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
+    articled, quoted = ["a " * noun + name for name, noun in names.items()], [quote + name + quote for name in names]
+    cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
+    cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
     return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng), cast["articled"]
 
 
@@ -776,15 +821,18 @@ def questions(story):
     """[(question, answer), ...] about STORY, true of it: the tale's own, and those of names, kinds and places."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
-    known = ["hero" if cast.characters["hero"].name else "nameless"]
-    known += ["friend" if cast.characters["friend"].name else "nameless friend"] if "friend" in story.tale.needs else []
-    known += [slot for slot in ("place", "thing", *SPECIAL) if slot in story.tale.needs]
-    known += ["there"] * ("thing" in story.tale.needs) + ["not there"] * (cast["animal"] not in story.text)
-    known += ["colored thing"] * ("thing" in story.tale.needs and cast.adjective in grammar.words["colors"])
-    asked = [(slot, cast) for slot in known] + [(slot, each) for thread, each in story.threads for slot in thread.needs
-                                                if slot in SPECIAL or slot == "friend" and each.characters["friend"].name]
-    for slot, each in asked * 2:
-        pairs.append((grammar.expand_rule(f"ask {slot}", each, rng), grammar.expand_rule(f"say {slot}", each, rng)))
+    hero, friend = cast.characters["hero"], cast.characters["friend"]
+    known = [("hero" if hero.name else "nameless", cast), ("not there", cast)]
+    known += [(slot if slot != "friend" or each.characters["friend"].name else "nameless friend", each)
+              for slot, each in dict.fromkeys((slot, each) for slot, each in [(slot, cast) for slot in story.tale.needs] + story.must)
+              if each is cast or slot in (*SPECIAL, "friend")]
+    if "thing" in story.tale.needs:
+        known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
+    for name, each in known * 2:
+        if name in grammar.questions and not (name == "not there" and cast["animal"] in story.text):
+            pairs.append(tuple(grammar.expand(side, each, rng) for side in rng.choice(grammar.questions[name])))
+    if hero.kind == friend.kind and "friend" in story.tale.needs:               # "What was the boy called?" could mean both
+        pairs = [pair for pair in pairs if hero.kind not in pair[0] or any(one.name and one.name in pair[0] for one in (hero, friend))]
     rng.shuffle(pairs)
     seen = set()
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
@@ -879,11 +927,11 @@ def sum_turn(grammar, rng):
     cast = {"a": str(a), "b": str(b), "sum": f"{a} {sign} {b}", "result": str(result), "in words": f"{NUMBERS[a]} {word} {NUMBERS[b]}",
             "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}"}
     if rng.random() < 0.04:
-        cast["sum"] = cast["tight"] = cast["spoken"] = f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}"
+        cast["sum"] = f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}"
         question = grammar.expand_rule("ask big sum", cast, rng)
         return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng))
     cast["told"] = f"add {a} and {b}" if plus else f"take {b} {rng.choice(['away ', ''])}from {a}"
-    if rng.random() < 0.12:
+    if rng.random() < 0.15 and b > 1 and a - b != 1:
         story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]), "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
         name = "word sum" if plus else "word difference"
         return tidy(grammar.expand_rule("ask " + name, story, rng)), tidy(grammar.expand_rule("say " + name, story, rng))
@@ -995,7 +1043,7 @@ def continued(grammar, rng):
         opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
         fitting = [tale for tale in grammar.tales.values() if tale.start and (rng.random() < 0.3 or opening.slots <= tale.members and not opening.clashes(tale))]
         try:
-            return Story(grammar, rng.choice(fitting), rng, opening=opening)
+            return Story(grammar, rng.choice(fitting), rng, opening=opening, invent=rng.random() < 0.15)
         except (ValueError, IndexError):
             continue
 
@@ -1037,7 +1085,7 @@ def plain_story(grammar, rng):
 
 def story_chat(grammar, rng):
     """One request and its story; often questions about it, and sometimes a second story."""
-    speaker = speaker_of(grammar, rng, 0.0)
+    speaker = Speaker(grammar, rng)
     story = (continued if rng.random() < 0.08 else tell)(grammar, rng)
     turns = [story_turn(story, speaker)]
     if rng.random() < 0.5:
@@ -1063,20 +1111,17 @@ def second_story(story, speaker):
     return story_turn(other, speaker)
 
 
-def speaker_of(grammar, rng, odd):
-    """A Speaker; with probability ODD one with a mood or a name."""
-    mood = name = None
-    if rng.random() < odd:
-        if rng.random() < 0.5:
-            mood = grammar.talk.moods[rng.choice(list(grammar.talk.moods))]
-        else:
-            name = rng.choice([made_up_name(rng), *(rng.choice(grammar.words[kind]) for kind in ("he names", "she names", "pet names"))])
-    return Speaker(grammar, rng, mood, name)
+def somebody(grammar, rng):
+    """A Speaker with a mood or a name."""
+    if rng.random() < 0.5:
+        return Speaker(grammar, rng, mood=grammar.talk.moods[rng.choice(list(grammar.talk.moods))])
+    names = [rng.choice(grammar.words[kind]) for kind in ("he names", "she names", "pet names")]
+    return Speaker(grammar, rng, name=rng.choice([made_up_name(rng), *names]))
 
 
 def talk_chat(grammar, rng):
     """A conversation of one to eight turns: small talk, sums, facts, unknowns, rarely a story."""
-    speaker = speaker_of(grammar, rng, 0.0)
+    speaker = Speaker(grammar, rng)
     turns = []
     for _ in range(rng.choice([1, 2, 3, 4, 6, 8])):
         kind = rng.choices([speaker.small_talk, speaker.fact, speaker.unknown, lambda: sum_turn(grammar, rng),
@@ -1087,7 +1132,7 @@ def talk_chat(grammar, rng):
 
 def system_chat(grammar, rng):
     """A conversation under a system prompt that gives a name or a mood."""
-    speaker = speaker_of(grammar, rng, 1.0)
+    speaker = somebody(grammar, rng)
     speaker.cast["name"] = speaker.name or ""
     system = tidy(grammar.expand(rng.choice(speaker.mood.texts["system"] if speaker.mood else grammar.talk.system), speaker.cast, rng))
     turns = []

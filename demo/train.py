@@ -7,7 +7,7 @@ directory.
     python export.py build/demo/hf -o demo/stories.bin --type q8
 
 What a step has made stays in the work folder, and another run goes on from there. Remove a file to make it anew; a
-new tokenizer makes new rows, and a state of other rows or options is refused:
+new tokenizer makes new rows, and rows older than the documents, or a state of other rows or options, are refused:
 
     documents.jsonl             a JSON list a line: a story, or a chat in ChatML, in pieces, every second one to be learned
     tokenizer.json              1  byte-level BPE like Qwen's, with a vocabulary of its own
@@ -30,6 +30,7 @@ import pickle
 import re
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ HELD_OUT = 0.005                                                 # share of docu
 MTP_WEIGHT, BALANCE_WEIGHT = 0.25, 0.01                          # of the two other losses
 EARLY, EARLY_WEIGHT = 160, 3                                     # so many first tokens of an answer count so much:
                                                                  # they settle what the story is about
-ASKED_WEIGHT, COMMON = 5, 1e-3                                   # so much count tokens that were read before, unless
-                                                                 # this share of all tokens is such
+ASKED_WEIGHT, COMMON = 5, 1e-3                                   # so much counts a token that was read before in the
+                                                                 # document, unless this share of all tokens is such
 WARM_UP, LAST_LR = 200, 0.02                                     # steps; share of --lr at the end
 SAVE_EVERY, SAY_EVERY = 300, 100                                 # seconds, steps
 CHAT_TEMPLATE = (
@@ -70,6 +71,11 @@ def replace(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def older(path, source):
+    """Whether both files are there and `path` was written before `source`."""
+    return path.exists() and source.exists() and path.stat().st_mtime < source.stat().st_mtime
 
 
 def documents(path, every=1):
@@ -210,8 +216,9 @@ def weights_of(rows, common):
     ids = torch.where(rows < -1, -2 - rows, rows).long().clamp(min=0)
     document = (ids == len(common) - len(SPECIAL)).cumsum(1)     # SPECIAL[0] ends a document
     key = document * len(common) + ids
-    asked = (key[:, 1:, None] == torch.where(rows < -1, key, -1)[:, None]).any(-1) & ~common[ids[:, 1:]]
     place = torch.arange(rows.shape[1], device=rows.device)
+    read = key[:, 1:, None] == torch.where(rows < -1, key, -1)[:, None]                      # [B, T, T + 1]
+    asked = (read & (place < place[1:, None])).any(-1) & ~common[ids[:, 1:]]
     last = torch.where(rows < 0, place, -EARLY - 1).cummax(1).values
     weights = torch.where((place - last)[:, 1:] <= EARLY, EARLY_WEIGHT, 1.0)
     return torch.where(asked, ASKED_WEIGHT, weights) * (rows[:, 1:] >= 0)
@@ -300,8 +307,8 @@ def save_state(path, args, model, optimizer, step):
 
 
 def run_of(args):
-    """What makes one run of training differ from another."""
-    return {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
+    """What makes one run of training differ from another; args.rows is the checksum of rows.npy."""
+    return {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "rows")}
 
 
 # ---- 4. Validation and export ------------------------------------------------------------------------------
@@ -428,11 +435,14 @@ def main():
         replace(work / "tokenizer.json", lambda path: tokenizer.save(str(path)))
         say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    if not fresh and older(work / "rows.npy", work / "documents.jsonl"):
+        sys.exit(f"train.py: {work / 'rows.npy'}: older than documents.jsonl; remove it and tokenizer.json to make them anew")
     if fresh or not (work / "rows.npy").exists():
         make_rows(work, tokenizer, args.row + 1, args.seed)
     if args.prepare_only:
         return
 
+    args.rows = zlib.crc32(np.load(work / "rows.npy", mmap_mode="r"))
     torch.manual_seed(args.seed)
     state = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else None
     if state and not args.export_only and state["run"] != run_of(args):

@@ -69,6 +69,12 @@ def parse(text):
     return stack[0][0]
 
 
+# What "a ..." introduces in a foreign beginning, whatever it is, up to a word that cannot be part of it.
+NEW_NOUN = re.compile(r"\ban? (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b)")
+UNNOTICED = set("boy girl boys girls house day night morning bit while moment time lot little few year week minute long way kind sort story big "
+                "small old new young very few surprise sound noise idea name problem reason smile voice wish there full walk matter".split())
+
+
 class Grammar:
     """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
     (question, answer)."""
@@ -92,16 +98,17 @@ class Grammar:
         """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases", "the rain"."""
         known = {word for kind in ("animals", "things", "he people", "she people", "creatures", "he family", "she family") for word in self.words[kind]}
         known |= {re.sub("^(the|a|an) ", "", word) for word in self.words["nature"]}
-        known = sorted((word for word in known if re.fullmatch("[a-z]{3,}", word)), key=len, reverse=True)
+        known = sorted((word for word in known if re.fullmatch("[a-z ]{3,}", word)), key=len, reverse=True)
         return re.compile(r"\b(a|an|the|his|her) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
 
     def noticed(self, text, cast):
         """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
-        members = " ".join(name for slot in ("hero", "friend", "thing", "place") for name in cast.names(slot))
-        nouns = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
-                 for article, _, noun, plural in self.nouns.findall(text) if noun not in members and noun not in ("boy", "girl", "house", "day", "night", "morning")]
-        nouns += re.findall(r"\b(Mom|Dad|Mommy|Daddy|Grandma|Grandpa|Mrs\. [A-Z]\w+|Mr\. [A-Z]\w+)\b", text)
-        return nouns + [f"the {word}" for word in re.findall(r"\b(rain|snow)ing\b", text)]
+        members = " ".join(name for slot in ("hero", "friend", "thing", "place", "job", "animal") for name in cast.names(slot))
+        known = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural for article, _, noun, plural in self.nouns.findall(text)]
+        new = [f"the {noun}" for noun in NEW_NOUN.findall(text)]
+        called = re.findall(r"\b((?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b", text)
+        falling = [f"the {word}" for word in re.findall(r"\b(rain|snow)(?:ing|ed)\b", text)]
+        return [phrase for phrase in known + new + called + falling if phrase.split()[-1] not in members and phrase.split()[-1] not in UNNOTICED]
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""

@@ -70,9 +70,11 @@ def parse(text):
 
 
 # What "a ..." introduces in a foreign beginning, whatever it is, up to a word that cannot be part of it.
-NEW_NOUN = re.compile(r"\ban? (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b)")
-UNNOTICED = set("boy girl boys girls house day night morning bit while moment time lot little few year week minute long way kind sort story big "
-                "small old new young very few surprise sound noise idea name problem reason smile voice wish there full walk matter".split())
+NEW_NOUN = re.compile(r"\ban? (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|that|who|and|to|from|under|behind|for|by|"
+                      r"near|was|were|had|inside|which)\b)")
+UNNOTICED = set("boy girl boys girls house day night morning bit while moment time lot little few year week minute long way kind sort "
+                "story big small old new young very few surprise sound noise idea name problem reason smile voice wish there full "
+                "walk matter".split())
 
 
 class Grammar:
@@ -96,7 +98,8 @@ class Grammar:
     @functools.cached_property
     def nouns(self):
         """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases", "the rain"."""
-        known = {word for kind in ("animals", "things", "he people", "she people", "creatures", "he family", "she family") for word in self.words[kind]}
+        kinds = "animals", "things", "he people", "she people", "creatures", "he family", "she family"
+        known = {word for kind in kinds for word in self.words[kind]}
         known |= {re.sub("^(the|a|an) ", "", word) for word in self.words["nature"]}
         known = sorted((word for word in known if re.fullmatch("[a-z ]{3,}", word)), key=len, reverse=True)
         return re.compile(r"\b(a|an|the|his|her) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
@@ -104,11 +107,13 @@ class Grammar:
     def noticed(self, text, cast):
         """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
         members = " ".join(name for slot in ("hero", "friend", "thing", "place", "job", "animal") for name in cast.names(slot))
-        known = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural for article, _, noun, plural in self.nouns.findall(text)]
+        known = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
+                 for article, _, noun, plural in self.nouns.findall(text)]
         new = [f"the {noun}" for noun in NEW_NOUN.findall(text)]
         called = re.findall(r"\b((?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b", text)
         falling = [f"the {word}" for word in re.findall(r"\b(rain|snow)(?:ing|ed)\b", text)]
-        return [phrase for phrase in known + new + called + falling if phrase.split()[-1] not in members and phrase.split()[-1] not in UNNOTICED]
+        return [phrase for phrase in known + new + called + falling
+                if phrase.split()[-1] not in members and phrase.split()[-1] not in UNNOTICED]
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
@@ -235,9 +240,9 @@ def conjugate(phrase, irregular):
 
 def plural(noun):
     """ "foxes", "ponies", "mice", "lighthouse keepers". """
-    for one, many in ("mouse", "mice"), ("goose", "geese"), ("man", "men"), ("sheep", "sheep"), ("fish", "fish"), ("deer", "deer"), ("wolf", "wolves"), \
-            ("calf", "calves"), ("elf", "elves"), ("leaf", "leaves"), ("thief", "thieves"), ("ox", "oxen"), ("moose", "moose"):
-        if noun.endswith(one) and not noun.endswith("fox"):
+    irregular = "mouse mice goose geese moose moose man men sheep sheep fish fish deer deer wolf wolves calf calves elf elves leaf leaves thief thieves"
+    for one, many in zip(irregular.split()[::2], irregular.split()[1::2]):
+        if noun.endswith(one):
             return noun[:-len(one)] + many
     if re.search(r"[^aeiou]y$", noun):
         return noun[:-1] + "ies"
@@ -413,7 +418,8 @@ class Cast(dict):
 
     def other(self, changed):
         """This cast, but for the members in the set CHANGED: another friend, thing or place."""
-        cast, characters, taken = copy.copy(self), {}, {word for each in self.characters.values() for word in (each.kind, each.name) if word}
+        cast, characters = copy.copy(self), {}
+        taken = {word for each in self.characters.values() for word in (each.kind, each.name) if word}
         while not characters or taken & {characters["friend"].kind, characters["friend"].name}:
             characters = draw_characters(self.grammar.words, self.rng, {}, self.characters["hero"])
         another = Cast(self.grammar, None, self.rng, characters)
@@ -634,7 +640,8 @@ class Story:
                 self.cast = self.opened.other(opening.clashes(tale))
             self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
             self.threads = self.take_up(opening) if opening else self.weave(threads)
-            if grammar.held_out.refuses(self.cast.said(["hero", *tale.needs]) + sum((cast.said(thread.needs) for thread, cast in self.threads), [])):
+            said = self.cast.said(["hero", *tale.needs]) + [word for thread, cast in self.threads for word in cast.said(thread.needs)]
+            if grammar.held_out.refuses(said):
                 characters = None
                 continue
             self.tell(opening)
@@ -673,7 +680,8 @@ class Story:
 
     def tell(self, opening):
         """Make `text` of an opening, the tale's body, and what the threads put between."""
-        grammar, tale, rng, expand = self.grammar, self.tale, self.rng, lambda texts: self.grammar.expand(self.rng.choice(texts), self.cast, self.rng)
+        grammar, tale, rng = self.grammar, self.tale, self.rng
+        expand = lambda texts: grammar.expand(rng.choice(texts), self.cast, rng)
         beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads]
         if opening:
             begun = [self.begun + rng.choice([" ", "\n\n"]) + expand(tale.start)]
@@ -731,8 +739,8 @@ def request(story):
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys())]
         extra = [one for one in story.must if one not in story.told]
-        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4 and story.matters(slot)
-                  and (slot, cast) not in story.told + extra]
+        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4
+                  and story.matters(slot) and (slot, cast) not in story.told + extra]
         story.told += extra
         topic, more, rest = grammar.expand(phrase, of, rng), [], ""
         clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
@@ -1048,7 +1056,8 @@ def continued(grammar, rng):
     """A Story that goes on from a foreign beginning."""
     while True:
         opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
-        fitting = [tale for tale in grammar.tales.values() if tale.start and (rng.random() < 0.3 or opening.slots <= tale.members and not opening.clashes(tale))]
+        fitting = [tale for tale in grammar.tales.values() if tale.start
+                   and (rng.random() < 0.3 or opening.slots <= tale.members and not opening.clashes(tale))]
         try:
             return Story(grammar, rng.choice(fitting), rng, opening=opening, invent=rng.random() < 0.15)
         except (ValueError, IndexError):

@@ -291,7 +291,7 @@ class HeldOut:
     def __init__(self, path):
         sections, self.requests = read_held_out(path), collections.defaultdict(set)
         self.words = {word.lower() for fields in sections["words"] for word in re.split(r"[,\s]+", fields[0]) if word}
-        for number, fields in enumerate(sections["requests"]):
+        for number, fields in enumerate(sections["requests"] + sections["more requests"]):
             for word in fields[-1].split():
                 self.requests[word.split("/")[0].lower()].add(number)
 

@@ -19,7 +19,7 @@ from corpus import NUMBERS, read_held_out
 
 HERE = pathlib.Path(__file__).resolve().parent
 ENGINE = HERE.parent / "qwen3next"
-SECTIONS = ("requests", "openings", "sums", "questions", "followups", "turns")
+SECTIONS = ("requests", "openings", "more requests", "more openings", "sums", "questions", "followups", "turns")
 MOST = {"chat": 900, "open": 700}   # tokens; a text of so many has not ended by itself
 STATISTICS = re.compile(r"\[prompt \d+ tokens.*?; answer (\d+) tokens, [^;]*(?:; (\d+) of (\d+) drafts right)?; context .*\]\n")
 
@@ -72,6 +72,8 @@ def completions(pool, model, openings):
 
 def forms(word):
     """WORD with its regular endings: bake bakes baked baking; hop hopped (but not hoped); pony ponies."""
+    if word.endswith("*"):
+        return {word}
     if word.endswith("y"):
         return {word, word + "s", word + "ed", word + "ing", word[:-1] + "ies", word[:-1] + "ied"}
     stem = word[:-1] if word.endswith("e") else word + word[-1] * bool(re.fullmatch(r"[^aeiou]*[aeiou][bdgmnprt]", word))
@@ -79,9 +81,9 @@ def forms(word):
 
 
 def pattern(alternatives):
-    """What matches one of ALTERNATIVES, "mouse/mice/1", in any form."""
+    """What matches one of ALTERNATIVES, "mouse/mice/1", in any form; "bak*" whatever begins so."""
     words = set().union(*(forms(word) for word in alternatives.split("/") if word != "1"))
-    return re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")\b", re.I)
+    return re.compile(r"\b(?:" + "|".join(re.escape(word).replace(r"\*", r"\w*") for word in sorted(words, key=len, reverse=True)) + r")\b", re.I)
 
 
 def brief(answer):
@@ -165,13 +167,13 @@ class Report:
 
     def table(self):
         for (section, measure), values in self.shares.items():
-            print(f"{section:10} {measure:30} {sum(values):6} of {len(values):5}  {100 * sum(values) / len(values):6.1f} %")
+            print(f"{section:13} {measure:30} {sum(values):6} of {len(values):5}  {100 * sum(values) / len(values):6.1f} %")
 
 
 def stories(report, pool, model, data, section, seed):
-    """[requests] or [openings]. Of an opening only what follows is searched for words; names and repetition are those of the whole."""
+    """[requests] or [openings], or more of them. Of an opening only what follows is searched for words; names and repetition are those of the whole."""
     unseen = re.compile(r"\b(" + "|".join(word for line in data["words"] for word in re.split(r"[,\s]+", line[0]) if word) + ")", re.I)
-    lines, chat = data[section], section == "requests"
+    lines, chat = data[section], section.endswith("requests")
     if chat:
         answers = [one[0] for one in chats(pool, model, [(seed + n, "", line[:1]) for n, line in enumerate(lines, 1)])]
     else:
@@ -247,7 +249,7 @@ def main():
     data, report, seed = read_held_out(HERE / "heldout.txt"), Report(), 1000 * args.seed
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for section in args.only:
-            if section in ("requests", "openings"):
+            if section.endswith(("requests", "openings")):
                 stories(report, pool, args.model, data, section, seed)
             elif section == "sums":
                 sums(report, pool, args.model)

@@ -397,7 +397,7 @@ class Cast(dict):
             return str(self.characters[slot])
         if first in self.characters:
             character = self.characters[first]
-            return character.kind if second == "kind" else PRONOUNS[character.gender][second]
+            return {"kind": character.kind, "kinds": plural(character.kind), **PRONOUNS[character.gender]}[second]
         if first == "a" and second in self.characters:
             character = self.characters[second]
             return character.asked_for(self.rng, self.asking) if self.asking else character.introduced(self.rng)

@@ -397,7 +397,9 @@ class Cast(dict):
             return str(self.characters[slot])
         if first in self.characters:
             character = self.characters[first]
-            return {"kind": character.kind, "kinds": plural(character.kind), **PRONOUNS[character.gender]}[second]
+            if second == "kinds":
+                return plural(character.kind)
+            return character.kind if second == "kind" else PRONOUNS[character.gender][second]
         if first == "a" and second in self.characters:
             character = self.characters[second]
             return character.asked_for(self.rng, self.asking) if self.asking else character.introduced(self.rng)
@@ -619,6 +621,14 @@ class Opening:
         return characters
 
 
+# What is always asked for where it matters: no tale of a deed is told to somebody who asked for none.
+SPECIAL = ("deed", "fear", "job", "trait", "food")
+
+# How often a thread is drawn, by the member of the cast that it is on.
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.12, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04, "nature": 0.06,
+           "event": 0.04, "theme": 0.04}
+
+
 class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)];
     `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `foreign` whether the opening stands in no tale: then
@@ -713,14 +723,6 @@ class Story:
         return self.text[:cut], self.text[cut:].lstrip()
 
 
-# What is always asked for where it matters: no tale of a deed is told to somebody who asked for none.
-SPECIAL = ("deed", "fear", "job", "trait", "food")
-
-# How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.12, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04, "nature": 0.06,
-           "event": 0.04, "theme": 0.04}
-
-
 # 6. Requests for a story, and questions about it
 
 def request(story):
@@ -742,14 +744,7 @@ def request(story):
         extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
         story.told += extra
-        topic, more, rest = grammar.expand(phrase, of, rng), [], ""
-        clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
-        for slot, each in rng.sample(extra, len(extra)):
-            if f"with {slot}" in grammar.rules and (slot == "place" or not clause) and rng.random() < 0.7:
-                topic += " " + grammar.expand_rule(f"with {slot}", each, rng)
-            else:
-                more.append(grammar.expand_rule(f"also {slot}", each, rng))
-                rest += ", and of " + grammar.expand_rule(f"echo {slot}", each, rng) if f"echo {slot}" in grammar.rules else ""
+        topic, more, rest = attach(grammar.expand(phrase, of, rng), rng.sample(extra, len(extra)), grammar, rng)
         hero, friend = cast.characters["hero"], cast.characters["friend"]
         if hero.name and str(hero) not in topic and rng.random() < 0.25 and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
@@ -760,6 +755,21 @@ def request(story):
     finally:
         for each in casts:
             each.asking = None
+
+
+def attach(topic, extra, grammar, rng):
+    """(TOPIC with some of EXTRA, [(slot, cast)], "with a lantern"; sentences on the others; "and of ..." for these in the story's echo).
+    Behind a clause only a place can follow: "a fox who sings and a lantern" would be something else."""
+    more, rest = [], ""
+    clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
+    for slot, cast in extra:
+        if f"with {slot}" in grammar.rules and (slot == "place" or not clause) and rng.random() < 0.7:
+            topic += " " + grammar.expand_rule(f"with {slot}", cast, rng)
+            continue
+        more.append(grammar.expand_rule(f"also {slot}", cast, rng))
+        if f"echo {slot}" in grammar.rules:
+            rest += ", and of " + grammar.expand_rule(f"echo {slot}", cast, rng)
+    return topic, more, rest
 
 
 def topic_of(story):
@@ -838,9 +848,9 @@ def questions(story):
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     known = [("hero" if hero.name else "nameless", cast), ("not there", cast)]
+    members = dict.fromkeys([(slot, cast) for slot in story.tale.needs] + story.must)
     known += [(slot if slot != "friend" or each.characters["friend"].name else "nameless friend", each)
-              for slot, each in dict.fromkeys((slot, each) for slot, each in [(slot, cast) for slot in story.tale.needs] + story.must)
-              if each is cast or slot in (*SPECIAL, "friend")]
+              for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
     if "thing" in story.tale.needs:
         known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
     for name, each in known * 2:
@@ -1066,7 +1076,7 @@ def continued(grammar, rng):
 
 def story_turn(story, speaker):
     """(what the user asks, the story): by topic, by words, or by a beginning to be continued."""
-    grammar, rng, text = story.grammar, story.rng, story.text
+    grammar, rng = story.grammar, story.rng
     if story.foreign or rng.random() < 0.1:
         opening, rest = story.beginning()
         story.cast["opening"] = opening

@@ -106,7 +106,7 @@ class Grammar:
 
     def noticed(self, text, cast):
         """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
-        members = " ".join(name for slot in ("hero", "friend", "thing", "place", "job", "animal") for name in cast.names(slot))
+        members = {word for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()}
         known = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
                  for article, _, noun, plural in self.nouns.findall(text)]
         new = [f"the {noun}" for noun in NEW_NOUN.findall(text)]
@@ -642,11 +642,11 @@ class Story:
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
-            if not (opening or characters) and rng.random() < 0.06:
+            if not (opening or characters or "friend" in tale.lists) and rng.random() < 0.06:
                 self.cast.pair()
             if invent:
                 self.cast.invent()
-            if opening:
+            if opening and opening.clashes(tale):
                 self.cast = self.opened.other(opening.clashes(tale))
             self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
             self.threads = self.take_up(opening) if opening else self.weave(threads)
@@ -1052,7 +1052,8 @@ def chat(turns, system=None):
 
 
 def tell(grammar, rng, characters=None, asked=True):
-    """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for has threads and made-up nouns."""
+    """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
+    made-up nouns."""
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 1, 1, 1, 2, 2])) if asked else []
         threads = [grammar.thread_on(slot, rng) for slot in slots]
@@ -1129,12 +1130,12 @@ def second_story(story, speaker):
     """Another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
     grammar, rng = story.grammar, story.rng
     if rng.random() < 0.5:
-        again = tell(grammar, rng, story.cast.characters)
+        again = tell(grammar, rng, story.cast.characters, asked=False)
         return tidy(grammar.expand_rule("ask again", again.cast, rng)), speaker.coat(again.text, story=True)
-    other = tell(grammar, rng)
     if rng.random() < 0.5:
-        return tidy(grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)), speaker.coat(other.text, story=True)
-    return story_turn(other, speaker)
+        return story_turn(tell(grammar, rng), speaker)
+    other = tell(grammar, rng, asked=False)
+    return tidy(grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)), speaker.coat(other.text, story=True)
 
 
 def somebody(grammar, rng):

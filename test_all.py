@@ -6218,11 +6218,12 @@ def test_training_of_the_demo(tmp_path):
     train, work = demo_module("train"), tmp_path / "work"
     work.mkdir()
     documents = [demo_module("corpus").document(grammar(), random.Random(f"train {i}")) for i in range(60)]
-    (work / "documents.jsonl").write_text('"text"\n')
     base = [sys.executable, ROOT / "demo" / "train.py", "--work", work, "--steps", 3, "--batch", 2, "--row", 128, "--device", "cpu",
             "--set", *(f"{name}={size}" for name, size in TINY_DEMO.items())]
-    result = run(*base)
-    assert result.returncode == 1 and b"wanted a list of strings" in result.stderr, result.stderr
+    for wrong in '"text"', "[]", '["", 1]':
+        (work / "documents.jsonl").write_text(wrong + "\n")
+        result = run(*base)
+        assert result.returncode == 1 and b"wanted a list of strings" in result.stderr and b"Traceback" not in result.stderr, result.stderr
     (work / "documents.jsonl").write_text("".join(json.dumps(pieces) + "\n" for pieces in documents))
     result = run(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
     assert result.returncode == 0 and (work / "state.pt").exists(), result.stderr
@@ -6230,7 +6231,7 @@ def test_training_of_the_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run(*base, "--lr", 1e-4)
     assert result.returncode == 1 and b"another run" in result.stderr
-    for wrong, words in (["--set", "hidden_size=x"], b"hidden_size=x"), (["--steps", 0], b"--steps"), (["--work", tmp_path / "none"], b"documents.jsonl"):
+    for wrong, words in (["--set", "hidden_size=x"], b"hidden_size=x"), (["--set", "vocab_size=40000"], b"vocab_size"), (["--steps", 0], b"--steps"), (["--work", tmp_path / "none"], b"documents.jsonl"):
         result = run(*base, *wrong)
         assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 

@@ -83,7 +83,8 @@ def forms(word):
 def pattern(alternatives):
     """What matches one of ALTERNATIVES, "mouse/mice/1", in any form; "bak*" whatever begins so."""
     words = set().union(*(forms(word) for word in alternatives.split("/") if word != "1"))
-    return re.compile(r"\b(?:" + "|".join(re.escape(word).replace(r"\*", r"\w*") for word in sorted(words, key=len, reverse=True)) + r")\b", re.I)
+    parts = [re.escape(word).replace(r"\*", r"\w*") for word in sorted(words, key=len, reverse=True)]
+    return re.compile(r"\b(?:" + "|".join(parts) + r")\b", re.I)
 
 
 def brief(answer):
@@ -171,7 +172,8 @@ class Report:
 
 
 def stories(report, pool, model, data, section, seed):
-    """[requests] or [openings], or more of them. Of an opening only what follows is searched for words; names and repetition are those of the whole."""
+    """[requests] or [openings], or more of them. Of an opening only what follows is searched for words; names and repetition are those
+    of the whole."""
     unseen = re.compile(r"\b(" + "|".join(word for line in data["words"] for word in re.split(r"[,\s]+", line[0]) if word) + ")", re.I)
     lines, chat = data[section], section.endswith("requests")
     if chat:
@@ -265,4 +267,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError as error:
+        sys.exit(f"evaluate.py: standard output: {error.strerror}")

@@ -83,7 +83,7 @@ def documents(path, every=1):
     with open(path, encoding="utf-8") as lines:
         for line in itertools.islice(lines, 0, None, every):
             document = json.loads(line)
-            if not (isinstance(document, list) and all(isinstance(piece, str) for piece in document)):
+            if not (isinstance(document, list) and document and all(isinstance(piece, str) for piece in document)):
                 raise ValueError(f"{path}: wanted a list of strings in each line, found {line[:60]!r}")
             yield document
 
@@ -196,12 +196,17 @@ def learning_rate(step, steps, highest):
     return highest * min(1, (step + 1) / WARM_UP) * (LAST_LR + (1 - LAST_LR) * cosine)
 
 
+def ids_of(rows):
+    """Rows as in rows.npy -> int64 ids, whether they are learned or only read; 0 where there is none."""
+    rows = rows.long()
+    return torch.where(rows < -1, -2 - rows, rows).clamp(min=0)
+
+
 def parts_of(rows):
     """Rows as in rows.npy, [B, T + 1] -> int64 [B, T] each: the tokens, those one later as input, those one and
     two later as targets, in which -1 has no loss."""
-    rows = rows.long()
-    read, learned = torch.where(rows < -1, -2 - rows, rows).clamp(min=0), rows[:, 1:].clamp(min=-1)
-    return read[:, :-1], read[:, 1:], learned, F.pad(learned[:, 1:], (0, 1), value=-1)
+    ids, learned = ids_of(rows), rows[:, 1:].long().clamp(min=-1)
+    return ids[:, :-1], ids[:, 1:], learned, F.pad(learned[:, 1:], (0, 1), value=-1)
 
 
 def common_tokens(rows, vocab_size):
@@ -213,7 +218,7 @@ def common_tokens(rows, vocab_size):
 def weights_of(rows, common):
     """Rows as in rows.npy -> float32 [B, T], how much each token from the second on counts: nothing where it is not
     learned, more early in an answer, and more where it says what was asked for. common: bool [vocab_size]."""
-    ids = torch.where(rows < -1, -2 - rows, rows).long().clamp(min=0)
+    ids = ids_of(rows)
     document = (ids == len(common) - len(SPECIAL)).cumsum(1)     # SPECIAL[0] ends a document
     key = document * len(common) + ids
     place = torch.arange(rows.shape[1], device=rows.device)
@@ -415,6 +420,8 @@ def arguments():
     args = parser.parse_args()
     if any(value <= 0 for _, value in args.set):
         parser.error("--set: sizes must be above 0")
+    if dict(args.set).get("vocab_size", 1) > 32767:
+        parser.error("--set: vocab_size: wanted at most 32767, as rows hold int16")
     if min(args.steps, args.batch, args.row) < 1:
         parser.error("--steps, --batch and --row must be at least 1")
     if args.device == "cuda" and not args.prepare_only and not torch.cuda.is_available():

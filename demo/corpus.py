@@ -70,11 +70,20 @@ def parse(text):
 
 
 # What "a ..." introduces in a foreign beginning, whatever it is, up to a word that cannot be part of it.
-NEW_NOUN = re.compile(r"\ban? (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|that|who|and|to|from|under|behind|for|by|"
+HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
+NEW_NOUN = re.compile(r"\b(?:an?|the|my|your|his|her|[A-Z][a-z]+'s) (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|that|who|and|to|from|under|behind|for|by|"
                       r"near|was|were|had|inside|which)\b)")
-UNNOTICED = set("boy girl boys girls house day night morning bit while moment time lot little few year week minute long way kind sort "
-                "story big small old new young very few surprise sound noise idea name problem reason smile voice wish there full "
-                "walk matter".split())
+UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away back bad began beginning best big bit bottom boy boys came
+                center child children corner day days down ears edge end ends evening everything everywhere eyes face fall family fast
+                feet felt few first five foot found four friend friends front full game girl girls good got great ground hair hand
+                hands happy head heart her here high him his holiday home hours idea inside kids kind knew land last left leg
+                legs let life liked little lived long looked lot lots loud loved low made make man many matter middle minute minutes
+                moment months mood more morning most mouth much name names new next nice night noise nose nothing now number off old
+                once one only other out outside own pair part people person piece place play played pretty problem put ran reason rest
+                right sad said same sat saw second short side slow small smile soft someone something sort sorts sound spring start
+                starts state stood story summer surprise then there thing things third thought three time times told too took top
+                tried trip turn two very voice walk walked wanted way ways week weeks went while winter wish woman word words world
+                year years young""".split())
 
 
 class Grammar:
@@ -102,12 +111,12 @@ class Grammar:
         known = {word for kind in kinds for word in self.words[kind]}
         known |= {re.sub("^(the|a|an) ", "", word) for word in self.words["nature"]}
         known = sorted((word for word in known if re.fullmatch("[a-z ]{3,}", word)), key=len, reverse=True)
-        return re.compile(r"\b(a|an|the|his|her) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
+        return re.compile(r"\b(a|an|the|his|her|my|your|our|their|some|two|three|of) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
 
     def noticed(self, text, cast):
         """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
         members = {word for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()}
-        known = [("the" if article in ("a", "an", "the") else article) + " " + noun + plural
+        known = [(article if article in ("his", "her") else "the") + " " + noun + plural
                  for article, _, noun, plural in self.nouns.findall(text)]
         new = [f"the {noun}" for noun in NEW_NOUN.findall(text)]
         called = re.findall(r"\b((?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b", text)
@@ -249,22 +258,40 @@ def plural(noun):
     return noun + ("es" if re.search(r"(s|x|z|ch|sh)$", noun) else "s")
 
 
+ONSETS = ("b br c ch cl cr d dr dv f fl fr g gl gr gw h j k kh kl kn kr l ll m mb mw n ng ny p ph pl pr qu r rh s sc sch sh sk sl sm sn sp st "
+          "sv sw t th thr tr ts tw v vl w wh wr x y z zh zw").split()
+VOWELS = "a a a e e e i i o o u y ai au ea ee ei eu ia ie oa oo ou ue".split()
+CODAS = " b ck d f ft g k l ld ll lt m mp n nd ng nk nt p r rk rl rn rt s sh sk ss st t th x z".split(" ")
+
+
+def nonce(rng):
+    """Letters that nobody has put together, so that the model learns to copy these, not only words that it knows: "plimo", "svarrik"."""
+    return rng.choice(ONSETS) + "".join(rng.choice(VOWELS) + rng.choice(ONSETS) for _ in range(rng.choice([0, 1, 1, 2]))) + (
+        rng.choice(VOWELS) + rng.choice(CODAS))
+
+
 def made_up_name(rng):
-    """A name that nobody has, so that the model learns to copy letters, not only names it knows: "Plimo", "Zarrik"."""
-    onset = ["b", "br", "d", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "t", "tr", "v", "w", "y", "z"]
-    vowel, coda = ["a", "e", "i", "o", "u", "oo", "ee", "ia"], ["", "", "n", "l", "r", "k", "m", "x", "sh", "bo", "ri", "na", "lu", "to", "mi"]
-    return (rng.choice(onset) + rng.choice(vowel) + rng.choice(["", rng.choice(onset[:20]) + rng.choice(vowel)]) + rng.choice(coda)).capitalize()
+    """A name that nobody has: "Plimo", "Svarrik"."""
+    while True:
+        name = nonce(rng)
+        if not NOT_FOR_CHILDREN.search(name):
+            return name.capitalize()
 
 
 NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|anus|peni|tit|fag|nig|sex|porn|crap|puss|bast|hore|damn")
 
 
 def made_up_noun(words, rng):
-    """A noun that does not exist, of the first letters of one and the last of another: "lantoose", "hedgephone"."""
+    """A noun that does not exist: "lantoose", "hedgephone", "plimo"."""
+    return made_up_name(rng).lower() if rng.random() < 0.35 else spliced(words, rng, ("animals", "things"))
+
+
+def spliced(words, rng, kinds):
+    """A word of the first letters of one and the last of another, both of the lists KINDS: "lantoose", "Svettina"."""
     while True:
-        one, other = (rng.choice([word for word in words[rng.choice(["animals", "things"])] if word.isalpha()]) for _ in range(2))
-        noun = re.match(r"[^aeiou]*[aeiou]+[^aeiou]*|.*", one)[0] + re.search(r"[aeiouy]+[^aeiouy]*[aeiouy]?[^aeiouy]*$", other)[0]
-        if not NOT_FOR_CHILDREN.search(noun) and noun not in (one, other):
+        one, other = (rng.choice([word for word in words[rng.choice(kinds)] if word.isalpha()]) for _ in range(2))
+        noun = re.match(r"(?i)[^aeiou]*[aeiou]+[^aeiou]*|.*", one)[0] + re.search(r"[aeiouy]+[^aeiouy]*[aeiouy]?[^aeiouy]*$", other)[0]
+        if not NOT_FOR_CHILDREN.search(noun.lower()) and noun not in (one, other):
             return noun
 
 
@@ -319,13 +346,14 @@ CALLED_BY_ROLE = {"mom", "dad", "mama", "papa", "mommy", "daddy", "grandma", "gr
 
 
 class Character:
-    """Somebody in a story. `kind` "fox", `name` "Pip" or None, `gender` "he" or "she", `owner` the hero whose family it is, or None."""
+    """Somebody in a story. `kind` "fox", `name` "Pip" or None, `gender` "he" or "she", `owner` the hero whose family it is, or None;
+    `bond` what the hero calls this friend, when there is a name: "friend", "sister"."""
 
     def __init__(self, kind, name, gender, owner=None, adjective=""):
-        self.kind, self.name, self.gender, self.owner, self.adjective = kind, name, gender, owner, adjective
+        self.kind, self.name, self.gender, self.owner, self.adjective, self.bond = kind, name, gender, owner, adjective, "friend"
 
     def __str__(self):
-        if self.owner:
+        if self.owner and not self.name:
             return self.kind.capitalize() if self.kind in CALLED_BY_ROLE else f"{self.owner.his} {self.kind}"
         return self.name or f"the {self.kind}"
 
@@ -336,24 +364,29 @@ class Character:
     def introduced(self, rng):
         """ "a fox named Pip", "a small girl called Mia", "an old owl", "his grandma". """
         if self.owner:
-            return f"{self.owner.his} {self.kind}"
+            return f"{self.owner.his} {self.kind} {self.name or ''}"
         kind = f"a {self.adjective} {self.kind}" if self.adjective else f"a {self.kind}"
         return f"{kind} {rng.choice(['named', 'named', 'called'])} {self.name}" if self.name else kind
 
     def as_friend(self, rng):
-        """ "his friend Tilly", "his friend Tilly the rabbit", without a name "his friend the rabbit"; needs the hero's pronoun. """
+        """ "his friend Tilly", "his friend Tilly the rabbit", without a name "his friend the rabbit", of a family "his uncle"; needs the
+        hero's pronoun. """
+        if self.owner:
+            return f"{self.kind} {self.name or ''}"
         if not self.name:
             return f"friend the {self.kind}"
-        return f"friend {self.name}" + (f" the {self.kind}" if rng.random() < 0.5 and self.kind not in ("boy", "girl") else "")
+        return f"{self.bond} {self.name}" + (f" the {self.kind}" if rng.random() < 0.5 and self.kind not in ("boy", "girl") else "")
 
     def asked_for(self, rng, text):
         """How a user names somebody who is in the story TEXT: "a fox", "a fox named Pip", "Pip the fox", "Pip". Only by name when the
         story never says what kind it is."""
         if self.owner:
-            return f"{self.owner.his} {self.kind}"
+            return f"{self.owner.his} {self.kind} {self.name if self.name and rng.random() < 0.6 else ''}"
         if self.name and not re.search(rf"\b{re.escape(self.kind)}\b", text):
             return self.name
         forms = [f"a {self.kind}", f"a {self.kind}", f"a {self.kind}", f"a little {self.kind}" if " " not in self.kind else f"a {self.kind}"]
+        if self.adjective and f"{self.adjective} {self.kind}" in text:
+            forms += [f"a {self.adjective} {self.kind}"] * 2
         if self.name:
             forms += [f"a {self.kind} {rng.choice(['named', 'called'])} {self.name}", self.name if self.kind in ("boy", "girl") else f"{self.name} the {self.kind}"]
         if self.name and self.kind in ("boy", "girl"):
@@ -367,7 +400,7 @@ class Cast(dict):
     def __init__(self, grammar, tale, rng, characters=None):
         """Draw a cast for TALE (a Tale, or None for talk); CHARACTERS keeps those of an earlier story."""
         super().__init__()
-        self.grammar, self.rng, self.asking, words = grammar, rng, None, grammar.words
+        self.grammar, self.rng, self.asking, self.asked, words = grammar, rng, None, {}, grammar.words
         pick = lambda slot, default: rng.choice(tale.lists.get(slot) or words[default]) if tale else rng.choice(words[default])
         self.characters = characters or draw_characters(words, rng, tale.lists if tale else {})
         self.thing = pick("thing", "things")
@@ -375,7 +408,7 @@ class Cast(dict):
         self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
         deed = pick("deed", "deeds")
         if rng.random() < 0.3 and not (tale and "deed" in tale.lists):
-            deed = an(rng.choice(words["deeds with things"]) + " a " + rng.choice(words["things"]))
+            deed = an(f"{rng.choice(words['deeds with things'])} a {rng.choice(words['things'])}")
         self.verbs = conjugate(deed, words["irregular verbs"])
         for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
                 ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"), ("theme", "themes"):
@@ -402,7 +435,9 @@ class Cast(dict):
             return character.kind if second == "kind" else PRONOUNS[character.gender][second]
         if first == "a" and second in self.characters:
             character = self.characters[second]
-            return character.asked_for(self.rng, self.asking) if self.asking else character.introduced(self.rng)
+            if self.asking:                                     # the same in a request and in the story's echo of it
+                return self.asked.setdefault(second, self.asked_for(second))
+            return character.introduced(self.rng)
         if first == "his" and second in self.characters:
             return PRONOUNS[self.characters["hero"].gender]["his"] + " " + self.characters[second].as_friend(self.rng)
         if first == "a" and second.split(".")[0] in (*self, *self.characters):
@@ -410,9 +445,13 @@ class Cast(dict):
         if slot == "thing.adjective":
             return self.adjective
         if first == "thing":
-            return self.thing if not self.adjective or second == "noun" or (self.asking and self.rng.random() < 0.6) else f"{self.adjective} {self.thing}"
+            if not self.adjective or second == "noun" or self.asking and self.asked.setdefault("bare thing", self.rng.random() < 0.6):
+                return self.thing
+            return f"{self.adjective} {self.thing}"
         if slot in ("place", "the place", "at place", "to place"):
             preposition, place = self.place
+            if first == "at" and self.asking:                   # users say it otherwise than the tale
+                return self.asked.setdefault(slot, self.rng.choice([f"{preposition} the"] * 4 + [f"{preposition} a", "near the"]) + f" {place}")
             return {"place": place, "the": f"the {place}", "at": f"{preposition} the {place}", "to": f"to the {place}"}[first]
         if first == "deed":
             return self.verbs[["", "s", "past", "ing"].index(second)]
@@ -434,18 +473,28 @@ class Cast(dict):
         return cast
 
     def pair(self):
-        """Make the friend one of the hero's kind, so that one can ask for "two foxes"; only when both have names."""
+        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names."""
         hero, friend = self.characters["hero"], self.characters["friend"]
-        if hero.name and friend.name and not friend.owner and hero.kind not in ("boy", "girl"):
-            friend.kind, self["pair"] = hero.kind, "two " + plural(hero.kind)
+        if not (hero.name and friend.name) or friend.owner:
+            return
+        friend.kind, friend.gender, kinds = hero.kind, hero.gender if hero.kind in ("boy", "girl") else friend.gender, plural(hero.kind)
+        if hero.kind in ("boy", "girl"):
+            sibling = {"boy": "brother", "girl": "sister"}[hero.kind]
+            kinds = self.rng.choice([kinds, plural(sibling), plural(sibling), "children", "friends", "little " + plural(sibling)])
+            friend.bond = sibling if sibling in kinds else "friend"
+        self["pair"] = f"two {kinds}"
 
     def invent(self):
-        """Give one member a noun that does not exist, so that the model learns to copy words that it has never seen."""
-        noun, which = made_up_noun(self.grammar.words, self.rng), self.rng.choice(["hero", "friend", "thing", "thing", "place"])
+        """Give one member a noun that does not exist, so that the model learns to copy words that it has never seen; or the thing one of
+        two words that never met: "a sparrow's bell"."""
+        noun, which = made_up_noun(self.grammar.words, self.rng), self.rng.choice(["hero", "friend", "thing", "thing", "thing", "place", "deed"])
         if which == "thing":
-            self.thing = noun
+            whose = self.rng.choice(self.grammar.words[self.rng.choice(["animals", "he people", "she people"])])
+            self.thing = noun if self.rng.random() < 0.6 else f"{whose}'s {self.thing}"
         elif which == "place":
             self.place = (self.place[0], noun)
+        elif which == "deed":
+            self.verbs = conjugate(f"{noun} a {self.thing}" if self.rng.random() < 0.5 else noun, {})
         elif self.characters[which].kind not in ("boy", "girl"):
             self.characters[which].kind = noun
 
@@ -454,6 +503,23 @@ class Cast(dict):
         if slot in self.characters:
             return list(filter(None, [self.characters[slot].kind, self.characters[slot].name]))
         return [{"thing": self.thing, "place": self.place[1], "deed": self.verbs[0]}.get(slot) or self[slot]]
+
+    def asked_for(self, role):
+        """How a user names the one who has ROLE: as Character.asked_for says, or "her dog"."""
+        one, hero, animals = self.characters[role], self.characters["hero"], self.grammar.words["animals"]
+        if role == "friend" and hero.kind in ("boy", "girl") and one.kind in animals and self.rng.random() < 0.25:
+            return f"{hero.his} {one.kind} {one.name if one.name and self.rng.random() < 0.4 else ''}"
+        return one.asked_for(self.rng, self.asking)
+
+    def recalled(self, slot, text):
+        """How one speaks of SLOT when the story TEXT has been told: "Pip the fox", "the lantern", "the dark", "riding a bike"."""
+        if slot in self.characters:
+            one = self.characters[slot]
+            known_by_kind = one.name and one.kind not in ("boy", "girl") and re.search(rf"\b{re.escape(one.kind)}\b", text)
+            return f"{one.name} the {one.kind}" if known_by_kind else str(one)
+        if slot in ("thing", "place", "job"):
+            return f"the {self.names(slot)[0]}"
+        return re.sub("^an? ", "the ", self.verbs[3] if slot == "deed" else self[slot])
 
     def said(self, slots):
         """The words by which a user would ask for SLOTS, for the comparison with what is held out."""
@@ -491,9 +557,9 @@ def draw_being(words, rng, shares, nameless):
 
 
 def draw_name(words, rng, gender, pet):
-    """A given name, with probability PET one of a pet; one in ten is made up."""
-    if rng.random() < 0.1:
-        return made_up_name(rng)
+    """A given name, with probability PET one of a pet; one in five is made up."""
+    if rng.random() < 0.2:
+        return made_up_name(rng) if rng.random() < 0.4 else spliced(words, rng, ("he names", "she names"))
     return rng.choice(words["pet names"] if rng.random() < pet else words[f"{gender} names"])
 
 
@@ -501,8 +567,17 @@ def draw_hero(words, rng, characters):
     return draw_being(words, rng, (0.36, 0.1, 0.38, 0.16), 0.15)
 
 
+def draw_family(words, rng, hero, kin="family", named=0.0):
+    gender = rng.choice(["he", "she"])
+    return Character(rng.choice(words[f"{gender} {kin}"]), draw_name(words, rng, gender, 0.0) if rng.random() < named else None, gender, owner=hero)
+
+
 def draw_friend(words, rng, characters):
     child = characters["hero"].kind in ("boy", "girl")
+    if rng.random() < (0.15 if child else 0.06):
+        if rng.random() < 0.5:
+            return draw_family(words, rng, characters["hero"])
+        return draw_family(words, rng, characters["hero"], "siblings" if child or rng.random() < 0.4 else "young family", 0.6)
     return draw_being(words, rng, (0.45, 0.08, 0.32, 0.15) if child else (0.1, 0.08, 0.64, 0.18), 0.3)
 
 
@@ -512,8 +587,7 @@ def draw_other(words, rng, characters):
 
 def draw_helper(words, rng, characters):
     if rng.random() < 0.5:
-        gender = rng.choice(["he", "she"])
-        return Character(rng.choice(words[f"{gender} family"]), None, gender, owner=characters["hero"])
+        return draw_family(words, rng, characters["hero"])
     return Character(rng.choice(words["helpers"]), None, rng.choice(["he", "she"]))
 
 
@@ -602,10 +676,16 @@ class Opening:
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
         self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food"}
 
+    @functools.cached_property
+    def speaks_of(self):
+        """The members that are no slots of it, but that it gives to a tale: {"thing"} for "She had a red ball"."""
+        literal = lambda text: "".join(piece if type(piece) is str else literal(piece[0]) if isinstance(piece, Choice) else "x" for piece in text)
+        return {"thing"} if re.search(HOLDS + " an? ", literal(self.text)) else set()
+
     def clashes(self, tale):
         """The members that TALE introduces itself, so that those of this opening must be others."""
         return {slot for slot, new in (("friend", tale.introduces_friend), ("thing", tale.thing_is_new or "thing" in tale.lists))
-                if new and slot in self.slots}
+                if new and slot in self.slots | self.speaks_of}
 
     def characters(self, grammar, rng, lists):
         """Characters for the cast, hero and friend as the text has them; always with names."""
@@ -616,16 +696,16 @@ class Opening:
         characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
         if self.friend:
             characters["friend"] = Character({"he": "boy", "she": "girl"}[self.friend], draw_name(words, rng, self.friend, 0.0), self.friend)
-        if characters["helper"].owner:
-            characters["helper"].owner = characters["hero"]
+        for one in characters.values():
+            one.owner = one.owner and characters["hero"]
         return characters
 
 
 # What is always asked for where it matters: no tale of a deed is told to somebody who asked for none.
-SPECIAL = ("deed", "fear", "job", "trait", "food")
+SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 
 # How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.12, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04, "nature": 0.06,
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.18, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04, "nature": 0.06,
            "event": 0.04, "theme": 0.04}
 
 
@@ -642,12 +722,13 @@ class Story:
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
-            if not (opening or characters or "friend" in tale.lists) and rng.random() < 0.06:
+            if not (opening or characters or "friend" in tale.lists) and rng.random() < 0.1:
                 self.cast.pair()
             if invent:
                 self.cast.invent()
-            if opening and opening.clashes(tale):
-                self.cast = self.opened.other(opening.clashes(tale))
+            if opening and opening.slots & opening.clashes(tale):
+                self.cast = self.opened.other(opening.slots & opening.clashes(tale))
+            self.adopted = set()
             self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
             self.threads = self.take_up(opening) if opening else self.weave(threads)
             said = self.cast.said(["hero", *tale.needs]) + [word for thread, cast in self.threads for word in cast.said(thread.needs)]
@@ -676,25 +757,64 @@ class Story:
         return woven
 
     def take_up(self, opening):
-        """Expand OPENING, foreign to the tale, into `begun`; [(Thread, cast)] for two of the members that it names and the tale lacks, and
-        for what else it speaks of."""
+        """Expand OPENING, foreign to the tale, into `begun`, and `keep` what it names: as the tale's own thing, friend and place where it
+        can, else in threads, [(Thread, cast)]. The cast's slot "kept" lists it."""
         cast, rng, grammar = self.opened, self.rng, self.grammar
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
-        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)))
-        drawn = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
-        seen = list(dict.fromkeys(grammar.noticed(self.begun, cast)))[:3]
+        seen = [phrase for phrase in dict.fromkeys(grammar.noticed(self.begun, cast)) if not self.adopts(phrase, opening)][:2]
+        self.adopts_place(opening)
+        seen = [phrase for phrase in seen if phrase != f"the {self.cast.place[1]}" or "place" not in self.adopted]
+        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
+        threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
         if seen:
             cast["seen"] = listed(seen)
-            drawn.append((grammar.threads["noticed"], cast))
-        return drawn
+            threads.append((grammar.threads["noticed"], cast))
+        named = [(slot, cast) for slot in sorted(opening.slots)] + [(slot, self.cast) for slot in sorted(self.adopted)]
+        self.keep = list(dict.fromkeys([each.recalled(slot, self.begun) for slot, each in named]
+                                       + [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen]))
+        self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
+        return threads
+
+    def adopts(self, phrase, opening):
+        """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done."""
+        article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
+        taken, words, lists = opening.slots | self.adopted, self.grammar.words, self.tale.lists
+        family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
+        being = family or noun in words["animals"]
+        if noun in words["he people"] + words["she people"]:
+            return False
+        if being and "friend" in self.tale.members - taken and "friend" not in lists and not self.tale.introduces_friend:
+            gender = family or self.rng.choice(["he", "she"])
+            self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
+            self.adopted.add("friend")
+        elif not being and "thing" in self.tale.members - taken and "thing" not in lists and not self.tale.thing_is_new and (
+                noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)):
+            self.cast.thing, self.cast.adjective = noun, ""
+            self.adopted.add("thing")
+        else:
+            return False
+        return True
+
+    def adopts_place(self, opening):
+        """Let the tale happen where a foreign beginning does: "in the forest"."""
+        if "place" in opening.slots or "place" in self.tale.lists:
+            return
+        for preposition, place in re.findall(r"\b(in|at|on|to) the ((?:[a-z]+ )?[a-z]+)\b", self.begun):
+            known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0])]
+            if known:
+                self.cast.place = known[0]
+                self.adopted.add("place")
+                return
 
     def tell(self, opening):
         """Make `text` of an opening, the tale's body, and what the threads put between."""
         grammar, tale, rng = self.grammar, self.tale, self.rng
         expand = lambda texts: grammar.expand(rng.choice(texts), self.cast, rng)
-        beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads]
+        beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
+                               if getattr(thread, place)]
         if opening:
-            begun = [self.begun + rng.choice([" ", "\n\n"]) + expand(tale.start)]
+            bridge = [grammar.expand_rule("bridge", self.cast, rng)] if self.keep and rng.random() < 0.9 else []
+            begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, expand(tale.start)])]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
         else:
@@ -703,8 +823,9 @@ class Story:
         paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
         for beat in beats("middle"):
             paragraphs[rng.randrange(max(1, len(paragraphs) - 1))] += " " + beat
-        if self.threads:
-            paragraphs.append(" ".join(beats("last")))
+        last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and self.keep and rng.random() < 0.9 else [])
+        if last:
+            paragraphs.append(" ".join(last))
         self.length = len(tidy(begun))
         self.text = begun + rng.choice([" ", "\n\n"]) + "\n\n".join(paragraphs)
 
@@ -718,6 +839,8 @@ class Story:
 
     def beginning(self):
         """(first sentences, the rest) of the story, cut where a user might stop who begins a story himself."""
+        if self.foreign:
+            return self.begun, self.text[len(self.begun):].lstrip()
         ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s)', self.text) if match.end() <= max(self.length, 220)]
         cut = self.rng.choice(ends[:3]) if ends else self.length
         return self.text[:cut], self.text[cut:].lstrip()
@@ -731,7 +854,7 @@ def request(story):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     casts = [cast] + [each for _, each in story.threads]
     for each in casts:
-        each.asking = story.text                                # slots are now worded as a user would
+        each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
         if kind < 0.12:
@@ -744,32 +867,50 @@ def request(story):
         extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
         story.told += extra
-        topic, more, rest = attach(grammar.expand(phrase, of, rng), rng.sample(extra, len(extra)), grammar, rng)
+        phrase = grammar.expand(phrase, of, rng)
+        topic, more = attach(phrase, rng.sample(extra, len(extra)), grammar, rng)
+        echo = in_order(story, phrase, extra)
         hero, friend = cast.characters["hero"], cast.characters["friend"]
         if hero.name and str(hero) not in topic and rng.random() < 0.25 and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
+            echo = re.sub(rf"\b(an? (?:little )?{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
         asked = ask(story, topic)
         if more and asked[-1] not in ".?!:":
             asked += "."
-        return informal(tidy(" ".join([asked, *more])), rng), topic + rest
+        return informal(tidy(" ".join([asked, *more])), rng), echo
     finally:
         for each in casts:
             each.asking = None
 
 
 def attach(topic, extra, grammar, rng):
-    """(TOPIC with some of EXTRA, [(slot, cast)], "with a lantern"; sentences on the others; "and of ..." for these in the story's echo).
-    Behind a clause only a place can follow: "a fox who sings and a lantern" would be something else."""
-    more, rest = [], ""
+    """(TOPIC with some of EXTRA, [(slot, cast)], "with a lantern"; sentences on the others). Behind a clause only a place can follow: "a
+    fox who sings and a lantern" would be something else."""
+    more = []
     clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
     for slot, cast in extra:
         if f"with {slot}" in grammar.rules and (slot == "place" or not clause) and rng.random() < 0.7:
             topic += " " + grammar.expand_rule(f"with {slot}", cast, rng)
-            continue
-        more.append(grammar.expand_rule(f"also {slot}", cast, rng))
-        if f"echo {slot}" in grammar.rules:
-            rest += ", and of " + grammar.expand_rule(f"echo {slot}", cast, rng)
-    return topic, more, rest
+        else:
+            more.append(grammar.expand_rule(f"also {slot}", cast, rng))
+    return topic, more
+
+
+def in_order(story, topic, members, bare=False):
+    """TOPIC (may be "") and MEMBERS [(slot, cast)] by their parts in STORY, whatever the order in which a user named them: "a fox, with a
+    lantern, in the garden, and of a kite". So the story's first sentence settles who is the hero and what is only a thread. BARE: by kinds
+    alone."""
+    clause = re.search(r"\b(who|that|how|why)\b", topic)
+    part, cast = {"hero": "", "friend": ", with " if clause else " and ", "thing": ", with ", "place": ", "}, story.cast
+    own = [(slot, cast) for slot in part if (slot, cast) in members and slot in ("hero", *story.tale.needs)]
+    for slot, each in own + [member for member in members if member not in own]:
+        name = f"echo {slot}"
+        if name not in story.grammar.rules or bare and slot in ("hero", "friend", "thing"):
+            text = "a " * (slot in ("thing", *each.characters)) + each.names(slot)[0]
+        else:
+            text = story.grammar.expand_rule(name, each, story.rng)
+        topic += ((part[slot] if (slot, each) in own else ", and of ") if topic else "") + text
+    return topic
 
 
 def topic_of(story):
@@ -797,7 +938,11 @@ def ask(story, topic):
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
     if clause and " and " not in clause[1] and rng.random() < 0.25:
-        cast["subject"], cast["clause"] = clause.groups()
+        cast["subject"], cast["clause"], hero = *clause.groups(), cast.characters["hero"]
+        if hero.kind in ("boy", "girl") and hero.name and rng.random() < 0.3 and re.search(rf"\b(boy|girl|{hero.name})\b", clause[1]):
+            cast["my child"] = {"boy": "my son", "girl": "my daughter"}[hero.kind] if rng.random() < 0.6 else "my " + rng.choice(
+                {"boy": ["grandson", "nephew", "little brother"], "girl": ["granddaughter", "niece", "little sister"]}[hero.kind])
+            return grammar.expand_rule("ask for a child", cast, rng)
         return grammar.expand_rule("ask scene", cast, rng)
     return grammar.expand_rule("ask story", cast, rng)
 
@@ -808,7 +953,8 @@ def roots(phrase):
 
 
 def by_words(story):
-    """(a request that lists words, their list): "Write a story with the words fox, lantern and bridge", "a fox, a lantern and a bridge"."""
+    """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
+    bridge"."""
     cast, rng, must = story.cast, story.rng, story.must
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
@@ -820,7 +966,7 @@ def by_words(story):
     articled, quoted = ["a " * noun + name for name, noun in names.items()], [quote + name + quote for name in names]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng), cast["articled"]
+    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng), in_order(story, "", story.told, bare=True)
 
 
 def informal(text, rng):
@@ -1058,7 +1204,7 @@ def tell(grammar, rng, characters=None, asked=True):
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 1, 1, 1, 2, 2])) if asked else []
         threads = [grammar.thread_on(slot, rng) for slot in slots]
         try:
-            return Story(grammar, rng.choice(grammar.drawn), rng, characters, threads=threads, invent=asked and rng.random() < 0.15)
+            return Story(grammar, rng.choice(grammar.drawn), rng, characters, threads=threads, invent=asked and rng.random() < 0.25)
         except ValueError:
             continue
 
@@ -1067,10 +1213,12 @@ def continued(grammar, rng):
     """A Story that goes on from a foreign beginning."""
     while True:
         opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
-        fitting = [tale for tale in grammar.tales.values() if tale.start
-                   and (rng.random() < 0.3 or opening.slots <= tale.members and not opening.clashes(tale))]
+        fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
+                                      and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
+        fitting = next(filter(None, ([tale for tale in grammar.tales.values() if tale.start and fits(tale, members)]
+                                     for members in (opening.slots | opening.speaks_of, opening.slots, set()))))
         try:
-            return Story(grammar, rng.choice(fitting), rng, opening=opening, invent=rng.random() < 0.15)
+            return Story(grammar, rng.choice(fitting), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
             continue
 
@@ -1084,7 +1232,7 @@ def story_turn(story, speaker):
         return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(rest, story=True)
     asked, topic = request(story)
     text = coda(story)
-    if topic and rng.random() < 0.85:
+    if topic and rng.random() < 0.93:
         story.cast["topic"] = topic
         text = tidy(grammar.expand_rule("echo", story.cast, rng)) + " " + text
     if speaker.mood is None and rng.random() < 0.03:
@@ -1093,12 +1241,19 @@ def story_turn(story, speaker):
 
 
 def coda(story):
-    """The text of STORY, with a last word on whatever was asked for and is not in its last third."""
-    end = story.text[len(story.text) * 2 // 3:]
-    missed = [slot for slot, cast in story.told if cast is story.cast and f"coda {slot}" in story.grammar.rules
+    """The text of STORY with a last word: mostly one on all that was asked for, else on what of it is not in the last third."""
+    grammar, rng, cast, text = story.grammar, story.rng, story.cast, story.text
+    end = text[len(text) * 2 // 3:]
+    missed = [slot for slot, each in story.told if each is cast and f"coda {slot}" in grammar.rules
               and not any(name in end for name in cast.names(slot) if name)]
-    words = [tidy(story.grammar.expand_rule(f"coda {slot}", story.cast, story.rng)) for slot in missed]
-    return story.text + story.rng.choice([" ", "\n\n"]) + " ".join(words) if words else story.text
+    recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in ("trait", "pair")))
+    if recalled and rng.random() < (0.75 if missed or len(recalled) > 1 else 0.2):
+        cast["kept"], missed = listed(recalled, ","), [slot for slot in missed if slot == "trait"]
+        words = [grammar.expand_rule("closing", cast, rng)]
+    else:
+        words = []
+    words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words
+    return text + rng.choice([" ", "\n\n"]) + tidy(" ".join(words)) if words else text
 
 
 def plain_story(grammar, rng):
@@ -1113,7 +1268,7 @@ def plain_story(grammar, rng):
 def story_chat(grammar, rng):
     """One request and its story; often questions about it, and sometimes a second story."""
     speaker = Speaker(grammar, rng)
-    story = (continued if rng.random() < 0.08 else tell)(grammar, rng)
+    story = (continued if rng.random() < 0.12 else tell)(grammar, rng)
     turns = [story_turn(story, speaker)]
     if rng.random() < 0.5:
         turns += questions(story)[:rng.choice([1, 1, 2, 3])]
@@ -1179,7 +1334,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.2, story_chat: 0.52, talk_chat: 0.15, system_chat: 0.07, sums_chat: 0.06}
+KINDS = {plain_story: 0.23, story_chat: 0.52, talk_chat: 0.13, system_chat: 0.06, sums_chat: 0.06}
 
 
 def document(grammar, rng):

@@ -120,6 +120,11 @@ def matters(text, word):
     return sum(bool(found.search(sentence)) for sentence in sentences(text)) > 1 and places[-1] >= len(text) / 2
 
 
+def within(text):
+    """TEXT without its first sentence and its last two, which may only say again what was asked for."""
+    return " ".join(sentences(text)[1:-2])
+
+
 def names_of(text):
     """The places of every name in TEXT: a capitalised word that somewhere begins neither a sentence nor a quote."""
     flat = re.sub(r"\b(Mr|Mrs|Ms|Dr)\.", r"\1 ", text)
@@ -185,7 +190,8 @@ def stories(report, pool, model, data, section, seed):
         whole = story if chat else asked + story
         missing = [word for word in wanted.split() if not pattern(word).search(story)]
         idle = [word for word in wanted.split() if not matters(story, word)]
-        scores = {"followed: all words matter": not idle, "appears: all words": not missing, "names consistent": names_consistent(whole),
+        between = all(pattern(word).search(within(story)) for word in wanted.split())
+        scores = {"followed: all words matter": not idle, "followed, and in between": not idle and between, "appears: all words": not missing, "names consistent": names_consistent(whole),
                   "no repeated sentence": not repeated(whole), "ended by itself": answer.tokens < MOST["chat" if chat else "open"]}
         for measure, good in scores.items():
             report.count(section, measure, good)

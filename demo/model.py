@@ -23,7 +23,7 @@ class Config:
     """Sizes, by their names in config.json. Raises ValueError where they do not fit together."""
     vocab_size: int = 4096
     hidden_size: int = 256
-    num_hidden_layers: int = 8
+    num_hidden_layers: int = 10
     full_attention_interval: int = 2            # every second layer has attention, the others DeltaNet
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
@@ -36,7 +36,7 @@ class Config:
     linear_value_head_dim: int = 32
     linear_conv_kernel_dim: int = 4
     num_experts: int = 32
-    num_experts_per_tok: int = 4
+    num_experts_per_tok: int = 8
     moe_intermediate_size: int = 64
     shared_expert_intermediate_size: int = 128
     rms_norm_eps: float = 1e-6

@@ -679,12 +679,11 @@ class Opening:
     @functools.cached_property
     def speaks_of(self):
         """The members that are no slots of it, but that it gives to a tale: {"thing"} for "She had a red ball"."""
-        literal = lambda text: "".join(piece if type(piece) is str else literal(piece[0]) if isinstance(piece, Choice) else "x" for piece in text)
         return {"thing"} if re.search(HOLDS + " an? ", literal(self.text)) else set()
 
     def clashes(self, tale):
         """The members that TALE introduces itself, so that those of this opening must be others."""
-        return {slot for slot, new in (("friend", tale.introduces_friend), ("thing", tale.thing_is_new or "thing" in tale.lists))
+        return {slot for slot, new in (("friend", tale.introduces_friend or "friend" in tale.lists), ("thing", tale.thing_is_new or "thing" in tale.lists))
                 if new and slot in self.slots | self.speaks_of}
 
     def characters(self, grammar, rng, lists):
@@ -917,8 +916,10 @@ def topic_of(story):
     """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
     grammar, tale, rng = story.grammar, story.tale, story.rng
     known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
+    kin = story.cast.characters["friend"].owner
     known |= {"pair"} & (story.cast.keys() if "friend" in tale.needs else set())
-    general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known]
+    general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known
+                and not (kin and re.search("friend|neighbor|pals|met", literal(topic)))]
                for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
     special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
     for tries in range(30):
@@ -945,6 +946,11 @@ def ask(story, topic):
             return grammar.expand_rule("ask for a child", cast, rng)
         return grammar.expand_rule("ask scene", cast, rng)
     return grammar.expand_rule("ask story", cast, rng)
+
+
+def literal(text):
+    """A parsed text with the first of its alternatives, "x" for each slot."""
+    return "".join(piece if type(piece) is str else literal(piece[0]) if isinstance(piece, Choice) else "x" for piece in text)
 
 
 def roots(phrase):
@@ -1203,8 +1209,10 @@ def tell(grammar, rng, characters=None, asked=True):
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 1, 1, 1, 2, 2])) if asked else []
         threads = [grammar.thread_on(slot, rng) for slot in slots]
+        own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.75}     # better in the tale; a thread is for another
+        tale = rng.choice([tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
-            return Story(grammar, rng.choice(grammar.drawn), rng, characters, threads=threads, invent=asked and rng.random() < 0.25)
+            return Story(grammar, tale, rng, characters, threads=threads, invent=asked and rng.random() < 0.25)
         except ValueError:
             continue
 

@@ -878,7 +878,7 @@ def test_demo_checkpoint_quantized_and_in_transformers(report):
     q4 = export(save(model, WORK / "hf" / "demo"), WORK / "demo-q4.bin", "--type", "q4")
     kl = {name: mean_kl(reference, engine_logits(path, ids)[told]) for name, path in (("q8", DEMO), ("q4", q4))}
     report(f"demo: KL of q8 {kl['q8']:.1e}, of q4 {kl['q4']:.1e} over {len(ids[told])} tokens")
-    assert kl["q8"] < 1e-4 and kl["q4"] < 2e-3
+    assert kl["q8"] < 1e-4 and kl["q4"] < 4e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -6166,6 +6166,28 @@ def test_a_tale_keeps_the_friends_it_can_have():
         assert story.cast.characters["friend"].kind in tale.lists["friend"], story.text
 
 
+def test_what_was_asked_for_is_said_again_in_one_order():
+    """However a user lists hero, friend, thing and place, the story's first sentence has them in this order; a thread comes behind them."""
+    corpus = demo_module("corpus")
+    for i in range(40):
+        story = corpus.Story(grammar(), grammar().tales["lost-thing"], random.Random(f"test {i}"), threads=[grammar().threads["in-the-sky"]])
+        cast, members = story.cast, [(slot, story.cast) for slot in ("nature", "place", "thing", "friend", "hero")]
+        kinds = [cast.characters[role].kind for role in ("hero", "friend")]
+        wanted = f"a {kinds[0]} and a {kinds[1]}, with a {cast.thing}, {cast['at place']}, and of {cast['nature']}"
+        assert {corpus.in_order(story, "", random.Random(n).sample(members, 5), bare=True) for n in range(9)} == {wanted}
+
+
+def test_titles_are_for_names_that_a_user_gives():
+    corpus, titles = demo_module("corpus"), 0
+    for i in range(1500):
+        story = corpus.tell(grammar(), random.Random(f"test {i}"))
+        asked, _ = corpus.request(story)
+        if re.match(r"(Mr\.|Mrs\.|Captain|Professor|Queen|King) ", story.cast["hero"]):
+            titles += 1
+            assert story.cast["hero"].lower() in asked.lower() or not story.matters("hero"), asked
+    assert titles > 3
+
+
 def test_foreign_beginnings_are_kept():
     """The members of a foreign beginning and the nouns it speaks of come again in the rest."""
     corpus, kept = demo_module("corpus"), []
@@ -6175,6 +6197,9 @@ def test_foreign_beginnings_are_kept():
         kept += [any(word in story.text[len(story.begun):] for word in cast.names(slot) if word)
                  for thread, cast in story.threads for slot in thread.needs]
     assert len(kept) > 20 and sum(kept) > 0.95 * len(kept), (sum(kept), len(kept))
+    rests = [(story.text[len(story.begun):], story.keep) for story in (corpus.continued(grammar(), random.Random(f"test {i}")) for i in range(60))]
+    twice = [rest.count(phrase.split()[-1]) > 1 for rest, keep in rests for phrase in keep]
+    assert len(twice) > 60 and sum(twice) > 0.9 * len(twice), (sum(twice), len(twice))
 
 
 def test_verbs_and_tidying_of_the_corpus():

@@ -69,10 +69,11 @@ def parse(text):
     return stack[0][0]
 
 
-# What "a ..." introduces in a foreign beginning, whatever it is, up to a word that cannot be part of it.
+# What somebody in a foreign beginning has or finds; and what "a ..." introduces there, whatever it is, up to a word that cannot be part
+# of it.
 HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
-NEW_NOUN = re.compile(r"\b(?:an?|the|my|your|his|her|[A-Z][a-z]+'s) (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|that|who|and|to|from|under|behind|for|by|"
-                      r"near|was|were|had|inside|which)\b)")
+NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
+                      r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b)")
 UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away back bad began beginning best big bit bottom boy boys came
                 center child children corner day days down ears edge end ends evening everything everywhere eyes face fall family fast
                 feet felt few first five foot found four friend friends front full game girl girls good got great ground hair hand
@@ -105,24 +106,30 @@ class Grammar:
             self.held_out.remove_from(tale.lists)
 
     @functools.cached_property
+    def verb_forms(self):
+        """Past tenses and such, "rang", which are no nouns."""
+        return {form for forms in self.words["irregular verbs"].values() for form in forms}
+
+    @functools.cached_property
     def nouns(self):
         """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases", "the rain"."""
         kinds = "animals", "things", "he people", "she people", "creatures", "he family", "she family"
         known = {word for kind in kinds for word in self.words[kind]}
         known |= {re.sub("^(the|a|an) ", "", word) for word in self.words["nature"]}
         known = sorted((word for word in known if re.fullmatch("[a-z ]{3,}", word)), key=len, reverse=True)
-        return re.compile(r"\b(a|an|the|his|her|my|your|our|their|some|two|three|of) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
+        articles = "[Aa]n?|[Tt]he|[Hh]is|[Hh]er|[Mm]y|[Yy]our|[Oo]ur|[Tt]heir|[Ss]ome|[Tt]wo|[Tt]hree|[Nn]o|of"
+        return re.compile(rf"\b({articles}) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
 
     def noticed(self, text, cast):
         """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
         members = {word for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()}
-        known = [(article if article in ("his", "her") else "the") + " " + noun + plural
+        known = [(article.lower() if article.lower() in ("his", "her") else "the") + " " + noun + plural
                  for article, _, noun, plural in self.nouns.findall(text)]
-        new = [f"the {noun}" for noun in NEW_NOUN.findall(text)]
+        new = [f"the {noun}" for noun in NEW_NOUN.findall(text) if not re.search("(ed|est|ly)$", noun) and noun not in self.verb_forms]
         called = re.findall(r"\b((?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b", text)
         falling = [f"the {word}" for word in re.findall(r"\b(rain|snow)(?:ing|ed)\b", text)]
-        return [phrase for phrase in known + new + called + falling
-                if phrase.split()[-1] not in members and phrase.split()[-1] not in UNNOTICED]
+        phrases = {phrase.split()[-1]: phrase for phrase in (known + new + called + falling)[::-1]}      # one for each noun, the first
+        return [phrase for noun, phrase in list(phrases.items())[::-1] if noun not in members and noun not in UNNOTICED]
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
@@ -361,6 +368,10 @@ class Character:
     def his(self):
         return PRONOUNS[self.gender]["his"]
 
+    def grown(self):
+        """Whether it may be Captain: it has a name and is no child."""
+        return bool(self.name) and self.kind not in ("boy", "girl")
+
     def introduced(self, rng):
         """ "a fox named Pip", "a small girl called Mia", "an old owl", "his grandma". """
         if self.owner:
@@ -404,11 +415,15 @@ class Cast(dict):
         pick = lambda slot, default: rng.choice(tale.lists.get(slot) or words[default]) if tale else rng.choice(words[default])
         self.characters = characters or draw_characters(words, rng, tale.lists if tale else {})
         self.thing = pick("thing", "things")
-        self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and " " not in self.thing else ""
+        bare = " " in self.thing or self.thing in words["what is no thing"]
+        self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and not bare else ""
         self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
         deed = pick("deed", "deeds")
         if rng.random() < 0.3 and not (tale and "deed" in tale.lists):
-            deed = an(f"{rng.choice(words['deeds with things'])} a {rng.choice(words['things'])}")
+            thing = rng.choice(words["things"] if rng.random() < 0.75 else words["animals"])
+            deed = an(f"{rng.choice(words['deeds with things'])} " + (plural(thing) if rng.random() < 0.2 and thing.isalpha() else f"a {thing}"))
+            if rng.random() < 0.15:
+                deed += " " + rng.choice(words["ways"])
         self.verbs = conjugate(deed, words["irregular verbs"])
         for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
                 ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"), ("theme", "themes"):
@@ -552,6 +567,8 @@ def draw_being(words, rng, shares, nameless):
     if sort == "child":
         return Character({"he": "boy", "she": "girl"}[gender], draw_name(words, rng, gender, 0.05), gender, adjective=adjective)
     kind = rng.choice(words[f"{gender} people"] if sort == "people" else words[sort])
+    while kind in words["things"] and rng.random() < 0.6:           # a mug may be the hero, but who asks for a mug and a fox means the fox
+        kind = rng.choice(words[sort])
     name = None if rng.random() < nameless else draw_name(words, rng, gender, 0.0 if sort == "people" else 0.5)
     return Character(kind, name, gender, adjective=adjective if " " not in kind else "")
 
@@ -567,9 +584,17 @@ def draw_hero(words, rng, characters):
     return draw_being(words, rng, (0.36, 0.1, 0.38, 0.16), 0.15)
 
 
+def entitle(words, rng, hero):
+    """Give HERO a title, "Captain Flora". Only where users name the hero: drawn at a low temperature, "Captain" would otherwise be likelier
+    than any one of a thousand names, and all heroes captains."""
+    hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
+
+
 def draw_family(words, rng, hero, kin="family", named=0.0):
+    """One of HERO's family, from the lists of KIN: "family" (older ones, too), "siblings" or "young family"; with a share NAMED by name."""
     gender = rng.choice(["he", "she"])
-    return Character(rng.choice(words[f"{gender} {kin}"]), draw_name(words, rng, gender, 0.0) if rng.random() < named else None, gender, owner=hero)
+    name = draw_name(words, rng, gender, 0.0) if rng.random() < named else None
+    return Character(rng.choice(words[f"{gender} {kin}"]), name, gender, owner=hero)
 
 
 def draw_friend(words, rng, characters):
@@ -690,6 +715,8 @@ class Opening:
         """Characters for the cast, hero and friend as the text has them; always with names."""
         words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
         if self.kind is None:
+            if characters["hero"].grown() and rng.random() < 0.12:
+                entitle(words, rng, characters["hero"])
             return characters
         kind = rng.choice(words["animals"]) if self.kind == "animal" else self.kind.replace("-", " ")
         characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
@@ -710,8 +737,9 @@ THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.18, "food": 0.0
 
 class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)];
-    `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `foreign` whether the opening stands in no tale: then
-    `begun` is its text and `opened` the cast of that."""
+    `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `titled` whether the hero's name must be, too;
+    `foreign` whether the opening stands in no tale: then `begun` is its text, `opened` the cast of that, `adopted` the slots that the tale
+    has from its plain words, and `keep` what it speaks of, as phrases."""
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), invent=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; with INVENT
@@ -721,6 +749,9 @@ class Story:
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
+            self.titled = not (opening or characters) and self.cast.characters["hero"].grown() and rng.random() < 0.04
+            if self.titled:
+                entitle(grammar.words, rng, self.cast.characters["hero"])
             if not (opening or characters or "friend" in tale.lists) and rng.random() < 0.1:
                 self.cast.pair()
             if invent:
@@ -798,8 +829,9 @@ class Story:
         """Let the tale happen where a foreign beginning does: "in the forest"."""
         if "place" in opening.slots or "place" in self.tale.lists:
             return
-        for preposition, place in re.findall(r"\b(in|at|on|to) the ((?:[a-z]+ )?[a-z]+)\b", self.begun):
-            known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0])]
+        where = r"(?i)\b(?:in|at|on|to|near|behind|under|inside|into|from|of) (?:the|a|an|his|her|their|my) ((?:[a-z]+ )?[a-z]+)\b"
+        for place in re.findall(where, self.begun):
+            known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0], place.split()[-1])]
             if known:
                 self.cast.place = known[0]
                 self.adopted.add("place")
@@ -856,9 +888,9 @@ def request(story):
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
-        if kind < 0.12:
+        if kind < 0.17 and not story.titled:
             return by_words(story)
-        if kind < 0.15 and not story.threads:
+        if kind < 0.2 and not story.titled and not story.threads:
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys())]
@@ -870,10 +902,13 @@ def request(story):
         topic, more = attach(phrase, rng.sample(extra, len(extra)), grammar, rng)
         echo = in_order(story, phrase, extra)
         hero, friend = cast.characters["hero"], cast.characters["friend"]
-        if hero.name and str(hero) not in topic and rng.random() < 0.25 and story.matters("hero") and hero.kind != friend.kind:
+        if hero.name and str(hero) not in topic and (story.titled or rng.random() < 0.25) and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
             echo = re.sub(rf"\b(an? (?:little )?{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
+        cast.pop("my child", None)
         asked = ask(story, topic)
+        if "my child" in cast:                                  # then the user gave the name
+            echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
         if more and asked[-1] not in ".?!:":
             asked += "."
         return informal(tidy(" ".join([asked, *more])), rng), echo
@@ -906,6 +941,8 @@ def in_order(story, topic, members, bare=False):
         name = f"echo {slot}"
         if name not in story.grammar.rules or bare and slot in ("hero", "friend", "thing"):
             text = "a " * (slot in ("thing", *each.characters)) + each.names(slot)[0]
+        elif slot == "place" and (slot, each) not in own:
+            text = f"the {each.names(slot)[0]}"
         else:
             text = story.grammar.expand_rule(name, each, story.rng)
         topic += ((part[slot] if (slot, each) in own else ", and of ") if topic else "") + text
@@ -923,7 +960,10 @@ def topic_of(story):
                for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
     special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
     for tries in range(30):
-        if story.threads and rng.random() < 0.4:
+        if "pair" in known and rng.random() < 0.6:
+            pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known]
+            phrase, cast = rng.choice(pairs), story.cast
+        elif story.threads and rng.random() < 0.4:
             thread, cast = rng.choice(story.threads)
             phrase = rng.choice(thread.ask)
         else:
@@ -940,10 +980,13 @@ def ask(story, topic):
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
     if clause and " and " not in clause[1] and rng.random() < 0.25:
         cast["subject"], cast["clause"], hero = *clause.groups(), cast.characters["hero"]
-        if hero.kind in ("boy", "girl") and hero.name and rng.random() < 0.3 and re.search(rf"\b(boy|girl|{hero.name})\b", clause[1]):
+        if hero.kind in ("boy", "girl") and hero.name and rng.random() < 0.3 and re.fullmatch(
+                rf"a (little )?{hero.kind}( (named|called) {hero.name})?|{hero.name}", clause[1]):
             cast["my child"] = {"boy": "my son", "girl": "my daughter"}[hero.kind] if rng.random() < 0.6 else "my " + rng.choice(
                 {"boy": ["grandson", "nephew", "little brother"], "girl": ["granddaughter", "niece", "little sister"]}[hero.kind])
             return grammar.expand_rule("ask for a child", cast, rng)
+        if rng.random() < 0.15 and re.fullmatch(rf"an? (little )?{re.escape(hero.kind)}", clause[1]):
+            return grammar.expand_rule("ask for one", cast, rng)
         return grammar.expand_rule("ask scene", cast, rng)
     return grammar.expand_rule("ask story", cast, rng)
 
@@ -1209,7 +1252,7 @@ def tell(grammar, rng, characters=None, asked=True):
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 1, 1, 1, 2, 2])) if asked else []
         threads = [grammar.thread_on(slot, rng) for slot in slots]
-        own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.75}     # better in the tale; a thread is for another
+        own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.75}     # in the tale; the thread is on another
         tale = rng.choice([tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
             return Story(grammar, tale, rng, characters, threads=threads, invent=asked and rng.random() < 0.25)
@@ -1223,8 +1266,10 @@ def continued(grammar, rng):
         opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
         fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
                                       and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
+        spoken = {phrase.split(" ", 1)[-1] for phrase in grammar.noticed(literal(opening.text), Cast(grammar, None, rng))}
+        given = opening.speaks_of | ({"thing"} if spoken & set(grammar.words["things"]) else set())
         fitting = next(filter(None, ([tale for tale in grammar.tales.values() if tale.start and fits(tale, members)]
-                                     for members in (opening.slots | opening.speaks_of, opening.slots, set()))))
+                                     for members in (opening.slots | given, opening.slots, set()))))
         try:
             return Story(grammar, rng.choice(fitting), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
@@ -1239,7 +1284,7 @@ def story_turn(story, speaker):
         story.cast["opening"] = opening
         return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(rest, story=True)
     asked, topic = request(story)
-    text = coda(story)
+    text = coda(story, tidy(topic or ""))
     if topic and rng.random() < 0.93:
         story.cast["topic"] = topic
         text = tidy(grammar.expand_rule("echo", story.cast, rng)) + " " + text
@@ -1248,8 +1293,9 @@ def story_turn(story, speaker):
     return asked, speaker.coat(text, story=True)
 
 
-def coda(story):
-    """The text of STORY with a last word: mostly one on all that was asked for, else on what of it is not in the last third."""
+def coda(story, topic):
+    """The text of STORY with a last word: mostly one on all that was asked for, as a list or as the TOPIC ("the fox who lost his hat"),
+    else on what of it is not in the last third."""
     grammar, rng, cast, text = story.grammar, story.rng, story.cast, story.text
     end = text[len(text) * 2 // 3:]
     missed = [slot for slot, each in story.told if each is cast and f"coda {slot}" in grammar.rules
@@ -1257,9 +1303,13 @@ def coda(story):
     recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in ("trait", "pair")))
     if recalled and rng.random() < (0.75 if missed or len(recalled) > 1 else 0.2):
         cast["kept"], missed = listed(recalled, ","), [slot for slot in missed if slot == "trait"]
+        if re.match(r"an? [^,]* (who|that) ", topic) and rng.random() < 0.6:
+            cast["kept"] = re.sub("^an? ", "the ", topic)
         words = [grammar.expand_rule("closing", cast, rng)]
     else:
         words = []
+    if "friends" in topic and "friend" in story.tale.members:
+        words.append(grammar.expand_rule("coda friends", cast, rng))
     words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words
     return text + rng.choice([" ", "\n\n"]) + tidy(" ".join(words)) if words else text
 
@@ -1269,8 +1319,7 @@ def plain_story(grammar, rng):
     if rng.random() < 0.35:
         return ["", tell(grammar, rng, asked=False).text]
     story = continued(grammar, rng)
-    begun = len(story.begun) if rng.random() < 0.8 else 0
-    return [story.text[:begun], story.text[begun:]]
+    return [story.begun, story.text[len(story.begun):]]
 
 
 def story_chat(grammar, rng):

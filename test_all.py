@@ -6073,7 +6073,7 @@ def test_the_corpus_follows_from_its_seed(tmp_path):
     texts = [(tmp_path / name).read_text() for name in "abc"]
     assert texts[0] == texts[1] != texts[2] and texts[0].count("\n") == 1200
     assert not list(tmp_path.glob("*.tmp"))
-    for wrong, words in (["--show", "nosuch"], b"nosuch"), (["--documents", 0], b"--documents"), (["-o", tmp_path / "a" / "b"], str(tmp_path / "a").encode()):
+    for wrong, words in (["--show", "nosuch"], b"nosuch"), (["--documents", 0], b"--documents"), (["-o", tmp_path / "a" / "b"], str(tmp_path / "a").encode()), (["-o", tmp_path], b"wanted a file"), (["--count", 3], b"--show"):
         result = run(sys.executable, ROOT / "demo" / "corpus.py", "--documents", 5, *wrong)
         assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 
@@ -6245,10 +6245,10 @@ def test_training_of_the_demo(tmp_path):
     documents = [demo_module("corpus").document(grammar(), random.Random(f"train {i}")) for i in range(60)]
     base = [sys.executable, ROOT / "demo" / "train.py", "--work", work, "--steps", 3, "--batch", 2, "--row", 128, "--device", "cpu",
             "--set", *(f"{name}={size}" for name, size in TINY_DEMO.items())]
-    for wrong in '"text"', "[]", '["", 1]':
+    for wrong in '"text"', "[]", '["", 1]', "{no":
         (work / "documents.jsonl").write_text(wrong + "\n")
         result = run(*base)
-        assert result.returncode == 1 and b"wanted a list of strings" in result.stderr and b"Traceback" not in result.stderr, result.stderr
+        assert result.returncode == 1 and b"documents.jsonl: wanted " in result.stderr and b"Traceback" not in result.stderr, result.stderr
     (work / "documents.jsonl").write_text("".join(json.dumps(pieces) + "\n" for pieces in documents))
     result = run(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
     assert result.returncode == 0 and (work / "state.pt").exists(), result.stderr
@@ -6256,7 +6256,9 @@ def test_training_of_the_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run(*base, "--lr", 1e-4)
     assert result.returncode == 1 and b"another run" in result.stderr
-    for wrong, words in (["--set", "hidden_size=x"], b"hidden_size=x"), (["--set", "vocab_size=40000"], b"vocab_size"), (["--steps", 0], b"--steps"), (["--work", tmp_path / "none"], b"documents.jsonl"):
+    for wrong, words in ((["--set", "hidden_size=x"], b"hidden_size=x"), (["--set", "vocab_size=40000"], b"vocab_size"), (["--steps", 0], b"--steps"),
+                         (["--set", "vocab_size=10"], b"vocab_size"), (["--lr", -1], b"--lr"), (["--seconds", "nan"], b"--seconds"),
+                         (["--work", tmp_path / "none"], b"documents.jsonl")):
         result = run(*base, *wrong)
         assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 

@@ -1412,8 +1412,11 @@ def write_part(arguments):
 
 
 def write(path, number, seed, grammar):
-    """Write NUMBER documents to PATH, in parts of 1,000 whose text depends on SEED alone, whatever the number of processes."""
+    """Write NUMBER documents to PATH, in parts of 1,000 whose text depends on SEED alone, whatever the number of processes. Raises
+    ValueError for a PATH that is there and no file, as it would be replaced."""
     from tqdm import tqdm
+    if path.exists() and not path.is_file() or not path.name:
+        raise ValueError(f"{path}: wanted a file to write, found something else")
     write_part.grammar = grammar
     parts = [(f"{seed} {first}", min(1000, number - first)) for first in range(0, number, 1000)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1470,19 +1473,21 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
-    parser.add_argument("--count", type=int, default=5)
+    parser.add_argument("--count", type=int, help="how many (5)")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    if arguments.documents < 1 or arguments.count < 1:
+    if arguments.documents < 1 or arguments.count is not None and arguments.count < 1:
         parser.error("--documents and --count must be at least 1")
+    if arguments.count is not None and arguments.show is None:
+        parser.error("--count: of what --show shows, which is not given")
     try:
         grammar = Grammar()
-        if arguments.show and arguments.show not in {"all", *grammar.tales, *(kind.__name__ for kind in KINDS)}:
+        if arguments.show is not None and arguments.show not in {"all", *grammar.tales, *(kind.__name__ for kind in KINDS)}:
             parser.error(f"--show: no tale {arguments.show}; there are {', '.join(sorted(grammar.tales))}")
         if arguments.check:
             check(grammar)
         elif arguments.show:
-            show(grammar, arguments.show, arguments.count, arguments.seed)
+            show(grammar, arguments.show, arguments.count or 5, arguments.seed)
         else:
             write(arguments.output, arguments.documents, arguments.seed, grammar)
     except OSError as error:

@@ -82,7 +82,10 @@ def documents(path, every=1):
     """The documents in documents.jsonl, [str] each, or every n-th of them. Raises ValueError for another line."""
     with open(path, encoding="utf-8") as lines:
         for line in itertools.islice(lines, 0, None, every):
-            document = json.loads(line)
+            try:
+                document = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: wanted JSON in each line, found {line[:60]!r}: {error}") from None
             if not (isinstance(document, list) and document and all(isinstance(piece, str) for piece in document)):
                 raise ValueError(f"{path}: wanted a list of strings in each line, found {line[:60]!r}")
             yield document
@@ -420,8 +423,11 @@ def arguments():
     args = parser.parse_args()
     if any(value <= 0 for _, value in args.set):
         parser.error("--set: sizes must be above 0")
-    if dict(args.set).get("vocab_size", 1) > 32767:
-        parser.error("--set: vocab_size: wanted at most 32767, as rows hold int16")
+    if not 256 + len(SPECIAL) < dict(args.set).get("vocab_size", 4096) <= 32767:
+        parser.error(f"--set: vocab_size: wanted more than the {256 + len(SPECIAL)} of bytes and special tokens, and at most "
+                     "32767, as rows hold int16")
+    if not (0 < args.lr < math.inf and args.seconds >= 0 and args.seed >= 0):
+        parser.error("--lr must be above 0, --seconds and --seed at least 0")
     if min(args.steps, args.batch, args.row) < 1:
         parser.error("--steps, --batch and --row must be at least 1")
     if args.device == "cuda" and not args.prepare_only and not torch.cuda.is_available():
@@ -441,7 +447,10 @@ def main():
         tokenizer = train_tokenizer(work / "documents.jsonl", vocab_size, sample=50000)
         replace(work / "tokenizer.json", lambda path: tokenizer.save(str(path)))
         say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    except Exception as error:                                    # the library raises nothing narrower
+        sys.exit(f"train.py: {work / 'tokenizer.json'}: no tokenizer: {error}")
     if not fresh and older(work / "rows.npy", work / "documents.jsonl"):
         sys.exit(f"train.py: {work / 'rows.npy'}: older than documents.jsonl; remove it and tokenizer.json to make them anew")
     if fresh or not (work / "rows.npy").exists():
@@ -451,7 +460,10 @@ def main():
 
     args.rows = zlib.crc32(np.load(work / "rows.npy", mmap_mode="r"))
     torch.manual_seed(args.seed)
-    state = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else None
+    try:
+        state = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        sys.exit(f"train.py: {path}: no state, or not the whole of one: {str(error).splitlines()[0]}")
     if state and not args.export_only and state["run"] != run_of(args):
         sys.exit(f"train.py: {path} is of another run: wanted {run_of(args)}, found {state['run']}")
     if args.export_only and not state:

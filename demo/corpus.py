@@ -368,9 +368,9 @@ class Character:
     def his(self):
         return PRONOUNS[self.gender]["his"]
 
-    def grown(self):
-        """Whether it may be Captain: it has a name and is no child."""
-        return bool(self.name) and self.kind not in ("boy", "girl")
+    @property
+    def child(self):
+        return self.kind in ("boy", "girl")
 
     def introduced(self, rng):
         """ "a fox named Pip", "a small girl called Mia", "an old owl", "his grandma". """
@@ -386,7 +386,7 @@ class Character:
             return f"{self.kind} {self.name or ''}"
         if not self.name:
             return f"friend the {self.kind}"
-        return f"{self.bond} {self.name}" + (f" the {self.kind}" if rng.random() < 0.5 and self.kind not in ("boy", "girl") else "")
+        return f"{self.bond} {self.name}" + (f" the {self.kind}" if rng.random() < 0.5 and not self.child else "")
 
     def asked_for(self, rng, text):
         """How a user names somebody who is in the story TEXT: "a fox", "a fox named Pip", "Pip the fox", "Pip". Only by name when the
@@ -399,8 +399,8 @@ class Character:
         if self.adjective and f"{self.adjective} {self.kind}" in text:
             forms += [f"a {self.adjective} {self.kind}"] * 2
         if self.name:
-            forms += [f"a {self.kind} {rng.choice(['named', 'called'])} {self.name}", self.name if self.kind in ("boy", "girl") else f"{self.name} the {self.kind}"]
-        if self.name and self.kind in ("boy", "girl"):
+            forms += [f"a {self.kind} {rng.choice(['named', 'called'])} {self.name}", self.name if self.child else f"{self.name} the {self.kind}"]
+        if self.name and self.child:
             forms += [self.name] * 3
         return rng.choice(forms)
 
@@ -492,8 +492,8 @@ class Cast(dict):
         hero, friend = self.characters["hero"], self.characters["friend"]
         if not (hero.name and friend.name) or friend.owner:
             return
-        friend.kind, friend.gender, kinds = hero.kind, hero.gender if hero.kind in ("boy", "girl") else friend.gender, plural(hero.kind)
-        if hero.kind in ("boy", "girl"):
+        friend.kind, friend.gender, kinds = hero.kind, hero.gender if hero.child else friend.gender, plural(hero.kind)
+        if hero.child:
             sibling = {"boy": "brother", "girl": "sister"}[hero.kind]
             kinds = self.rng.choice([kinds, plural(sibling), plural(sibling), "children", "friends", "little " + plural(sibling)])
             friend.bond = sibling if sibling in kinds else "friend"
@@ -510,7 +510,7 @@ class Cast(dict):
             self.place = (self.place[0], noun)
         elif which == "deed":
             self.verbs = conjugate(f"{noun} a {self.thing}" if self.rng.random() < 0.5 else noun, {})
-        elif self.characters[which].kind not in ("boy", "girl"):
+        elif not self.characters[which].child:
             self.characters[which].kind = noun
 
     def names(self, slot):
@@ -522,7 +522,7 @@ class Cast(dict):
     def asked_for(self, role):
         """How a user names the one who has ROLE: as Character.asked_for says, or "her dog"."""
         one, hero, animals = self.characters[role], self.characters["hero"], self.grammar.words["animals"]
-        if role == "friend" and hero.kind in ("boy", "girl") and one.kind in animals and self.rng.random() < 0.25:
+        if role == "friend" and hero.child and one.kind in animals and self.rng.random() < 0.25:
             return f"{hero.his} {one.kind} {one.name if one.name and self.rng.random() < 0.4 else ''}"
         return one.asked_for(self.rng, self.asking)
 
@@ -530,7 +530,7 @@ class Cast(dict):
         """How one speaks of SLOT when the story TEXT has been told: "Pip the fox", "the lantern", "the dark", "riding a bike"."""
         if slot in self.characters:
             one = self.characters[slot]
-            known_by_kind = one.name and one.kind not in ("boy", "girl") and re.search(rf"\b{re.escape(one.kind)}\b", text)
+            known_by_kind = one.name and not one.child and re.search(rf"\b{re.escape(one.kind)}\b", text)
             return f"{one.name} the {one.kind}" if known_by_kind else str(one)
         if slot in ("thing", "place", "job"):
             return f"the {self.names(slot)[0]}"
@@ -584,10 +584,13 @@ def draw_hero(words, rng, characters):
     return draw_being(words, rng, (0.36, 0.1, 0.38, 0.16), 0.15)
 
 
-def entitle(words, rng, hero):
-    """Give HERO a title, "Captain Flora". Only where users name the hero: drawn at a low temperature, "Captain" would otherwise be likelier
-    than any one of a thousand names, and all heroes captains."""
+def entitle(words, rng, hero, share):
+    """Give HERO, with the probability SHARE, a title, "Captain Flora"; whether that was done. Only where users name the hero: drawn at a low
+    temperature, "Captain" would otherwise be likelier than any one of a thousand names, and all heroes captains."""
+    if not hero.name or hero.child or rng.random() >= share:
+        return False
     hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
+    return True
 
 
 def draw_family(words, rng, hero, kin="family", named=0.0):
@@ -598,7 +601,7 @@ def draw_family(words, rng, hero, kin="family", named=0.0):
 
 
 def draw_friend(words, rng, characters):
-    child = characters["hero"].kind in ("boy", "girl")
+    child = characters["hero"].child
     if rng.random() < (0.15 if child else 0.06):
         if rng.random() < 0.5:
             return draw_family(words, rng, characters["hero"])
@@ -633,6 +636,12 @@ class Tale:
     @functools.cached_property
     def introduces_friend(self):
         return "a friend" in self.texts()
+
+    @functools.cached_property
+    def brings(self):
+        """The members that it introduces or chooses itself, so that no foreign opening may give them to it."""
+        return ({"friend"} if self.introduces_friend or "friend" in self.lists else set()) | (
+            {"thing"} if self.thing_is_new or "thing" in self.lists else set())
 
     @functools.cached_property
     def members(self):
@@ -707,16 +716,14 @@ class Opening:
         return {"thing"} if re.search(HOLDS + " an? ", literal(self.text)) else set()
 
     def clashes(self, tale):
-        """The members that TALE introduces itself, so that those of this opening must be others."""
-        return {slot for slot, new in (("friend", tale.introduces_friend or "friend" in tale.lists), ("thing", tale.thing_is_new or "thing" in tale.lists))
-                if new and slot in self.slots | self.speaks_of}
+        """The members that TALE brings itself, so that those of this opening must be others."""
+        return tale.brings & (self.slots | self.speaks_of)
 
     def characters(self, grammar, rng, lists):
         """Characters for the cast, hero and friend as the text has them; always with names."""
         words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
         if self.kind is None:
-            if characters["hero"].grown() and rng.random() < 0.12:
-                entitle(words, rng, characters["hero"])
+            entitle(words, rng, characters["hero"], 0.12)
             return characters
         kind = rng.choice(words["animals"]) if self.kind == "animal" else self.kind.replace("-", " ")
         characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
@@ -749,9 +756,7 @@ class Story:
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
-            self.titled = not (opening or characters) and self.cast.characters["hero"].grown() and rng.random() < 0.04
-            if self.titled:
-                entitle(grammar.words, rng, self.cast.characters["hero"])
+            self.titled = not (opening or characters) and entitle(grammar.words, rng, self.cast.characters["hero"], 0.04)
             if not (opening or characters or "friend" in tale.lists) and rng.random() < 0.1:
                 self.cast.pair()
             if invent:
@@ -808,16 +813,16 @@ class Story:
     def adopts(self, phrase, opening):
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done."""
         article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
-        taken, words, lists = opening.slots | self.adopted, self.grammar.words, self.tale.lists
+        open_to, words = self.tale.members - self.tale.brings - opening.slots - self.adopted, self.grammar.words
         family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
         being = family or noun in words["animals"]
         if noun in words["he people"] + words["she people"]:
             return False
-        if being and "friend" in self.tale.members - taken and "friend" not in lists and not self.tale.introduces_friend:
+        if being and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif not being and "thing" in self.tale.members - taken and "thing" not in lists and not self.tale.thing_is_new and (
+        elif not being and "thing" in open_to and (
                 noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)):
             self.cast.thing, self.cast.adjective = noun, ""
             self.adopted.add("thing")
@@ -905,9 +910,8 @@ def request(story):
         if hero.name and str(hero) not in topic and (story.titled or rng.random() < 0.25) and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
             echo = re.sub(rf"\b(an? (?:little )?{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
-        cast.pop("my child", None)
-        asked = ask(story, topic)
-        if "my child" in cast:                                  # then the user gave the name
+        asked, names_hero = ask(story, topic)
+        if names_hero:
             echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
         if more and asked[-1] not in ".?!:":
             asked += "."
@@ -974,21 +978,22 @@ def topic_of(story):
 
 
 def ask(story, topic):
-    """A request for a story about TOPIC; when that is "a fox who lost his hat", also "Write a story in which a fox lost his hat"."""
+    """(a request for a story about TOPIC, whether it names the hero besides); when that is "a fox who lost his hat", also "Write a story in
+    which a fox lost his hat"."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
     if clause and " and " not in clause[1] and rng.random() < 0.25:
         cast["subject"], cast["clause"], hero = *clause.groups(), cast.characters["hero"]
-        if hero.kind in ("boy", "girl") and hero.name and rng.random() < 0.3 and re.fullmatch(
+        if hero.child and hero.name and rng.random() < 0.3 and re.fullmatch(
                 rf"a (little )?{hero.kind}( (named|called) {hero.name})?|{hero.name}", clause[1]):
             cast["my child"] = {"boy": "my son", "girl": "my daughter"}[hero.kind] if rng.random() < 0.6 else "my " + rng.choice(
                 {"boy": ["grandson", "nephew", "little brother"], "girl": ["granddaughter", "niece", "little sister"]}[hero.kind])
-            return grammar.expand_rule("ask for a child", cast, rng)
+            return grammar.expand_rule("ask for a child", cast, rng), True
         if rng.random() < 0.15 and re.fullmatch(rf"an? (little )?{re.escape(hero.kind)}", clause[1]):
-            return grammar.expand_rule("ask for one", cast, rng)
-        return grammar.expand_rule("ask scene", cast, rng)
-    return grammar.expand_rule("ask story", cast, rng)
+            return grammar.expand_rule("ask for one", cast, rng), False
+        return grammar.expand_rule("ask scene", cast, rng), False
+    return grammar.expand_rule("ask story", cast, rng), False
 
 
 def literal(text):
@@ -1301,13 +1306,12 @@ def coda(story, topic):
     missed = [slot for slot, each in story.told if each is cast and f"coda {slot}" in grammar.rules
               and not any(name in end for name in cast.names(slot) if name)]
     recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in ("trait", "pair")))
+    words = []
     if recalled and rng.random() < (0.75 if missed or len(recalled) > 1 else 0.2):
         cast["kept"], missed = listed(recalled, ","), [slot for slot in missed if slot == "trait"]
         if re.match(r"an? [^,]* (who|that) ", topic) and rng.random() < 0.6:
             cast["kept"] = re.sub("^an? ", "the ", topic)
-        words = [grammar.expand_rule("closing", cast, rng)]
-    else:
-        words = []
+        words.append(grammar.expand_rule("closing", cast, rng))
     if "friends" in topic and "friend" in story.tale.members:
         words.append(grammar.expand_rule("coda friends", cast, rng))
     words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words

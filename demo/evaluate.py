@@ -190,8 +190,10 @@ def stories(report, pool, model, data, section, seed):
         whole = story if chat else asked + story
         missing = [word for word in wanted.split() if not pattern(word).search(story)]
         idle = [word for word in wanted.split() if not matters(story, word)]
-        between = all(pattern(word).search(within(story)) for word in wanted.split())
-        scores = {"followed: all words matter": not idle, "followed, and in between": not idle and between, "appears: all words": not missing, "names consistent": names_consistent(whole),
+        middle = within(story)
+        between = all(pattern(word).search(middle) for word in wanted.split())
+        scores = {"followed: all words matter": not idle, "followed, and in between": not idle and between,
+                  "appears: all words": not missing, "names consistent": names_consistent(whole),
                   "no repeated sentence": not repeated(whole), "ended by itself": answer.tokens < MOST["chat" if chat else "open"]}
         for measure, good in scores.items():
             report.count(section, measure, good)

@@ -504,5 +504,5 @@ if __name__ == "__main__":
         main()
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'standard output'}: {error.strerror}")
-    except (ValueError, pickle.UnpicklingError) as error:        # documents that are no JSON, sizes that do not fit, a damaged state
+    except ValueError as error:                                  # documents or rows that are none, sizes that do not fit
         sys.exit(f"train.py: {error}")

@@ -79,12 +79,29 @@ UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away b
                 feet felt few first five foot found four friend friends front full game girl girls good got great ground hair hand
                 hands happy head heart her here high him his holiday home hours idea inside kids kind knew land last left leg
                 legs let life liked little lived long looked lot lots loud loved low made make man many matter middle minute minutes
-                moment months mood more morning most mouth much name names new next nice night noise nose nothing now number off old
+                moment months mood more morning most mouth much name names new next nice night nose nothing now number off old
                 once one only other out outside own pair part people person piece place play played pretty problem put ran reason rest
-                right sad said same sat saw second short side slow small smile soft someone something sort sorts sound spring start
+                right sad said same sat saw second short side slow small smile soft someone something sort sorts spring start
                 starts state stood story summer surprise then there thing things third thought three time times told too took top
-                tried trip turn two very voice walk walked wanted way ways week weeks went while winter wish woman word words world
-                year years young""".split())
+                tried trip turn two very walk walked wanted way ways week weeks went while winter wish woman word words world
+                year years yesterday young tight quiet today tomorrow nobody somebody""".split())
+
+
+ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
+CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
+
+# Nouns that are something else as often.
+BOTH = """back bare bear board calm can close cold cook cool cross fall fast fine fit flat fly gold hide home kind last light like long match mean mine
+       order park plain present ring round row rush safe saw second sharp short silver sound spare spring still store swallow tap tear top train turn watch
+       well will wind wonder wound yard show slide step stick stamp spark bat duck seal squash mint date stall swing
+       drop drum dance dress dream dust face farm fire fish fight hand head hunt iron jam joke lap line list lock mark mess mind mist nail name nap
+       note paint pan paper pedal pet pin plan plant plate point pool post pot powder press promise pump race rail rest rock rope rule sail sand
+       score seat ship shop shout shower sign sink skate sled smell smile smoke snack sneeze spell spill stage stain steam stone storm story
+       surf table tail taste team test thread tie toast touch trace track trade trap trick trip trouble tube tune visit walk wave whistle wish work
+       crack howl glow glue grow handle label lift march oil mail pail pain page pocket poison polish print quarrel queue roar shade shake shell
+       shine shutter stretch stitch swap bark beam beat block blow book boot bottle box brush bubble bug button cage camp card chalk change charm cheer chip
+       circle cloud coat color comb copy cough count cover crawl crew crowd cup curl cut doctor guide guard harvest heel help hook hose hug ice judge juice
+       jump kick kiss knit knot land laugh leaf leak lie light lock loop milk model mop nest net""".replace("\n", " ")
 
 
 class Grammar:
@@ -112,24 +129,51 @@ class Grammar:
 
     @functools.cached_property
     def nouns(self):
-        """What a foreign opening may speak of, as a pattern: "a tiger", "his mom", "the vases", "the rain"."""
-        kinds = "animals", "things", "he people", "she people", "creatures", "he family", "she family"
-        known = {word for kind in kinds for word in self.words[kind]}
-        known |= {re.sub("^(the|a|an) ", "", word) for word in self.words["nature"]}
-        known = sorted((word for word in known if re.fullmatch("[a-z ]{3,}", word)), key=len, reverse=True)
-        articles = "[Aa]n?|[Tt]he|[Hh]is|[Hh]er|[Mm]y|[Yy]our|[Oo]ur|[Tt]heir|[Ss]ome|[Tt]wo|[Tt]hree|[Nn]o|of"
-        return re.compile(rf"\b({articles}) ((?:[a-z]+ )??)(" + "|".join(known) + r")(s?)\b(?! [a-z]+ing\b|-)")
+        """{form: singular} of what a foreign opening may speak of, plurals too; words as they stand in a text, "sea turtles"."""
+        kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns")
+        known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in self.words[kind]} | {place for _, place in self.words["places"]}
+        return {form: noun for noun in known if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
+
+    @functools.cached_property
+    def doubtful(self):
+        """Nouns that are verbs, adjectives or numbers as well, so that only an article tells: "saw", "orange", "play"."""
+        verbs = {deed.split()[0] for deed in self.words["deeds"] + self.words["deeds with things"]} | set(self.words["irregular verbs"])
+        verbs |= {form for verb in verbs for form in conjugate(verb, self.words["irregular verbs"])}
+        return verbs | self.verb_forms | set(self.words["colors"]) | set(BOTH.split())
 
     def noticed(self, text, cast):
-        """What TEXT speaks of that is no member of CAST, with its article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
-        members = {word for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()}
-        known = [(article.lower() if article.lower() in ("his", "her") else "the") + " " + noun + plural
-                 for article, _, noun, plural in self.nouns.findall(text)]
-        new = [f"the {noun}" for noun in NEW_NOUN.findall(text) if not re.search("(ed|est|ly)$", noun) and noun not in self.verb_forms]
-        called = re.findall(r"\b((?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b", text)
-        falling = [f"the {word}" for word in re.findall(r"\b(rain|snow)(?:ing|ed)\b", text)]
-        phrases = {phrase.split()[-1]: phrase for phrase in (known + new + called + falling)[::-1]}      # one for each noun, the first
-        return [phrase for noun, phrase in list(phrases.items())[::-1] if noun not in members and noun not in UNNOTICED]
+        """What TEXT speaks of that is no member of CAST, in its order, with an article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
+        found = {match.start(1): f"the {match[1]}" for match in NEW_NOUN.finditer(text)
+                 if not re.search("(ed|est|ly)$", match[1]) and match[1] not in self.verb_forms | UNNOTICED}
+        found |= {match.start(): f"the {match[1].lower()}" for match in re.finditer(r"\b([Rr]ain|[Ss]now)(?:ing|ed)\b", text)}
+        words = [(match.start(), match.end()) for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)]
+        last = -1
+        for i, (start, _) in enumerate(words):
+            end = self.noun_at(text, words[i:i + 4])
+            if end is not None and start > last:
+                whose = re.search(r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
+                found = {at: phrase for at, phrase in found.items() if not start <= at < end}
+                found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
+                last = end
+        found |= {match.start(): match[0] for match in CALLED.finditer(text)}
+        members = {word.lower() for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()}
+        phrases = {}
+        for _, phrase in sorted(found.items()):
+            nouns = phrase.lower().split()[phrase.startswith(("his ", "her ", "the ")):]
+            if not members & {*nouns, self.nouns.get(" ".join(nouns))}:
+                phrases.setdefault(self.nouns.get(" ".join(nouns), " ".join(nouns)), phrase)
+        return list(phrases.values())
+
+    def noun_at(self, text, words):
+        """Where the noun ends that begins with the first of WORDS, [(start, end)] in TEXT, or None; two in a row are one: "school bell"."""
+        is_noun = lambda some: text[some[0][0]:some[-1][1]].lower() in self.nouns
+        n = next((n for n in (3, 2, 1) if n <= len(words) and is_noun(words[:n]) and text[:words[0][0]][-1:] != "'"), 0)
+        if n and text[words[0][0]:words[n - 1][1]].lower() in self.doubtful and not ARTICLE.search(text[:words[0][0]]):
+            n = 0
+        if 0 < n < len(words) and is_noun(words[n:n + 1]) and text[words[n - 1][1]:words[n][0]] == " ":
+            first = text[words[0][0]:words[n - 1][1]].lower()
+            n += self.nouns[first] == first and first not in self.words["animals"]
+        return words[n - 1][1] if n else None
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
@@ -419,11 +463,12 @@ class Cast(dict):
         self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and not bare else ""
         self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
         deed = pick("deed", "deeds")
-        if rng.random() < 0.3 and not (tale and "deed" in tale.lists):
-            thing = rng.choice(words["things"] if rng.random() < 0.75 else words["animals"])
+        if rng.random() < 0.45 and not (tale and "deed" in tale.lists):
+            thing = rng.choice(words[rng.choice(["things"] * 5 + ["animals", "animals", "he people", "she people", "creatures"])])
             deed = an(f"{rng.choice(words['deeds with things'])} " + (plural(thing) if rng.random() < 0.2 and thing.isalpha() else f"a {thing}"))
-            if rng.random() < 0.15:
-                deed += " " + rng.choice(words["ways"])
+            if rng.random() < 0.25:
+                preposition, place = rng.choice(words["places"])
+                deed += " " + (rng.choice(words["ways"]) if rng.random() < 0.5 else f"{preposition} the {place}")
         self.verbs = conjugate(deed, words["irregular verbs"])
         for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
                 ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"), ("theme", "themes"):
@@ -504,8 +549,8 @@ class Cast(dict):
         two words that never met: "a sparrow's bell"."""
         noun, which = made_up_noun(self.grammar.words, self.rng), self.rng.choice(["hero", "friend", "thing", "thing", "thing", "place", "deed"])
         if which == "thing":
-            whose = self.rng.choice(self.grammar.words[self.rng.choice(["animals", "he people", "she people"])])
-            self.thing = noun if self.rng.random() < 0.6 else f"{whose}'s {self.thing}"
+            self.thing = noun if self.rng.random() < 0.4 else an(self.grammar.expand_rule("two nouns", self, self.rng))
+            self.adjective = ""
         elif which == "place":
             self.place = (self.place[0], noun)
         elif which == "deed":
@@ -534,6 +579,8 @@ class Cast(dict):
             return f"{one.name} the {one.kind}" if known_by_kind else str(one)
         if slot in ("thing", "place", "job"):
             return f"the {self.names(slot)[0]}"
+        if slot == "clause":
+            return f"the {self.characters['hero'].kind} {self[slot]}"
         return re.sub("^an? ", "the ", self.verbs[3] if slot == "deed" else self[slot])
 
     def said(self, slots):
@@ -708,7 +755,7 @@ class Opening:
 
     def __init__(self, head, text):
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
-        self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food"}
+        self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"}
 
     @functools.cached_property
     def speaks_of(self):
@@ -738,19 +785,19 @@ class Opening:
 SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 
 # How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.18, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04, "nature": 0.06,
-           "event": 0.04, "theme": 0.04}
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.16, "clause": 0.2, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04,
+           "nature": 0.06, "event": 0.04, "theme": 0.04}
 
 
 class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)];
-    `must` [(slot, cast)] of what a request has to name, `told` of what it did name; `titled` whether the hero's name must be, too;
+    `must` [(slot, cast)] of what a request has to name, `extra` of what it asks for in vain, `told` of what it did name; `titled` whether the hero's name must be, too;
     `foreign` whether the opening stands in no tale: then `begun` is its text, `opened` the cast of that, `adopted` the slots that the tale
     has from its plain words, and `keep` what it speaks of, as phrases."""
 
-    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), invent=False):
-        """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; with INVENT
-        one noun is made up. Raises ValueError after 50 tries."""
+    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False):
+        """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
+        second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up. Raises ValueError after 50 tries."""
         self.grammar, self.tale, self.rng, self.foreign, text = grammar, tale, rng, opening is not None, ""
         for _ in range(50):
             if opening:
@@ -766,7 +813,10 @@ class Story:
             self.adopted = set()
             self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
             self.threads = self.take_up(opening) if opening else self.weave(threads)
+            self.extra = [(extra, self.cast.other({extra}))] if extra and tale.start else []
+            self.must += [(slot, self.cast) for slot, _ in self.extra if slot in tale.needs and (slot, self.cast) not in self.must]
             said = self.cast.said(["hero", *tale.needs]) + [word for thread, cast in self.threads for word in cast.said(thread.needs)]
+            said += [word for slot, cast in self.extra for word in cast.said([slot])]
             if grammar.held_out.refuses(said):
                 characters = None
                 continue
@@ -782,6 +832,8 @@ class Story:
         woven, used = [], set(self.tale.members)
         for thread in threads if self.tale.start else ():
             slot = thread.needs[0]
+            if slot == "clause":
+                self.cast["clause"] = self.clause("clause")
             if not used & set(thread.needs):
                 woven.append((thread, self.cast))
                 used |= set(thread.needs)
@@ -791,22 +843,37 @@ class Story:
         self.must += [(slot, cast) for thread, cast in woven for slot in thread.needs]
         return woven
 
+    def clause(self, rule):
+        """A text of RULE on the hero and on things that are not of this story: "who loses a race"."""
+        return tidy("-" + self.grammar.expand_rule(rule, Cast(self.grammar, None, self.rng, self.cast.characters), self.rng))[1:]
+
     def take_up(self, opening):
-        """Expand OPENING, foreign to the tale, into `begun`, and `keep` what it names: as the tale's own thing, friend and place where it
-        can, else in threads, [(Thread, cast)]. The cast's slot "kept" lists it."""
+        """Expand OPENING, foreign to the tale, into `begun`, and `keep` all that it names, in its order: as the tale's own thing, friend and
+        place where it can, else in threads, [(Thread, cast)]. The cast's slot "kept" lists it."""
         cast, rng, grammar = self.opened, self.rng, self.grammar
+        if "clause" in opening.slots:
+            cast["clause"] = self.clause("past clause")
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
-        seen = [phrase for phrase in dict.fromkeys(grammar.noticed(self.begun, cast)) if not self.adopts(phrase, opening)][:2]
+        noticed = grammar.noticed(self.begun.replace(cast.get("clause", "\n"), ""), cast)
+        if rng.random() < 0.2:
+            known = [f"the {name}" for slot in ("thing", "hero") for name in cast.names(slot)[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
+            if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
+                cast["again"] = rng.choice(nouns)
+                self.begun += " " + tidy(grammar.expand_rule("again", cast, rng))
+        seen = [phrase for phrase in noticed if not self.adopts(phrase, opening)]
         self.adopts_place(opening)
-        seen = [phrase for phrase in seen if phrase != f"the {self.cast.place[1]}" or "place" not in self.adopted]
-        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
+        seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][:4]
+        said = {slot for slot in opening.slots if any(name.lower() in self.begun.lower() for name in cast.names(slot))}
+        slots = sorted(said - (self.tale.members - opening.clashes(self.tale)) - {"place"})
         threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
         if seen:
-            cast["seen"] = listed(seen)
+            cast["seen"] = listed(seen, ",")
             threads.append((grammar.threads["noticed"], cast))
-        named = [(slot, cast) for slot in sorted(opening.slots)] + [(slot, self.cast) for slot in sorted(self.adopted)]
-        self.keep = list(dict.fromkeys([each.recalled(slot, self.begun) for slot, each in named]
-                                       + [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen]))
+        named = [(slot, cast) for slot in sorted(said)] + [(slot, self.cast) for slot in sorted(self.adopted)]
+        phrases = [each.recalled(slot, self.begun) for slot, each in named if slot != "clause"]
+        phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen]
+        self.keep = sorted(dict.fromkeys(phrases), key=lambda phrase: self.begun.lower().find(phrase.split(" ", 1)[-1].lower()))
+        self.cast["hero in full"] = cast.recalled("clause" if "clause" in said else "hero", self.begun)
         self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
         return threads
 
@@ -849,7 +916,7 @@ class Story:
         beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
                                if getattr(thread, place)]
         if opening:
-            bridge = [grammar.expand_rule("bridge", self.cast, rng)] if self.keep and rng.random() < 0.9 else []
+            bridge = [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
             begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, expand(tale.start)])]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
@@ -859,7 +926,9 @@ class Story:
         paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
         for beat in beats("middle"):
             paragraphs[rng.randrange(max(1, len(paragraphs) - 1))] += " " + beat
-        last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and self.keep and rng.random() < 0.9 else [])
+        if opening:
+            self.cast["kept"] = listed(list(dict.fromkeys([self.cast["hero in full"], *self.keep])), ",")
+        last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and rng.random() < 0.97 else [])
         if last:
             paragraphs.append(" ".join(last))
         self.length = len(tidy(begun))
@@ -888,18 +957,18 @@ def request(story):
     """(what a user says to get STORY, its topic): the tale's own phrase, a thread's or a general one, and all else that must be named
     because it is in the story for this alone. The topic, "a fox who lost his hat", is None when none was named."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
-    casts = [cast] + [each for _, each in story.threads]
+    casts = [cast] + [each for _, each in story.threads + story.extra]
     for each in casts:
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
-        if kind < 0.17 and not story.titled:
+        if kind < 0.17 and not story.titled and "clause" not in cast:
             return by_words(story)
         if kind < 0.2 and not story.titled and not story.threads:
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys())]
-        extra = [one for one in story.must if one not in story.told]
+        extra = [one for one in story.must + story.extra if one not in story.told]
         extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
         story.told += extra
@@ -964,7 +1033,10 @@ def topic_of(story):
                for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
     special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
     for tries in range(30):
-        if "pair" in known and rng.random() < 0.6:
+        if "clause" in story.cast:
+            thread, cast = next((thread, each) for thread, each in story.threads if "clause" in thread.needs)
+            phrase = rng.choice(thread.ask)
+        elif "pair" in known and rng.random() < 0.6:
             pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known]
             phrase, cast = rng.choice(pairs), story.cast
         elif story.threads and rng.random() < 0.4:
@@ -984,7 +1056,7 @@ def ask(story, topic):
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
     if clause and " and " not in clause[1] and rng.random() < 0.25:
-        cast["subject"], cast["clause"], hero = *clause.groups(), cast.characters["hero"]
+        cast["subject"], cast["predicate"], hero = *clause.groups(), cast.characters["hero"]
         if hero.child and hero.name and rng.random() < 0.3 and re.fullmatch(
                 rf"a (little )?{hero.kind}( (named|called) {hero.name})?|{hero.name}", clause[1]):
             cast["my child"] = {"boy": "my son", "girl": "my daughter"}[hero.kind] if rng.random() < 0.6 else "my " + rng.choice(
@@ -1009,7 +1081,7 @@ def roots(phrase):
 def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
-    cast, rng, must = story.cast, story.rng, story.must
+    cast, rng, must = story.cast, story.rng, story.must + story.extra
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(2 - len(must), rng.choice([1, 2, 2, 3])))) or [("thing", cast)]
@@ -1260,7 +1332,8 @@ def tell(grammar, rng, characters=None, asked=True):
         own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.75}     # in the tale; the thread is on another
         tale = rng.choice([tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
-            return Story(grammar, tale, rng, characters, threads=threads, invent=asked and rng.random() < 0.25)
+            extra = rng.choice(["thing", "friend", "place"]) if asked and rng.random() < 0.15 else None
+            return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25)
         except ValueError:
             continue
 
@@ -1289,29 +1362,40 @@ def story_turn(story, speaker):
         story.cast["opening"] = opening
         return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(rest, story=True)
     asked, topic = request(story)
-    text = coda(story, tidy(topic or ""))
+    story.cast["topic"] = topic or ""
+    text = coda(story, aside(story))
     if topic and rng.random() < 0.93:
-        story.cast["topic"] = topic
         text = tidy(grammar.expand_rule("echo", story.cast, rng)) + " " + text
     if speaker.mood is None and rng.random() < 0.03:
         text = tidy(grammar.expand(rng.choice(grammar.talk.remarks["offer<"]), story.cast, rng)) + "\n\n" + text
     return asked, speaker.coat(text, story=True)
 
 
-def coda(story, topic):
-    """The text of STORY with a last word: mostly one on all that was asked for, as a list or as the TOPIC ("the fox who lost his hat"),
-    else on what of it is not in the last third."""
-    grammar, rng, cast, text = story.grammar, story.rng, story.cast, story.text
+def aside(story):
+    """The text of STORY, in its middle a word on what was asked for and is named only where it begins or ends."""
+    cast, paragraphs = story.cast, story.text.split("\n\n")
+    middle = " ".join([story.text[story.length:]] if len(paragraphs) < 2 else [paragraphs[0][story.length:], *paragraphs[1:-1]])
+    missed = [each.recalled(slot, story.text) for slot, each in story.told if slot not in ("trait", "pair", "weather", "theme")
+              and not any(name in middle for name in each.names(slot) if name)]
+    if missed and len(paragraphs) > 1:
+        cast["missed"] = listed(list(dict.fromkeys(missed)), ",")
+        paragraphs[(len(paragraphs) - 1) // 2] += " " + tidy(story.grammar.expand_rule("aside", cast, story.rng))
+    return "\n\n".join(paragraphs)
+
+
+def coda(story, text):
+    """TEXT, which is STORY's, with a last word: mostly one on all that was asked for, as the topic has it ("the fox who lost his hat") or as a
+    list, else on what of it is not in the last third."""
+    grammar, rng, cast, topic = story.grammar, story.rng, story.cast, story.cast["topic"]
     end = text[len(text) * 2 // 3:]
     missed = [slot for slot, each in story.told if each is cast and f"coda {slot}" in grammar.rules
               and not any(name in end for name in cast.names(slot) if name)]
-    recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in ("trait", "pair")))
+    plain = ("trait", "pair", "hero") if "clause" in cast else ("trait", "pair")
+    recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in plain))
     words = []
-    if recalled and rng.random() < (0.75 if missed or len(recalled) > 1 else 0.2):
-        cast["kept"], missed = listed(recalled, ","), [slot for slot in missed if slot == "trait"]
-        if re.match(r"an? [^,]* (who|that) ", topic) and rng.random() < 0.6:
-            cast["kept"] = re.sub("^an? ", "the ", topic)
-        words.append(grammar.expand_rule("closing", cast, rng))
+    if recalled and rng.random() < (0.95 if missed or len(recalled) > 1 else 0.6):
+        cast["kept"] = re.sub("^an? ", "the ", topic) if topic and rng.random() < 0.7 else listed(recalled, ",")
+        words, missed = [grammar.expand_rule("closing", cast, rng)], []
     if "friends" in topic and "friend" in story.tale.members:
         words.append(grammar.expand_rule("coda friends", cast, rng))
     words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words
@@ -1320,7 +1404,7 @@ def coda(story, topic):
 
 def plain_story(grammar, rng):
     """A story alone, without a chat around it: what a prompt without a template is continued from."""
-    if rng.random() < 0.35:
+    if rng.random() < 0.2:
         return ["", tell(grammar, rng, asked=False).text]
     story = continued(grammar, rng)
     return [story.begun, story.text[len(story.begun):]]
@@ -1395,7 +1479,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.23, story_chat: 0.52, talk_chat: 0.13, system_chat: 0.06, sums_chat: 0.06}
+KINDS = {plain_story: 0.27, story_chat: 0.5, talk_chat: 0.12, system_chat: 0.06, sums_chat: 0.05}
 
 
 def document(grammar, rng):

@@ -69,41 +69,6 @@ def parse(text):
     return stack[0][0]
 
 
-# What somebody in a foreign beginning has or finds; and what "a ..." introduces there, whatever it is, up to a word that cannot be part
-# of it.
-HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
-NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
-                      r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b)")
-UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away back bad began beginning best big bit bottom boy boys came
-                center child children corner day days down ears edge end ends evening everything everywhere eyes face fall family fast
-                feet felt few first five foot found four friend friends front full game girl girls good got great ground hair hand
-                hands happy head heart her here high him his holiday home hours idea inside kids kind knew land last left leg
-                legs let life liked little lived long looked lot lots loud loved low made make man many matter middle minute minutes
-                moment months mood more morning most mouth much name names new next nice night nose nothing now number off old
-                once one only other out outside own pair part people person piece place play played pretty problem put ran reason rest
-                right sad said same sat saw second short side slow small smile soft someone something sort sorts spring start
-                starts state stood story summer surprise then there thing things third thought three time times told too took top
-                tried trip turn two very walk walked wanted way ways week weeks went while winter wish woman word words world
-                year years yesterday young tight quiet today tomorrow nobody somebody""".split())
-
-
-ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
-CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
-
-# Nouns that are something else as often.
-BOTH = """back bare bear board calm can close cold cook cool cross fall fast fine fit flat fly gold hide home kind last light like long match mean mine
-       order park plain present ring round row rush safe saw second sharp short silver sound spare spring still store swallow tap tear top train turn watch
-       well will wind wonder wound yard show slide step stick stamp spark bat duck seal squash mint date stall swing
-       drop drum dance dress dream dust face farm fire fish fight hand head hunt iron jam joke lap line list lock mark mess mind mist nail name nap
-       note paint pan paper pedal pet pin plan plant plate point pool post pot powder press promise pump race rail rest rock rope rule sail sand
-       score seat ship shop shout shower sign sink skate sled smell smile smoke snack sneeze spell spill stage stain steam stone storm story
-       surf table tail taste team test thread tie toast touch trace track trade trap trick trip trouble tube tune visit walk wave whistle wish work
-       crack howl glow glue grow handle label lift march oil mail pail pain page pocket poison polish print quarrel queue roar shade shake shell
-       shine shutter stretch stitch swap bark beam beat block blow book boot bottle box brush bubble bug button cage camp card chalk change charm cheer chip
-       circle cloud coat color comb copy cough count cover crawl crew crowd cup curl cut doctor guide guard harvest heel help hook hose hug ice judge juice
-       jump kick kiss knit knot land laugh leaf leak lie light lock loop milk model mop nest net""".replace("\n", " ")
-
-
 class Grammar:
     """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
     (question, answer)."""
@@ -119,61 +84,13 @@ class Grammar:
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
+        self.nouns = Nouns(self.words)
         for tale in self.tales.values():
             self.held_out.remove_from(tale.lists)
 
-    @functools.cached_property
-    def verb_forms(self):
-        """Past tenses and such, "rang", which are no nouns."""
-        return {form for forms in self.words["irregular verbs"].values() for form in forms}
-
-    @functools.cached_property
-    def nouns(self):
-        """{form: singular} of what a foreign opening may speak of, plurals too; words as they stand in a text, "sea turtles"."""
-        kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns")
-        known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in self.words[kind]} | {place for _, place in self.words["places"]}
-        return {form: noun for noun in known if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
-
-    @functools.cached_property
-    def doubtful(self):
-        """Nouns that are verbs, adjectives or numbers as well, so that only an article tells: "saw", "orange", "play"."""
-        verbs = {deed.split()[0] for deed in self.words["deeds"] + self.words["deeds with things"]} | set(self.words["irregular verbs"])
-        verbs |= {form for verb in verbs for form in conjugate(verb, self.words["irregular verbs"])}
-        return verbs | self.verb_forms | set(self.words["colors"]) | set(BOTH.split())
-
     def noticed(self, text, cast):
-        """What TEXT speaks of that is no member of CAST, in its order, with an article: ["the tiger", "his mom", "Grandpa", "the rain"]."""
-        found = {match.start(1): f"the {match[1]}" for match in NEW_NOUN.finditer(text)
-                 if not re.search("(ed|est|ly)$", match[1]) and match[1] not in self.verb_forms | UNNOTICED}
-        found |= {match.start(): f"the {match[1].lower()}" for match in re.finditer(r"\b([Rr]ain|[Ss]now)(?:ing|ed)\b", text)}
-        words = [(match.start(), match.end()) for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)]
-        last = -1
-        for i, (start, _) in enumerate(words):
-            end = self.noun_at(text, words[i:i + 4])
-            if end is not None and start > last:
-                whose = re.search(r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
-                found = {at: phrase for at, phrase in found.items() if not start <= at < end}
-                found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
-                last = end
-        found |= {match.start(): match[0] for match in CALLED.finditer(text)}
-        members = {word.lower() for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()}
-        phrases = {}
-        for _, phrase in sorted(found.items()):
-            nouns = phrase.lower().split()[phrase.startswith(("his ", "her ", "the ")):]
-            if not members & {*nouns, self.nouns.get(" ".join(nouns))}:
-                phrases.setdefault(self.nouns.get(" ".join(nouns), " ".join(nouns)), phrase)
-        return list(phrases.values())
-
-    def noun_at(self, text, words):
-        """Where the noun ends that begins with the first of WORDS, [(start, end)] in TEXT, or None; two in a row are one: "school bell"."""
-        is_noun = lambda some: text[some[0][0]:some[-1][1]].lower() in self.nouns
-        n = next((n for n in (3, 2, 1) if n <= len(words) and is_noun(words[:n]) and text[:words[0][0]][-1:] != "'"), 0)
-        if n and text[words[0][0]:words[n - 1][1]].lower() in self.doubtful and not ARTICLE.search(text[:words[0][0]]):
-            n = 0
-        if 0 < n < len(words) and is_noun(words[n:n + 1]) and text[words[n - 1][1]:words[n][0]] == " ":
-            first = text[words[0][0]:words[n - 1][1]].lower()
-            n += self.nouns[first] == first and first not in self.words["animals"]
-        return words[n - 1][1] if n else None
+        """What TEXT speaks of that is no member of CAST, as Nouns.noticed gives it."""
+        return self.nouns.noticed(text, {word.lower() for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()})
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
@@ -389,7 +306,100 @@ class HeldOut:
         return any(n > 1 for n in count.values())
 
 
-# 4. The cast of a story
+# 4. What a foreign beginning speaks of
+
+# What somebody there has or finds.
+HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
+
+# What "a ..." introduces there, whatever it is, up to a word that cannot be part of it.
+NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
+                      r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b)")
+
+# Somebody who is called so.
+CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
+
+# What stands before a noun, perhaps with an adjective between.
+ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
+
+# What a story has without being of it.
+UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away back bad began beginning best big bit bottom boy boys
+                came center child children corner day days down ears edge end ends evening everything everywhere eyes face fall
+                family fast feet felt few first five foot found four friend friends front full game girl girls good got great
+                ground hair hand hands happy head heart her here high him his holiday home hours idea inside kids kind knew land
+                last left leg legs let life liked little lived long looked lot lots loud loved low made make man many matter middle
+                minute minutes moment months mood more morning most mouth much name names new next nice night nobody nose nothing
+                now number off old once one only other out outside own pair part people person piece place play played pretty
+                problem put quiet ran reason rest right sad said same sat saw second short side slow small smile soft somebody
+                someone something sort sorts spring start starts state stood story summer surprise then there thing things third
+                thought three tight time times today told tomorrow too took top tried trip turn two very walk walked wanted way
+                ways week weeks went while winter wish woman word words world year years yesterday young""".split())
+
+# Nouns that are something else as often.
+BOTH = set("""back bare bark bat beam bear beat block blow board book boot bottle box brush bubble bug button cage calm camp can card
+               chalk change charm cheer chip circle close cloud coat cold color comb cook cool copy cough count cover crack crawl crew
+               cross crowd cup curl cut dance date doctor dream dress drop drum duck dust face fall farm fast fight fine fire fish fit
+               flat fly glow glue gold grow guard guide hand handle harvest head heel help hide home hook hose howl hug hunt ice iron
+               jam joke judge juice jump kick kind kiss knit knot label land lap last laugh leaf leak lie lift light like line list
+               lock long loop mail march mark match mean mess milk mind mine mint mist model mop nail name nap nest net note oil order
+               page pail pain paint pan paper park pedal pet pin plain plan plant plate pocket point poison polish pool post pot powder
+               present press print promise pump quarrel queue race rail rest ring roar rock rope round row rule rush safe sail sand saw
+               score seal seat second shade shake sharp shell shine ship shop short shout show shower shutter sign silver sink skate
+               sled slide smell smile smoke snack sneeze sound spare spark spell spill spring squash stage stain stall stamp steam step
+               stick still stitch stone store storm story stretch surf swallow swap swing table tail tap taste team tear test thread
+               tie toast top touch trace track trade train trap trick trip trouble tube tune turn visit walk watch wave well whistle
+               will wind wish wonder work wound yard""".split())
+
+
+class Nouns:
+    """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
+    turtles"); `verbs` forms of verbs that are no nouns ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
+    only an article tells ("saw", "orange")."""
+
+    def __init__(self, words):
+        kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns")
+        known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
+        self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
+        self.animals, self.verbs = words["animals"], {form for forms in words["irregular verbs"].values() for form in forms}
+        verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
+        self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.verbs | set(words["colors"]) | BOTH
+
+    def noticed(self, text, members):
+        """What TEXT speaks of, in its order, once each and with an article: ["the tiger", "his mom", "Grandpa", "the rain"]; not what is
+        one of the words MEMBERS."""
+        phrases = {}
+        for _, phrase in sorted(self.found(text).items()):
+            noun = re.sub("^(his|her|the) ", "", phrase.lower())
+            if not members & {*noun.split(), self.forms.get(noun)}:
+                phrases.setdefault(self.forms.get(noun, noun), phrase)
+        return list(phrases.values())
+
+    def found(self, text):
+        """{place in TEXT: phrase} of all nouns there."""
+        found = {match.start(1): f"the {match[1]}" for match in NEW_NOUN.finditer(text)
+                 if not re.search("(ed|est|ly)$", match[1]) and match[1] not in self.verbs | UNNOTICED}
+        found |= {match.start(): f"the {match[1].lower()}" for match in re.finditer(r"\b([Rr]ain|[Ss]now)(?:ing|ed)\b", text)}
+        words, last = [match.span() for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)], -1
+        for i, (start, _) in enumerate(words):
+            end = self.end_of_noun(text, words[i:i + 4])
+            if end is not None and start > last:
+                found = {at: phrase for at, phrase in found.items() if not start <= at < end}
+                whose = re.search(r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
+                found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
+                last = end
+        return found | {match.start(): match[0] for match in CALLED.finditer(text)}
+
+    def end_of_noun(self, text, words):
+        """Where the noun ends that begins with the first of WORDS, [(start, end)] in TEXT, or None; two in a row are one: "school bell"."""
+        before, part = text[:words[0][0]], lambda i, j: text[words[i][0]:words[j - 1][1]].lower()
+        n = next((n for n in (3, 2, 1) if n <= len(words) and part(0, n) in self.forms), 0)
+        if not n or before[-1:] == "'" or part(0, n) in self.doubtful and not ARTICLE.search(before):
+            return None
+        if n < len(words) and part(n, n + 1) in self.forms and text[words[n - 1][1]:words[n][0]] == " ":
+            n += self.forms[part(0, n)] == part(0, n) and part(0, n) not in self.animals
+        return words[n - 1][1]
+
+
+# 5. The cast of a story
 
 PRONOUNS = {"he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
             "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"}}
@@ -666,7 +676,7 @@ def draw_helper(words, rng, characters):
     return Character(rng.choice(words["helpers"]), None, rng.choice(["he", "she"]))
 
 
-# 5. Tales
+# 6. Tales
 
 class Tale:
     """What tales/*.txt says of one tale; all texts parsed."""
@@ -951,7 +961,7 @@ class Story:
         return self.text[:cut], self.text[cut:].lstrip()
 
 
-# 6. Requests for a story, and questions about it
+# 7. Requests for a story, and questions about it
 
 def request(story):
     """(what a user says to get STORY, its topic): the tale's own phrase, a thread's or a general one, and all else that must be named
@@ -1135,7 +1145,7 @@ def questions(story):
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
 
 
-# 7. Talk: greetings, facts, what it does not know, names and moods
+# 8. Talk: greetings, facts, what it does not know, names and moods
 
 class Facts:
     """Pairs of one kind: `pairs` [(X, Y)], `ask` and `say` texts in which X and Y stand for a pair's sides."""
@@ -1309,7 +1319,7 @@ class Speaker:
         return joint.join(filter(None, [word(first), answer] if self.rng.random() < 0.5 else [answer, word(last)]))
 
 
-# 8. Documents
+# 9. Documents
 
 # A document is a list of strings, by turns such as are only read (a question) and such as are learned (its answer); together they are
 # its text.
@@ -1490,7 +1500,7 @@ def document(grammar, rng):
             return pieces
 
 
-# 9. The command line
+# 10. The command line
 
 def write_part(arguments):
     """COUNT documents from SEED as JSON lines: one process's share."""

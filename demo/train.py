@@ -404,7 +404,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
-    parser.add_argument("--steps", type=int, default=10800, help="steps of the whole training (10800)")
+    parser.add_argument("--steps", type=int, default=9000, help="steps of the whole training (9000)")
     parser.add_argument("--batch", type=int, default=84, help="rows a step (84)")
     parser.add_argument("--row", type=int, default=1152, help="tokens a row (1152)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")

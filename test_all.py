@@ -6205,6 +6205,78 @@ def test_foreign_beginnings_are_kept():
     assert len(twice) > 60 and sum(twice) > 0.9 * len(twice), (sum(twice), len(twice))
 
 
+def test_what_a_beginning_speaks_of():
+    """Nouns in their order, once each: known ones without an article, plurals, two in a row; what is a verb as well only behind one."""
+    nouns = grammar().nouns
+    for text, wanted in {"Pip had a red kite and three coins.": ["the kite", "the coins"],
+                         "It was raining. Mia saw honey, and a bear saw Mia.": ["the rain", "the honey", "the bear"],
+                         "The school bell rang. Tom took his hat and ran.": ["the school bell", "his hat"],
+                         "Mom can drum in her kitchen. The drum was old.": ["Mom", "her kitchen", "the drum"],
+                         "Then he fell. It was well past four o'clock.": [],
+                         "A plimo was in the garden.": ["the plimo", "the garden"]}.items():
+        assert nouns.noticed(text, set()) == wanted, text
+    assert nouns.noticed("A fox and two owls found a kite.", {"kite", "owl"}) == ["the fox"]
+
+
+def test_tales_answer_a_beginning():
+    """Whose goat has run away looks for it; a tale that is fit for one kind of beginning only is told after no other."""
+    corpus, words = demo_module("corpus"), {}
+    for tale in grammar().tales.values():
+        for key, pattern in tale.after.items():
+            if pattern:
+                words[tale.name, key] = pattern
+    assert len(words) > 80
+    opening = corpus.Opening(["any"], corpus.parse("{hero}'s goat (had run away|was gone) again."))
+    answered = 0
+    for i in range(40):
+        rng = random.Random(f"test {i}")
+        drawn = opening.drawn(grammar(), rng)
+        assert not any(isinstance(piece, corpus.Choice) for piece in drawn.text)
+        tales = corpus.answering(grammar(), drawn, rng)
+        assert {tale.name for tale in tales} <= {"lost-thing", "borrowed-thing"}
+        answered += bool(tales)
+        if tales:
+            drawn.answered = True
+            story = corpus.Story(grammar(), tales[0], rng, opening=drawn)
+            assert story.cast.thing == "goat" and story.text.count("goat") > 3, story.text
+        else:
+            assert not any(tale.only_there for tale in corpus.fitting(grammar(), drawn, rng))
+    assert 25 < answered < 40
+
+
+def test_a_tale_is_asked_for_by_what_its_hero_does():
+    """"A fox who wants to lose a kite" gets the tale of a lost kite; and each of these deeds has its forms."""
+    corpus, told = demo_module("corpus"), 0
+    for tale in grammar().tales.values():
+        for i in range(2 * len(tale.does)):
+            story = corpus.Story(grammar(), tale, random.Random(f"test {tale.name} {i}"))
+            phrase = corpus.deed_topic(story)
+            if phrase:
+                told += 1
+                base, third, past, ing = story.cast.verbs
+                assert corpus.roots(phrase) - {"he", "him", "his", "himself"} == {"hero", "deed"} and not re.search(r"[{}|<>()]", base)
+                assert base.split()[1:] == ing.split()[1:] == past.split()[1:] and ing.split()[0].endswith("ing"), story.cast.verbs
+                assert not story.done or any(name in base for slot in story.done for name in story.cast.names(slot)), (base, story.done)
+    assert told > 80
+
+
+def test_what_is_asked_for_in_vain_is_not_forgotten():
+    """A second thing that no tale or thread tells of is named at the story's start, in its middle and at its end."""
+    corpus, tales, seen = demo_module("corpus"), list(grammar().tales.values()), 0
+    for i in range(40):
+        rng = random.Random(f"test {i}")
+        story = corpus.Story(grammar(), rng.choice(tales), rng, extra="thing")
+        if not story.extra:
+            continue
+        (_, other), = story.extra
+        asked, text = corpus.story_turn(story, corpus.Speaker(grammar(), rng))
+        if ("thing", other) in story.told and len(story.text.split("\n\n")) > 2 and other.thing not in story.text:
+            seen += 1
+            assert other.thing.lower() in asked.lower() and "missed" in story.cast and other.thing in story.cast["missed"], (asked, text)
+            assert text.count(other.thing) > 1, text
+    assert seen > 15
+
+
 def test_verbs_and_tidying_of_the_corpus():
     corpus = demo_module("corpus")
     irregular = grammar().words["irregular verbs"]

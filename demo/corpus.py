@@ -88,10 +88,6 @@ class Grammar:
         for tale in self.tales.values():
             self.held_out.remove_from(tale.lists)
 
-    def noticed(self, text, cast):
-        """What TEXT speaks of that is no member of CAST, as Nouns.noticed gives it."""
-        return self.nouns.noticed(text, {word.lower() for name in cast.said(["hero", "friend", "thing", "place", "job"]) for word in name.split()})
-
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
         return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and not (alone and thread.needs[1:])])
@@ -312,7 +308,7 @@ class HeldOut:
 HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
 
 # What "a ..." introduces there, whatever it is, up to a word that cannot be part of it.
-NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) (?:[a-z]+ ){0,2}?([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
+NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) ((?:[a-z]+ ){0,2}?)([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
                       r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b)")
 
 # Somebody who is called so.
@@ -326,7 +322,7 @@ UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away b
                 came center child children corner day days down ears edge end ends evening everything everywhere eyes face fall
                 family fast feet felt few first five foot found four friend friends front full game girl girls good got great
                 ground hair hand hands happy head heart her here high him his holiday home hours idea inside kids kind knew land
-                last left leg legs let life liked little lived long looked lot lots loud loved low made make man many matter middle
+                last left leg longer legs let life liked little lived long looked lot lots loud loved low made make man many matter middle
                 minute minutes moment months mood more morning most mouth much name names new next nice night nobody nose nothing
                 now number off old once one only other out outside own pair part people person piece place play played pretty
                 problem put quiet ran reason rest right sad said same sat saw second short side slow small smile soft somebody
@@ -375,8 +371,8 @@ class Nouns:
 
     def found(self, text):
         """{place in TEXT: phrase} of all nouns there."""
-        found = {match.start(1): f"the {match[1]}" for match in NEW_NOUN.finditer(text)
-                 if not re.search("(ed|est|ly)$", match[1]) and match[1] not in self.verbs | UNNOTICED}
+        found = {match.start(2): f"the {match[2]}" for match in NEW_NOUN.finditer(text)
+                 if not re.search("(ed|est|ly)$", match[2]) and match[2] not in self.verbs | UNNOTICED and not self.forms.keys() & set(match[1].split())}
         found |= {match.start(): f"the {match[1].lower()}" for match in re.finditer(r"\b([Rr]ain|[Ss]now)(?:ing|ed)\b", text)}
         words, last = [match.span() for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)], -1
         for i, (start, _) in enumerate(words):
@@ -685,6 +681,13 @@ class Tale:
         self.name, self.needs, self.about, self.lists = name, [], [], {}
         self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
         self.ask, self.start, self.open, self.questions, self.body = [], [], [], [], []
+        self.after = {"after": None, "near": None}  # patterns of what it answers in a foreign beginning, surely or perhaps
+        self.does = []                              # parsed verb phrases for what the hero does in it: "lose a {thing.noun}"
+        self.only_there = False                     # whether it goes on from no other
+
+    def answers(self, text, key):
+        """Where TEXT has the last of the words of KEY, "after" or "near", that this tale is an answer to; -1 if it has none."""
+        return max((match.end() for match in self.after[key].finditer(text)), default=-1) if self.after[key] else -1
 
     def texts(self):
         """All slots of what follows an opening."""
@@ -745,6 +748,12 @@ def read_tales(path, grammar):
                 setattr(tale, key, value.split())
             elif key == "thing is new":
                 tale.thing_is_new = True
+            elif key in ("after", "near") and isinstance(tale, Tale):
+                tale.after[key] = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
+            elif key == "does":
+                tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
+            elif key == "only there":
+                tale.only_there = True
             elif key in ("ask", "start", "open") or key in ("first", "middle", "last") and isinstance(tale, Thread):
                 getattr(tale, key).append(parse(value))
             elif key == "q" or key.startswith("q "):
@@ -765,16 +774,30 @@ class Opening:
 
     def __init__(self, head, text):
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
+        self.answered = False                       # whether a tale was chosen for what it speaks of, so that its thing is the tale's
         self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"}
+
+    def drawn(self, grammar, rng):
+        """This opening with its alternatives drawn: only its slots are open."""
+        drawn = copy.copy(self)
+        drawn.__dict__.pop("speaks_of", None)
+        drawn.__init__([self.gender, self.kind, self.friend], settled(grammar, self.text, rng))
+        return drawn
 
     @functools.cached_property
     def speaks_of(self):
         """The members that are no slots of it, but that it gives to a tale: {"thing"} for "She had a red ball"."""
         return {"thing"} if re.search(HOLDS + " an? ", literal(self.text)) else set()
 
+    def members(self, cast):
+        """The words for those of CAST whom it names."""
+        says_kind = self.kind or {"a hero", "hero.kind"} & set(slots(self.text))
+        names = cast.said(sorted(self.slots - {"clause"})) + (cast.said(["hero"]) if says_kind else [str(cast.characters["hero"])])
+        return {word.lower() for name in names for word in name.split()}
+
     def clashes(self, tale):
         """The members that TALE brings itself, so that those of this opening must be others."""
-        return tale.brings & (self.slots | self.speaks_of)
+        return tale.brings & (self.slots | self.speaks_of) - ({"thing"} if self.answered else set())
 
     def characters(self, grammar, rng, lists):
         """Characters for the cast, hero and friend as the text has them; always with names."""
@@ -795,20 +818,21 @@ class Opening:
 SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 
 # How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.16, "clause": 0.2, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04,
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.18, "clause": 0.12, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04,
            "nature": 0.06, "event": 0.04, "theme": 0.04}
 
 
 class Story:
-    """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)];
-    `must` [(slot, cast)] of what a request has to name, `extra` of what it asks for in vain, `told` of what it did name; `titled` whether the hero's name must be, too;
+    """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)].
+    Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `done` the
+    members that the deed named by which the tale was asked for ("lose a kite"); `titled` whether the hero's name must be named, too.
     `foreign` whether the opening stands in no tale: then `begun` is its text, `opened` the cast of that, `adopted` the slots that the tale
     has from its plain words, and `keep` what it speaks of, as phrases."""
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
         second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up. Raises ValueError after 50 tries."""
-        self.grammar, self.tale, self.rng, self.foreign, text = grammar, tale, rng, opening is not None, ""
+        self.grammar, self.tale, self.rng, self.foreign, self.done, text = grammar, tale, rng, opening is not None, set(), ""
         for _ in range(50):
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
@@ -854,54 +878,72 @@ class Story:
         return woven
 
     def clause(self, rule):
-        """A text of RULE on the hero and on things that are not of this story: "who loses a race"."""
+        """A text of RULE on the hero and on things that are not of this story: "who glows in the dark"."""
         return tidy("-" + self.grammar.expand_rule(rule, Cast(self.grammar, None, self.rng, self.cast.characters), self.rng))[1:]
 
-    def take_up(self, opening):
-        """Expand OPENING, foreign to the tale, into `begun`, and `keep` all that it names, in its order: as the tale's own thing, friend and
-        place where it can, else in threads, [(Thread, cast)]. The cast's slot "kept" lists it."""
+    def begin(self, opening):
+        """Expand OPENING into `begun`, now and then with a word more on what it speaks of; which is returned, as Nouns.noticed gives it."""
         cast, rng, grammar = self.opened, self.rng, self.grammar
         if "clause" in opening.slots:
             cast["clause"] = self.clause("past clause")
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
-        noticed = grammar.noticed(self.begun.replace(cast.get("clause", "\n"), ""), cast)
+        noticed = grammar.nouns.noticed(self.begun.replace(cast.get("clause", "\n"), ""), opening.members(cast))
         if rng.random() < 0.2:
             known = [f"the {name}" for slot in ("thing", "hero") for name in cast.names(slot)[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
             if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
                 cast["again"] = rng.choice(nouns)
                 self.begun += " " + tidy(grammar.expand_rule("again", cast, rng))
-        seen = [phrase for phrase in noticed if not self.adopts(phrase, opening)]
+        return noticed
+
+    def at(self, phrase):
+        """Where `begun` has the noun of PHRASE, "the red kite", first."""
+        return self.begun.lower().find(phrase.split(" ", 1)[-1].lower())
+
+    def take_up(self, opening):
+        """Begin with OPENING, foreign to the tale, and `keep` all that it names, in its order: as the tale's own thing, friend and place where
+        it can, first of all what stands next to the word that the tale answers; else in threads, [(Thread, cast)]. The cast's slot "kept"
+        lists it."""
+        seen, cast, rng, grammar = self.begin(opening), self.opened, self.rng, self.grammar
+        event = max(self.tale.answers(self.begun, "after"), self.tale.answers(self.begun, "near")) if opening.answered else 0
+        for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
+            if self.adopts(phrase, opening):
+                seen.remove(phrase)
         self.adopts_place(opening)
         seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][:4]
-        said = {slot for slot in opening.slots if any(name.lower() in self.begun.lower() for name in cast.names(slot))}
-        slots = sorted(said - (self.tale.members - opening.clashes(self.tale)) - {"place"})
+        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
         threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
         if seen:
             cast["seen"] = listed(seen, ",")
             threads.append((grammar.threads["noticed"], cast))
-        named = [(slot, cast) for slot in sorted(said)] + [(slot, self.cast) for slot in sorted(self.adopted)]
-        phrases = [each.recalled(slot, self.begun) for slot, each in named if slot != "clause"]
+        named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
+        phrases = [each.recalled(slot, self.begun) for slot, each in named]
         phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen]
-        self.keep = sorted(dict.fromkeys(phrases), key=lambda phrase: self.begun.lower().find(phrase.split(" ", 1)[-1].lower()))
-        self.cast["hero in full"] = cast.recalled("clause" if "clause" in said else "hero", self.begun)
+        self.keep = sorted(dict.fromkeys(phrases), key=self.at)
+        self.cast["hero in full"] = cast.recalled("clause" if "clause" in opening.slots else "hero", self.begun)
         self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
         return threads
 
     def adopts(self, phrase, opening):
-        """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done."""
+        """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
+        thing of a tale that answers the beginning may be any ("the goat" that ran away), else what the hero has."""
         article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
-        open_to, words = self.tale.members - self.tale.brings - opening.slots - self.adopted, self.grammar.words
+        words, forms = self.grammar.words, self.grammar.nouns.forms
+        brought = self.tale.brings - ({"thing"} if opening.answered else set())
+        open_to = self.tale.members - brought - opening.slots - self.adopted
         family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
-        being = family or noun in words["animals"]
-        if noun in words["he people"] + words["she people"]:
+        being = family or forms.get(noun, noun) in words["animals"]
+        if noun in words["he people"] + words["she people"] + words["nature"] or noun in dict(map(reversed, words["places"])):
             return False
-        if being and "friend" in open_to:
+        somewhere = re.search(r"(?i)\b(?:in|on|under|at|near|behind|into|from|to|by|over|through) (?:the|an?|his|her) (?:[a-z]+ )?$",
+                              self.begun[:max(0, self.begun.lower().find(noun.lower()))])
+        held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
+        if being and noun.lower() in (*words["animals"], *words["he family"], *words["she family"]) and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif not being and "thing" in open_to and (
-                noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)):
-            self.cast.thing, self.cast.adjective = noun, ""
+        elif "thing" in open_to and not family and (
+                opening.answered and not somewhere and (noun in forms or not noun.endswith("s")) or held and not being):
+            self.cast.thing, self.cast.adjective = forms.get(noun, noun), ""
             self.adopted.add("thing")
         else:
             return False
@@ -972,12 +1014,13 @@ def request(story):
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
-        if kind < 0.17 and not story.titled and "clause" not in cast:
+        if kind < 0.25 and not story.titled and "clause" not in cast:
             return by_words(story)
-        if kind < 0.2 and not story.titled and not story.threads:
+        if kind < 0.28 and not story.titled and not story.threads:
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
-        story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys())]
+        story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, of) in story.must]
+        story.told += [(slot, cast) for slot in sorted(story.done)]
         extra = [one for one in story.must + story.extra if one not in story.told]
         extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
@@ -1032,9 +1075,24 @@ def in_order(story, topic, members, bare=False):
     return topic
 
 
+def deed_topic(story):
+    """A phrase that asks for STORY by what its hero does in it, "a fox who wants to lose a kite"; None if it has none such, and mostly."""
+    grammar, cast, rng = story.grammar, story.cast, story.rng
+    if not story.tale.does or rng.random() > 0.3 or {"deed", "clause"} & {slot for slot, _ in story.must}:
+        return None
+    done = rng.choice(story.tale.does)
+    cast.verbs = conjugate(tidy("-" + grammar.expand(done, cast, rng))[1:], grammar.words["irregular verbs"])
+    if grammar.held_out.refuses(cast.said(["hero", "deed"])):
+        return None
+    story.done = roots(done) & {"thing", "place", "food"}
+    return rng.choice([topic for topic in grammar.rules["topic"] if roots(topic) - PRONOUNS["he"].keys() == {"hero", "deed"}])
+
+
 def topic_of(story):
     """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
     grammar, tale, rng = story.grammar, story.tale, story.rng
+    if deed := deed_topic(story):
+        return deed, story.cast
     known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
     kin = story.cast.characters["friend"].owner
     known |= {"pair"} & (story.cast.keys() if "friend" in tale.needs else set())
@@ -1076,6 +1134,15 @@ def ask(story, topic):
             return grammar.expand_rule("ask for one", cast, rng), False
         return grammar.expand_rule("ask scene", cast, rng), False
     return grammar.expand_rule("ask story", cast, rng), False
+
+
+def settled(grammar, text, rng):
+    """A parsed TEXT with its alternatives and rules drawn: a Sequence of str and Slot."""
+    out = Sequence()
+    for piece in text:
+        out += (settled(grammar, rng.choice(piece), rng) if isinstance(piece, Choice)
+                else settled(grammar, rng.choice(grammar.rules[piece]), rng) if isinstance(piece, Rule) else [piece])
+    return out
 
 
 def literal(text):
@@ -1349,19 +1416,37 @@ def tell(grammar, rng, characters=None, asked=True):
 
 
 def continued(grammar, rng):
-    """A Story that goes on from a foreign beginning."""
+    """A Story that goes on from a foreign beginning: mostly with a tale that answers it."""
     while True:
-        opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings]))
-        fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
-                                      and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
-        spoken = {phrase.split(" ", 1)[-1] for phrase in grammar.noticed(literal(opening.text), Cast(grammar, None, rng))}
-        given = opening.speaks_of | ({"thing"} if spoken & set(grammar.words["things"]) else set())
-        fitting = next(filter(None, ([tale for tale in grammar.tales.values() if tale.start and fits(tale, members)]
-                                     for members in (opening.slots | given, opening.slots, set()))))
+        opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
+        tales = answering(grammar, opening, rng)
+        opening.answered = bool(tales)
         try:
-            return Story(grammar, rng.choice(fitting), rng, opening=opening, invent=rng.random() < 0.25)
+            return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
             continue
+
+
+def answering(grammar, opening, rng):
+    """The tales whose words ("gone", "stuck") OPENING has last, [] if none has any, and in one of ten."""
+    text, brought = literal(opening.text), opening.slots | {"food"}
+    tales = [tale for tale in grammar.tales.values() if tale.start and {slot for slot in tale.needs if slot in SPECIAL} <= brought]
+    for key in "after", "near":
+        at = {tale.name: tale.answers(text, key) for tale in tales}
+        last = max(at.values())
+        if last >= 0:
+            return [tale for tale in tales if at[tale.name] == last] if rng.random() < 0.9 else []
+    return []
+
+
+def fitting(grammar, opening, rng):
+    """The tales that have parts for all that OPENING gives them, or at least for its slots."""
+    fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
+                                  and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
+    spoken = {phrase.split(" ", 1)[-1] for phrase in grammar.nouns.noticed(literal(opening.text), set())}
+    given = opening.speaks_of | ({"thing"} if spoken & set(grammar.words["things"]) else set())
+    tales = [tale for tale in grammar.tales.values() if tale.start and not tale.only_there]
+    return next(filter(None, ([tale for tale in tales if fits(tale, members)] for members in (opening.slots | given, opening.slots, set()))))
 
 
 def story_turn(story, speaker):

@@ -333,7 +333,7 @@ UNNOTICED = set("""afternoon again age alone arm arms around asked autumn away b
 # Nouns that are something else as often.
 BOTH = set("""back bare bark bat beam bear beat block blow board book boot bottle box brush bubble bug button cage calm camp can card
                chalk change charm cheer chip circle close cloud coat cold color comb cook cool copy cough count cover crack crawl crew
-               cross crowd cup curl cut dance date doctor dream dress drop drum duck dust face fall farm fast fight fine fire fish fit
+               cross crowd cup curl cut dance dark date doctor dream dress drop drum duck dust face fall farm fast fight fine fire fish fit
                flat fly glow glue gold grow guard guide hand handle harvest head heel help hide home hook hose howl hug hunt ice iron
                jam joke judge juice jump kick kind kiss knit knot label land lap last laugh leaf leak lie lift light like line list
                lock long loop mail march mark match mean mess milk mind mine mint mist model mop nail name nap nest net note oil order
@@ -382,12 +382,16 @@ class Nouns:
                 whose = re.search(r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
                 found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
                 last = end
-        return found | {match.start(): match[0] for match in CALLED.finditer(text)}
+        called = list(CALLED.finditer(text))                                    # "Mr. Finch" is no finch
+        found = {at: phrase for at, phrase in found.items() if not any(match.start() <= at < match.end() for match in called)}
+        return found | {match.start(): match[0] for match in called}
 
     def end_of_noun(self, text, words):
         """Where the noun ends that begins with the first of WORDS, [(start, end)] in TEXT, or None; two in a row are one: "school bell"."""
         before, part = text[:words[0][0]], lambda i, j: text[words[i][0]:words[j - 1][1]].lower()
         n = next((n for n in (3, 2, 1) if n <= len(words) and part(0, n) in self.forms), 0)
+        if text[words[0][0]].isupper() and not re.search(r'(^|[.!?]"?\s+|")"?$', before):
+            return None                                                         # a name: "his dog Salt"
         if not n or before[-1:] == "'" or part(0, n) in self.doubtful and not ARTICLE.search(before):
             return None
         if n < len(words) and part(n, n + 1) in self.forms and text[words[n - 1][1]:words[n][0]] == " ":
@@ -1085,7 +1089,9 @@ def deed_topic(story):
     if grammar.held_out.refuses(cast.said(["hero", "deed"])):
         return None
     story.done = roots(done) & {"thing", "place", "food"}
-    return rng.choice([topic for topic in grammar.rules["topic"] if roots(topic) - PRONOUNS["he"].keys() == {"hero", "deed"}])
+    others = {"friend", "place"} & set(story.tale.needs) - story.done
+    return rng.choice([topic for topic in grammar.rules["topic"] if {"hero", "deed"} <= roots(topic) - PRONOUNS["he"].keys() <= {"hero", "deed"} | others
+                       and ("friend" not in roots(topic) or literal(topic).startswith("x and x"))])
 
 
 def topic_of(story):

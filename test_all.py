@@ -6245,6 +6245,17 @@ def test_tales_answer_a_beginning():
     assert 25 < answered < 40
 
 
+def test_wrong_lines_of_the_tales_are_named(tmp_path):
+    """A slip in a file of tales ends in one line with the file, the line's number and what is wrong with it."""
+    shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*.bin", "__pycache__"))
+    for text, wanted in {"does: hop": "aa.txt:1: stands in no tale: 'does: hop'", "tale a\ndoes: lose (a": "aa.txt:2: a parenthesis is not closed",
+                         "tale a\nhum: hop": "aa.txt:2: not understood: 'hum: hop'", "tale a\n\ntale a": "aa.txt:3: a second tale named a"}.items():
+        (tmp_path / "demo" / "tales" / "aa.txt").write_text(text + "\n")
+        done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_tale_is_asked_for_by_what_its_hero_does():
     """"A fox who wants to lose a kite" gets the tale of a lost kite; and each of these deeds has its forms."""
     corpus, told = demo_module("corpus"), 0

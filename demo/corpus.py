@@ -746,6 +746,8 @@ def read_tales(path, grammar):
                 tale = known[name] = make(name)
             elif body is not None:
                 body.append(line)
+            elif tale is None and line not in ("", "tale") and not key.startswith("q "):
+                raise ValueError(f"stands in no tale: {line[:60]!r}")
             elif key == "body":
                 body = []
             elif key in ("needs", "about"):

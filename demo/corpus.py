@@ -348,16 +348,18 @@ BOTH = set("""back bare bark bat beam bear beat block blow board book boot bottl
 
 class Nouns:
     """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
-    turtles"); `verbs` forms of verbs that are no nouns ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
-    only an article tells ("saw", "orange")."""
+    turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
+    only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry."""
 
     def __init__(self, words):
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
         self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
-        self.animals, self.verbs = words["animals"], {form for forms in words["irregular verbs"].values() for form in forms}
+        self.animals = set(words["animals"])
+        self.no_things = {*words["he people"], *words["she people"], *words["nature"], *(place for _, place in words["places"])}
+        self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
         verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
-        self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.verbs | set(words["colors"]) | BOTH
+        self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
 
     def noticed(self, text, members):
         """What TEXT speaks of, in its order, once each and with an article: ["the tiger", "his mom", "Grandpa", "the rain"]; not what is
@@ -372,7 +374,7 @@ class Nouns:
     def found(self, text):
         """{place in TEXT: phrase} of all nouns there."""
         found = {match.start(2): f"the {match[2]}" for match in NEW_NOUN.finditer(text)
-                 if not re.search("(ed|est|ly)$", match[2]) and match[2] not in self.verbs | UNNOTICED and not self.forms.keys() & set(match[1].split())}
+                 if not re.search("(ed|est|ly)$", match[2]) and match[2] not in self.never and not self.forms.keys() & set(match[1].split())}
         found |= {match.start(): f"the {match[1].lower()}" for match in re.finditer(r"\b([Rr]ain|[Ss]now)(?:ing|ed)\b", text)}
         words, last = [match.span() for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)], -1
         for i, (start, _) in enumerate(words):
@@ -754,7 +756,7 @@ def read_tales(path, grammar):
                 setattr(tale, key, value.split())
             elif key == "thing is new":
                 tale.thing_is_new = True
-            elif key in ("after", "near") and isinstance(tale, Tale):
+            elif key in ("after", "near"):
                 tale.after[key] = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
             elif key == "does":
                 tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
@@ -785,10 +787,7 @@ class Opening:
 
     def drawn(self, grammar, rng):
         """This opening with its alternatives drawn: only its slots are open."""
-        drawn = copy.copy(self)
-        drawn.__dict__.pop("speaks_of", None)
-        drawn.__init__([self.gender, self.kind, self.friend], settled(grammar, self.text, rng))
-        return drawn
+        return Opening([self.gender, self.kind, self.friend], settled(grammar, self.text, rng))
 
     @functools.cached_property
     def speaks_of(self):
@@ -801,9 +800,13 @@ class Opening:
         names = cast.said(sorted(self.slots - {"clause"})) + (cast.said(["hero"]) if says_kind else [str(cast.characters["hero"])])
         return {word.lower() for name in names for word in name.split()}
 
+    def brought_by(self, tale):
+        """The members that TALE brings itself: of one that answers this opening all but the thing, which is the opening's."""
+        return tale.brings - ({"thing"} if self.answered else set())
+
     def clashes(self, tale):
         """The members that TALE brings itself, so that those of this opening must be others."""
-        return tale.brings & (self.slots | self.speaks_of) - ({"thing"} if self.answered else set())
+        return self.brought_by(tale) & (self.slots | self.speaks_of)
 
     def characters(self, grammar, rng, lists):
         """Characters for the cast, hero and friend as the text has them; always with names."""
@@ -933,17 +936,16 @@ class Story:
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
         thing of a tale that answers the beginning may be any ("the goat" that ran away), else what the hero has."""
         article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
-        words, forms = self.grammar.words, self.grammar.nouns.forms
-        brought = self.tale.brings - ({"thing"} if opening.answered else set())
-        open_to = self.tale.members - brought - opening.slots - self.adopted
+        words, nouns, forms = self.grammar.words, self.grammar.nouns, self.grammar.nouns.forms
+        open_to = self.tale.members - opening.brought_by(self.tale) - opening.slots - self.adopted
         family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
-        being = family or forms.get(noun, noun) in words["animals"]
-        if noun in words["he people"] + words["she people"] + words["nature"] or noun in dict(map(reversed, words["places"])):
+        being = family or forms.get(noun, noun) in nouns.animals
+        if noun in nouns.no_things:
             return False
         somewhere = re.search(r"(?i)\b(?:in|on|under|at|near|behind|into|from|to|by|over|through) (?:the|an?|his|her) (?:[a-z]+ )?$",
                               self.begun[:max(0, self.begun.lower().find(noun.lower()))])
         held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
-        if being and noun.lower() in (*words["animals"], *words["he family"], *words["she family"]) and "friend" in open_to:
+        if (family or noun in nouns.animals) and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")

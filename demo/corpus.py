@@ -80,7 +80,8 @@ class Grammar:
         for path in sorted((folder / "tales").glob("*.txt")):
             read_tales(path, self)
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
-        self.drawn = [tale for tale in self.tales.values() for _ in range(2 if "deed" in tale.needs else 1)]   # few tales, much asked for
+        often = {"deed": 3, "fear": 4, "job": 4}    # few tales, much asked for
+        self.drawn = [tale for tale in self.tales.values() for _ in range(max(2 if tale.does else 1, *(often.get(slot, 1) for slot in tale.needs)))]
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
@@ -313,6 +314,11 @@ NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z
 
 # Somebody who is called so.
 CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
+
+# What somebody wishes for, "wanted to go swimming", up to where the wish ends; but not what is of somebody else, or just a way of speaking.
+WISHES = r"(?:(?:wanted|wished|longed|hoped|decided|tried|planned|had always wanted) (?:so much )?to|could not|couldn't)"
+PHRASE = r"((?:[a-z'-]+ ){0,6}?[a-z'-]+)(?=[.;!?]|,? (?:and|but|so|because|for|until|when|while|if) )"
+NO_WISH = re.compile(r"\b(?:him|them|it|that|this|wait|believe|help|stop|tell|say|know|remember|forget|understand|be|even|any\w*)\b")
 
 # What stands before a noun, perhaps with an adjective between.
 ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
@@ -778,12 +784,17 @@ def read_tales(path, grammar):
 
 class Opening:
     """A beginning that stands in no tale: `text` with the slots it uses, `gender` and `kind` of its hero (None: anybody),
-    `friend` its friend's gender or None."""
+    `friend` its friend's gender or None, `pair` whether hero and friend are two of a kind, `nameless` whether it does not even name them.
+    `tale`: the Tale that it leads to, where it is one of that tale's own beginnings, told as if a user had written it."""
 
-    def __init__(self, head, text):
+    def __init__(self, head, text, tale=None):
+        self.tale = tale
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
-        self.answered = False                       # whether a tale was chosen for what it speaks of, so that its thing is the tale's
+        self.pair, self.nameless = "pair" in roots(text), "pair" in roots(text) and "hero" not in roots(text)
+        self.answered = tale is not None            # whether a tale was chosen for what it speaks of, so that its thing is the tale's
         self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"}
+        if self.pair:
+            self.slots.add("friend")
 
     def drawn(self, grammar, rng):
         """This opening with its alternatives drawn: only its slots are open."""
@@ -802,7 +813,7 @@ class Opening:
 
     def brought_by(self, tale):
         """The members that TALE brings itself: of one that answers this opening all but the thing, which is the opening's."""
-        return tale.brings - ({"thing"} if self.answered else set())
+        return set() if self.tale else tale.brings - ({"thing"} if self.answered else set())
 
     def clashes(self, tale):
         """The members that TALE brings itself, so that those of this opening must be others."""
@@ -812,7 +823,9 @@ class Opening:
         """Characters for the cast, hero and friend as the text has them; always with names."""
         words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
         if self.kind is None:
-            entitle(words, rng, characters["hero"], 0.12)
+            while self.pair and (not characters["hero"].name or not characters["friend"].name or characters["friend"].owner):
+                characters = draw_characters(words, rng, {})
+            entitle(words, rng, characters["hero"], 0.0 if self.pair else 0.12)
             return characters
         kind = rng.choice(words["animals"]) if self.kind == "animal" else self.kind.replace("-", " ")
         characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
@@ -827,7 +840,7 @@ class Opening:
 SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 
 # How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.18, "clause": 0.12, "food": 0.04, "fear": 0.05, "job": 0.05, "trait": 0.04,
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.05, "clause": 0.05, "food": 0.03, "fear": 0.01, "job": 0.02, "trait": 0.02,
            "nature": 0.06, "event": 0.04, "theme": 0.04}
 
 
@@ -847,7 +860,7 @@ class Story:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
             self.titled = not (opening or characters) and entitle(grammar.words, rng, self.cast.characters["hero"], 0.04)
-            if not (opening or characters or "friend" in tale.lists) and rng.random() < 0.1:
+            if opening.pair if opening else not (characters or "friend" in tale.lists) and rng.random() < 0.1:
                 self.cast.pair()
             if invent:
                 self.cast.invent()
@@ -905,8 +918,8 @@ class Story:
         return noticed
 
     def at(self, phrase):
-        """Where `begun` has the noun of PHRASE, "the red kite", first."""
-        return self.begun.lower().find(phrase.split(" ", 1)[-1].lower())
+        """Where `begun` has the noun of PHRASE, "the red kite", first, or the verb of "the wish to swim"."""
+        return self.begun.lower().find(re.sub("^the wish to ", "", phrase).split(" ", phrase.startswith("the wish to ") or 1)[-1].lower())
 
     def take_up(self, opening):
         """Begin with OPENING, foreign to the tale, and `keep` all that it names, in its order: as the tale's own thing, friend and place where
@@ -915,22 +928,35 @@ class Story:
         seen, cast, rng, grammar = self.begin(opening), self.opened, self.rng, self.grammar
         event = max(self.tale.answers(self.begun, "after"), self.tale.answers(self.begun, "near")) if opening.answered else 0
         for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
-            if self.adopts(phrase, opening):
+            if not opening.tale and self.adopts(phrase, opening):
                 seen.remove(phrase)
-        self.adopts_place(opening)
+        if not opening.tale:
+            self.adopts_place(opening)
         seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][:4]
         slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
         threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
+        if wish := self.wish(opening):
+            cast["wish"] = wish
+            threads.append((grammar.thread_on("wish", rng), cast))
         if seen:
             cast["seen"] = listed(seen, ",")
             threads.append((grammar.threads["noticed"], cast))
         named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
         phrases = [each.recalled(slot, self.begun) for slot, each in named]
-        phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen]
+        phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen
+                    if not wish or phrase.split(" ")[-1] not in wish] + [f"the wish to {wish}"] * bool(wish)
         self.keep = sorted(dict.fromkeys(phrases), key=self.at)
         self.cast["hero in full"] = cast.recalled("clause" if "clause" in opening.slots else "hero", self.begun)
         self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
         return threads
+
+    def wish(self, opening):
+        """What the hero wants to do, or cannot, in a beginning that has no slot for it: "go swimming"; None if it does not say."""
+        hero = self.opened.characters["hero"]
+        alone = "friend" not in opening.slots and not opening.friend
+        who = "|".join([re.escape(hero.name or hero.kind), rf"[Tt]he (?:[a-z]+ )?{re.escape(hero.kind)}", *[hero.gender, hero.gender.title()] * alone])
+        match = None if {"deed", "job"} & opening.slots else re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
+        return match[1] if match and not NO_WISH.search(match[1]) else None
 
     def adopts(self, phrase, opening):
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
@@ -976,8 +1002,9 @@ class Story:
         beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
                                if getattr(thread, place)]
         if opening:
-            bridge = [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
-            begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, expand(tale.start)])]
+            bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
+            bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
+            begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, *([] if opening.tale else [expand(tale.start)])])]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
         else:
@@ -1002,14 +1029,6 @@ class Story:
         names = [name for name in (cast or self.cast).names(slot) if name]
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
 
-    def beginning(self):
-        """(first sentences, the rest) of the story, cut where a user might stop who begins a story himself."""
-        if self.foreign:
-            return self.begun, self.text[len(self.begun):].lstrip()
-        ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s)', self.text) if match.end() <= max(self.length, 220)]
-        cut = self.rng.choice(ends[:3]) if ends else self.length
-        return self.text[:cut], self.text[cut:].lstrip()
-
 
 # 7. Requests for a story, and questions about it
 
@@ -1022,15 +1041,15 @@ def request(story):
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
-        if kind < 0.25 and not story.titled and "clause" not in cast:
+        if kind < 0.2 and not story.titled and "clause" not in cast:
             return by_words(story)
-        if kind < 0.28 and not story.titled and not story.threads:
+        if kind < 0.23 and not story.titled and not story.threads:
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, of) in story.must]
         story.told += [(slot, cast) for slot in sorted(story.done)]
         extra = [one for one in story.must + story.extra if one not in story.told]
-        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.4
+        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.3
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
         story.told += extra
         phrase = grammar.expand(phrase, of, rng)
@@ -1086,7 +1105,7 @@ def in_order(story, topic, members, bare=False):
 def deed_topic(story):
     """A phrase that asks for STORY by what its hero does in it, "a fox who wants to lose a kite"; None if it has none such, and mostly."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
-    if not story.tale.does or rng.random() > 0.3 or {"deed", "clause"} & {slot for slot, _ in story.must}:
+    if not story.tale.does or rng.random() > 0.5 or {"deed", "clause"} & {slot for slot, _ in story.must}:
         return None
     done = rng.choice(story.tale.does)
     cast.verbs = conjugate(tidy("-" + grammar.expand(done, cast, rng))[1:], grammar.words["irregular verbs"])
@@ -1117,7 +1136,7 @@ def topic_of(story):
         elif "pair" in known and rng.random() < 0.6:
             pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known]
             phrase, cast = rng.choice(pairs), story.cast
-        elif story.threads and rng.random() < 0.4:
+        elif story.threads and rng.random() < 0.12:
             thread, cast = rng.choice(story.threads)
             phrase = rng.choice(thread.ask)
         else:
@@ -1414,7 +1433,7 @@ def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
     made-up nouns."""
     while True:
-        slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 1, 1, 1, 2, 2])) if asked else []
+        slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         threads = [grammar.thread_on(slot, rng) for slot in slots]
         own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.75}     # in the tale; the thread is on another
         tale = rng.choice([tale for tale in grammar.drawn if own <= set(tale.needs)])
@@ -1426,15 +1445,26 @@ def tell(grammar, rng, characters=None, asked=True):
 
 
 def continued(grammar, rng):
-    """A Story that goes on from a foreign beginning: mostly with a tale that answers it."""
+    """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own."""
     while True:
-        opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
-        tales = answering(grammar, opening, rng)
+        if rng.random() < 0.4:
+            opening = beginning_of(rng.choice(list(grammar.tales.values())), grammar, rng)
+            tales = [opening.tale]
+        else:
+            opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
+            tales = answering(grammar, opening, rng)
         opening.answered = bool(tales)
         try:
             return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
             continue
+
+
+def beginning_of(tale, grammar, rng):
+    """An Opening that leads to TALE: one of its own, or an introduction of the hero and a start."""
+    own = tale.open and (not tale.start or rng.random() < 0.6)
+    text = rng.choice(tale.open) if own else Sequence([Rule("intro"), " ", *rng.choice(tale.start)])
+    return Opening(["any"], settled(grammar, text, rng), tale)
 
 
 def answering(grammar, opening, rng):
@@ -1462,18 +1492,23 @@ def fitting(grammar, opening, rng):
 def story_turn(story, speaker):
     """(what the user asks, the story): by topic, by words, or by a beginning to be continued."""
     grammar, rng = story.grammar, story.rng
-    if story.foreign or rng.random() < 0.1:
-        opening, rest = story.beginning()
-        story.cast["opening"] = opening
-        return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(rest, story=True)
-    asked, topic = request(story)
-    story.cast["topic"] = topic or ""
-    text = coda(story, aside(story))
-    if topic and rng.random() < 0.93:
-        text = tidy(grammar.expand_rule("echo", story.cast, rng)) + " " + text
+    if story.foreign:
+        story.cast["opening"] = story.begun
+        return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(story.text[len(story.begun):].lstrip(), story=True)
+    asked, text = asked_for(story)
     if speaker.mood is None and rng.random() < 0.03:
         text = tidy(grammar.expand(rng.choice(grammar.talk.remarks["offer<"]), story.cast, rng)) + "\n\n" + text
     return asked, speaker.coat(text, story=True)
+
+
+def asked_for(story):
+    """(a request for STORY, its text), which mostly says first what it is about, in its middle what had no part in it, and last all of it."""
+    asked, topic = request(story)
+    story.cast["topic"] = topic or ""
+    text = coda(story, aside(story))
+    if topic and story.rng.random() < 0.93:
+        text = tidy(story.grammar.expand_rule("echo", story.cast, story.rng)) + " " + text
+    return asked, text
 
 
 def aside(story):
@@ -1508,9 +1543,10 @@ def coda(story, text):
 
 
 def plain_story(grammar, rng):
-    """A story alone, without a chat around it: what a prompt without a template is continued from."""
-    if rng.random() < 0.2:
-        return ["", tell(grammar, rng, asked=False).text]
+    """A story alone, without a chat around it: what a prompt without a template is continued from. One from nothing says first what it is
+    about, as if asked for, so that no beginning of a user's looks like its first sentences."""
+    if rng.random() < 0.12:
+        return ["", asked_for(tell(grammar, rng))[1]]
     story = continued(grammar, rng)
     return [story.begun, story.text[len(story.begun):]]
 
@@ -1518,7 +1554,7 @@ def plain_story(grammar, rng):
 def story_chat(grammar, rng):
     """One request and its story; often questions about it, and sometimes a second story."""
     speaker = Speaker(grammar, rng)
-    story = (continued if rng.random() < 0.12 else tell)(grammar, rng)
+    story = (continued if rng.random() < 0.16 else tell)(grammar, rng)
     turns = [story_turn(story, speaker)]
     if rng.random() < 0.5:
         turns += questions(story)[:rng.choice([1, 1, 2, 3])]

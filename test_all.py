@@ -6122,7 +6122,7 @@ def test_tales_tell_what_was_asked_for(name):
     assert named > 8 * len(tale.needs) / 2, f"{named} of {8 * len(tale.needs)}"
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M)) - {"noticed"}))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M)) - {"noticed", "wish-of-a-beginning"}))
 def test_threads_run_through_the_story(name):
     """What a thread is on must be asked for, and is named in the story's last paragraph."""
     corpus, thread, woven, asked = demo_module("corpus"), grammar().threads[name], 0, 0
@@ -6203,6 +6203,51 @@ def test_foreign_beginnings_are_kept():
         twice += [story.text[len(story.begun):].count(phrase.split()[-1]) > 1 for phrase in story.keep]
     assert len(kept) > 20 and sum(kept) > 0.95 * len(kept), (sum(kept), len(kept))
     assert len(twice) > 60 and sum(twice) > 0.9 * len(twice), (sum(twice), len(twice))
+
+
+def test_a_wish_of_a_beginning_comes_true():
+    """What the hero wants to do, or cannot, is found, unless it is another's or a way of speaking, and is what the story ends with."""
+    corpus = demo_module("corpus")
+    for text, wanted in {"{hero} wanted to row to the island. It was late.": "row to the island", "The {hero.kind} could not whistle.": "whistle",
+                         "{he} had always wanted to paint the moon, but it was too far away.": "paint the moon", "{hero} could not believe it.": None,
+                         "{hero}'s mother wanted to read.": None, "When {hero} wanted to pay, the shop was gone.": None,
+                         "{hero} wanted to {deed}.": None}.items():
+        for i in range(4):
+            opening = corpus.Opening(["any"], corpus.parse(text))
+            story = corpus.Story(grammar(), grammar().tales["learn-badly"], random.Random(f"test {i}"), opening=opening)
+            assert story.wish(opening) == wanted, story.begun
+            if wanted:
+                assert f"the wish to {wanted}" in story.keep and story.text.count(wanted) > 3, story.text
+
+
+def test_two_of_a_kind_in_a_beginning():
+    """Hero and friend are of one kind and get names, in the beginning or behind it."""
+    corpus = demo_module("corpus")
+    openings = [opening for opening in grammar().own_openings if opening.pair]
+    assert len(openings) > 15 and any(opening.nameless for opening in openings) and not all(opening.nameless for opening in openings)
+    for i in range(40):
+        opening, rng = openings[i % len(openings)], random.Random(f"test {i}")
+        drawn = opening.drawn(grammar(), rng)
+        assert (drawn.pair, drawn.nameless) == (opening.pair, opening.nameless) and "friend" in drawn.slots
+        story = corpus.Story(grammar(), grammar().tales["shares-thing"], rng, opening=drawn)
+        hero, friend = (story.opened.characters[role] for role in ("hero", "friend"))
+        assert hero.kind == friend.kind and story.opened["pair"].startswith("two ")
+        assert hero.name in story.text and friend.name in story.text, story.text
+
+
+def test_each_tale_says_what_it_tells_of():
+    """In words of its own alone, behind what was asked for or begun; and it has beginnings of its own to be gone on with."""
+    corpus, tales = demo_module("corpus"), list(grammar().tales.values())
+    phrases = [phrase for tale in tales for phrase in tale.tells]
+    assert len(set(phrases)) == len(phrases) >= 2 * len(tales)
+    for tale in tales:
+        rng = random.Random(f"test {tale.name}")
+        text = corpus.asked_for(corpus.Story(grammar(), tale, rng))[1]
+        assert any(phrase in text[:250] for phrase in tale.tells), text[:250]
+        opening = corpus.beginning_of(tale, grammar(), rng)
+        story = corpus.Story(grammar(), tale, rng, opening=opening)
+        assert opening.tale is tale and story.cast is story.opened and story.text.startswith(story.begun)
+        assert any(phrase in story.text[len(story.begun):] for phrase in tale.tells), story.text
 
 
 def test_what_a_beginning_speaks_of():

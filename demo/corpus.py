@@ -86,6 +86,9 @@ class Grammar:
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
         self.nouns = Nouns(self.words)
+        done = {literal(phrase) for tale in self.tales.values() for phrase in tale.does}     # what a tale is of is not to be learned as a deed
+        self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in done]
+        self.words["deeds with things"] = [verb for verb in self.words["deeds with things"] if f"{verb} a x" not in done]
         for tale in self.tales.values():
             self.held_out.remove_from(tale.lists)
 
@@ -692,7 +695,8 @@ class Tale:
     def __init__(self, name):
         self.name, self.needs, self.about, self.lists = name, [], [], {}
         self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
-        self.ask, self.start, self.open, self.questions, self.body = [], [], [], [], []
+        self.ask, self.start, self.open, self.event, self.questions, self.body = [], [], [], [], [], []
+        self.tells = []                             # phrases for what it is about, each of this tale alone: "something lost and found again"
         self.after = {"after": None, "near": None}  # patterns of what it answers in a foreign beginning, surely or perhaps
         self.does = []                              # parsed verb phrases for what the hero does in it: "lose a {thing.noun}"
         self.only_there = False                     # whether it goes on from no other
@@ -766,9 +770,11 @@ def read_tales(path, grammar):
                 tale.after[key] = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
             elif key == "does":
                 tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
+            elif key == "tells":
+                tale.tells += [phrase.strip() for phrase in value.split(";")]
             elif key == "only there":
                 tale.only_there = True
-            elif key in ("ask", "start", "open") or key in ("first", "middle", "last") and isinstance(tale, Thread):
+            elif key in ("ask", "start", "open", "event") or key in ("first", "middle", "last") and isinstance(tale, Thread):
                 getattr(tale, key).append(parse(value))
             elif key == "q" or key.startswith("q "):
                 questions = tale.questions if key == "q" else grammar.questions[key[2:]]
@@ -859,8 +865,9 @@ class Story:
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
-            self.titled = not (opening or characters) and entitle(grammar.words, rng, self.cast.characters["hero"], 0.04)
-            if opening.pair if opening else not (characters or "friend" in tale.lists) and rng.random() < 0.1:
+            hero, friend = (self.cast.characters[role] for role in ("hero", "friend"))
+            self.titled = not (opening or characters) and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
+            if opening.pair if opening else not (characters or self.titled or "friend" in tale.lists) and rng.random() < 0.1:
                 self.cast.pair()
             if invent:
                 self.cast.invent()
@@ -999,11 +1006,13 @@ class Story:
         """Make `text` of an opening, the tale's body, and what the threads put between."""
         grammar, tale, rng = self.grammar, self.tale, self.rng
         expand = lambda texts: grammar.expand(rng.choice(texts), self.cast, rng)
+        self.cast["tells"] = rng.choice(tale.tells)
         beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
                                if getattr(thread, place)]
         if opening:
             bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
             bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
+            bridge.append(grammar.expand_rule("tells", self.cast, rng))
             begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, *([] if opening.tale else [expand(tale.start)])])]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
@@ -1461,10 +1470,11 @@ def continued(grammar, rng):
 
 
 def beginning_of(tale, grammar, rng):
-    """An Opening that leads to TALE: one of its own, or an introduction of the hero and a start."""
-    own = tale.open and (not tale.start or rng.random() < 0.6)
-    text = rng.choice(tale.open) if own else Sequence([Rule("intro"), " ", *rng.choice(tale.start)])
-    return Opening(["any"], settled(grammar, text, rng), tale)
+    """An Opening that leads to TALE: one of its own, or an introduction of the hero and a start, or one as plain people write it."""
+    texts = [rng.choice(tale.open or tale.event)]
+    texts += [Sequence([Rule("intro"), " ", *rng.choice(tale.start)])] if tale.start else []
+    texts += [Sequence([Rule("met"), " ", *rng.choice(tale.event)])] * 2 if tale.event else []
+    return Opening(["any"], settled(grammar, rng.choice(texts), rng), tale)
 
 
 def answering(grammar, opening, rng):
@@ -1502,13 +1512,13 @@ def story_turn(story, speaker):
 
 
 def asked_for(story):
-    """(a request for STORY, its text), which mostly says first what it is about, in its middle what had no part in it, and last all of it."""
+    """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
+    names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
-    text = coda(story, aside(story))
-    if topic and story.rng.random() < 0.93:
-        text = tidy(story.grammar.expand_rule("echo", story.cast, story.rng)) + " " + text
-    return asked, text
+    echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
+    first = " ".join(story.grammar.expand_rule(rule, story.cast, story.rng) for rule in echo)
+    return asked, tidy(first) + " " + coda(story, aside(story))
 
 
 def aside(story):
@@ -1674,16 +1684,19 @@ def show(grammar, name, count, seed):
 
 def check(grammar, count=60):
     """Expand every tale COUNT times; report errors, repeated sentences, and slots of `needs` that the story hardly names."""
+    told_by = collections.Counter(phrase for tale in grammar.tales.values() for phrase in tale.tells)
     for name, tale in grammar.tales.items():
         counts, lengths, failed = collections.Counter(), [], collections.Counter()
-        if not (tale.ask and tale.body and (tale.start or tale.open)):
-            print(f"{name}: lacks ask, body, or start and open")
+        if not (tale.ask and tale.tells and tale.body and (tale.start or tale.open)):
+            print(f"{name}: lacks ask, tells, body, or start and open")
             continue
+        if twice := [phrase for phrase in tale.tells if told_by[phrase] > 1]:
+            print(f"    x {name}: tells what another tale or line tells, too: {twice}")
         for i in range(count):
             rng = random.Random(f"check {i}")
             try:
                 story = Story(grammar, tale, rng)
-                request(story), questions(story)
+                request(story), questions(story), Story(grammar, tale, rng, opening=beginning_of(tale, grammar, rng))
             except (ValueError, KeyError, IndexError) as error:
                 failed[str(error)] += 1
                 continue
@@ -1698,7 +1711,7 @@ def check(grammar, count=60):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=600_000)
+    parser.add_argument("--documents", type=int, default=450_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))

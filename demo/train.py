@@ -48,7 +48,7 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"\s+(?!\S)|\s+")                                       # Qwen2's
 HELD_OUT = 0.005                                                 # share of documents kept for validation
 MTP_WEIGHT, BALANCE_WEIGHT = 0.25, 0.01                          # of the two other losses
-EARLY, EARLY_WEIGHT = 160, 3                                     # so many first tokens of an answer count so much:
+EARLY, EARLY_WEIGHT = 100, 5                                     # so many first tokens of an answer count so much:
                                                                  # they settle what the story is about
 ASKED_WEIGHT, COMMON = 5, 1e-3                                   # so much counts a token that was read before in the
                                                                  # document, unless this share of all tokens is such
@@ -404,7 +404,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
-    parser.add_argument("--steps", type=int, default=9000, help="steps of the whole training (9000)")
+    parser.add_argument("--steps", type=int, default=6800, help="steps of the whole training (6800)")
     parser.add_argument("--batch", type=int, default=84, help="rows a step (84)")
     parser.add_argument("--row", type=int, default=1152, help="tokens a row (1152)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")

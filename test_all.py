@@ -6442,6 +6442,24 @@ def test_training_of_the_demo(tmp_path):
     ids = rows[:1, :128].long().clamp(min=0)
     with torch.no_grad():
         assert (hf(ids).logits - rounded.logits(rounded(ids)[0])).abs().max() < 1e-4
+    more = tmp_path / "more"                                    # the weights of before, gone on with on the same rows at hardly any rate
+    shutil.copytree(work, more, ignore=shutil.ignore_patterns("state.pt", "hf"))
+    going_on = [*base[:3], more, *base[4:], "--steps", 1, "--lr", 1e-12, "--start"]
+    for folder, words in (tmp_path / "nosuch", b"nosuch"), (more, b"model.safetensors"):
+        result = run(*going_on, folder)
+        assert result.returncode == 1 and words in result.stderr and b"Traceback" not in result.stderr, result.stderr
+    result = run(*going_on, work / "hf")
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(folder / "hf" / "model.safetensors") for folder in (work, more))
+    assert before.keys() == after.keys() and all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+    result = run(*going_on[:-1])                                # from random weights it is another run
+    assert result.returncode == 1 and b"another run" in result.stderr, result.stderr
+    (more / "state.pt").unlink()
+    for wrong, words in ({"model.norm.weight": torch.zeros(3)}, b"wanted [32], found [3]"), ({"model.norm.weight": None}, b"no tensor 'model.norm.weight'"):
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        save_file({name: tensor for name, tensor in {**before, **wrong}.items() if tensor is not None}, tmp_path / "wrong" / "model.safetensors")
+        result = run(*going_on, tmp_path / "wrong")
+        assert result.returncode == 1 and words in result.stderr and result.stderr.count(b"Traceback") == 0, result.stderr
     path = tmp_path / "model.bin"
     assert run(*EXPORT, work / "hf", "-o", path, "--type", "f32").returncode == 0
     ours = engine_logits(path, ids[0].tolist())

@@ -80,7 +80,7 @@ class Grammar:
         for path in sorted((folder / "tales").glob("*.txt")):
             read_tales(path, self)
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
-        often = {"deed": 3, "fear": 4, "job": 4}    # few tales, much asked for
+        often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
         self.drawn = [tale for tale in self.tales.values() for _ in range(max(2 if tale.does else 1, *(often.get(slot, 1) for slot in tale.needs)))]
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
@@ -1197,12 +1197,15 @@ def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
+    least = rng.choice([1, 2, 2, 2])                            # "Dragons!" is a request, too
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
-    story.told = must + rng.sample(others, min(len(others), max(2 - len(must), rng.choice([1, 2, 2, 3])))) or [("thing", cast)]
+    story.told = must + rng.sample(others, min(len(others), max(least - len(must), rng.choice([least - 1, 2, 2, 3])))) or [("thing", cast)]
     rng.shuffle(story.told)
     names = {each.verbs[3] if slot == "deed" else each.names(slot)[0]: slot in ("hero", "friend", "thing", "place", "job")
              for slot, each in story.told}
+    if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
+        names = {plural(name): False for name in names}
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
     articled, quoted = ["a " * noun + name for name, noun in names.items()], [quote + name + quote for name in names]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
@@ -1630,7 +1633,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.27, story_chat: 0.5, talk_chat: 0.12, system_chat: 0.06, sums_chat: 0.05}
+KINDS = {plain_story: 0.26, story_chat: 0.48, talk_chat: 0.14, system_chat: 0.07, sums_chat: 0.05}
 
 
 def document(grammar, rng):

@@ -36,7 +36,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
                         processors, trainers)
 
@@ -316,7 +317,7 @@ def save_state(path, args, model, optimizer, step):
 
 def run_of(args):
     """What makes one run of training differ from another; args.rows is the checksum of rows.npy."""
-    return {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "rows")}
+    return {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "rows")} | {"start": args.start and str(args.start)}
 
 
 # ---- 4. Validation and export ------------------------------------------------------------------------------
@@ -362,6 +363,29 @@ def released_names(model):
     return {name: (p.float() if name.endswith(kept) else p.bfloat16()).clone() for name, p in tensors.items()}
 
 
+def start_from(folder, model):
+    """Loads MODEL's weights from model.safetensors in FOLDER, as export wrote it; what released_names does, backward. Raises
+    ValueError when a tensor is missing or of another shape."""
+    path, state = folder / "model.safetensors", {}
+    path.open("rb").close()                                       # the library's error would not name the file
+    tensors = load_file(path)
+    one = lambda name: tensors[name].float()
+    for name, p in model.state_dict().items():
+        matrix = lambda e, kind: one(re.sub(r"(gate_up|down)_proj$", f"{e}.{kind}_proj.weight", name))
+        try:
+            if name.endswith("experts.gate_up_proj"):
+                state[name] = torch.stack([torch.cat([matrix(e, "gate"), matrix(e, "up")]) for e in range(len(p))])
+            elif name.endswith("experts.down_proj"):
+                state[name] = torch.stack([matrix(e, "down") for e in range(len(p))])
+            else:
+                state[name] = one(name)
+        except KeyError as error:
+            raise ValueError(f"{path}: there is no tensor {error}") from None
+        if state[name].shape != p.shape:
+            raise ValueError(f"{path}: {name}: wanted {list(p.shape)}, found {list(state[name].shape)}")
+    model.load_state_dict(state)
+
+
 def export(folder, model, tokenizer):
     """Writes the Hugging Face directory."""
     end, _, im_end = map(tokenizer.token_to_id, SPECIAL)
@@ -405,6 +429,7 @@ def arguments():
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
     parser.add_argument("--steps", type=int, default=6800, help="steps of the whole training (6800)")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this folder (an hf/ of before), not with random ones")
     parser.add_argument("--batch", type=int, default=84, help="rows a step (84)")
     parser.add_argument("--row", type=int, default=1152, help="tokens a row (1152)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")
@@ -475,6 +500,8 @@ def main():
     config = Config(**(state["config"] if state else sizes))
     model = Qwen3Next(config).to(args.device)
     optimizer, step = make_optimizer(model), 0
+    if not state and args.start:
+        start_from(args.start, model)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -504,5 +531,5 @@ if __name__ == "__main__":
         main()
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'standard output'}: {error.strerror}")
-    except ValueError as error:                                  # documents or rows that are none, sizes that do not fit
+    except (ValueError, SafetensorError) as error:               # documents or rows that are none, sizes that do not fit
         sys.exit(f"train.py: {error}")

@@ -6494,6 +6494,12 @@ def test_what_the_demo_can_do(report):
     assert right >= 0.85 * made
 
 
+def test_the_number_that_an_answer_gives():
+    for answer, wanted in {"7 + 5 = 12.": 12, "That is 20 - 20 = 0.": 0, "It is twelve.": 12, "5 - 2 = 3, so 3 are left.": 3, "Nine!": 9,
+                           "I have 4 and 3, that makes 7": 7, "I do not know.": None}.items():
+        assert demo_module("evaluate").number_in(answer) == wanted, answer
+
+
 def test_scores_of_the_demo(tmp_path, report):
     """demo/evaluate.py prints a table of shares and writes the texts; the demo knows its small facts."""
     result = run(sys.executable, ROOT / "demo" / "evaluate.py", DEMO, "--only", "questions", "sums", "--samples", tmp_path / "samples", timeout=600)

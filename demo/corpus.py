@@ -854,13 +854,14 @@ class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)].
     Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `done` the
     members that the deed named by which the tale was asked for ("lose a kite"); `titled` whether the hero's name must be named, too.
-    `foreign` whether the opening stands in no tale: then `begun` is its text, `opened` the cast of that, `adopted` the slots that the tale
-    has from its plain words, and `keep` what it speaks of, as phrases."""
+    `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
+    text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases."""
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
         second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up. Raises ValueError after 50 tries."""
         self.grammar, self.tale, self.rng, self.foreign, self.done, text = grammar, tale, rng, opening is not None, set(), ""
+        self.own = opening is not None and opening.tale is tale
         for _ in range(50):
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
@@ -1197,7 +1198,7 @@ def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
-    least = rng.choice([1, 2, 2, 2])                            # "Dragons!" is a request, too
+    least = rng.choice([1, 1, 2, 2])                            # "Dragons!" is a request, too
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(least - len(must), rng.choice([least - 1, 2, 2, 3])))) or [("thing", cast)]
@@ -1556,12 +1557,13 @@ def coda(story, text):
 
 
 def plain_story(grammar, rng):
-    """A story alone, without a chat around it: what a prompt without a template is continued from. One from nothing says first what it is
-    about, as if asked for, so that no beginning of a user's looks like its first sentences."""
-    if rng.random() < 0.12:
+    """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is only read, but half of those
+    that lead to a tale of ours, which are told as from "Once upon a time"; so is now and then a story that says first what it is about."""
+    if rng.random() < 0.1:
         return ["", asked_for(tell(grammar, rng))[1]]
     story = continued(grammar, rng)
-    return [story.begun, story.text[len(story.begun):]]
+    begun = "" if story.own and rng.random() < 0.5 else story.begun
+    return [begun, story.text[len(begun):]]
 
 
 def story_chat(grammar, rng):

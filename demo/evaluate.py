@@ -151,8 +151,9 @@ def repeated(text):
 
 
 def number_in(answer):
-    """The number that an ANSWER to a sum gives: the one behind "is", "=" ..., else the last one; None if there is none."""
-    found = re.findall(r"(\bis|=|\bmakes?|\bequals|\bgives|\bleaves|\bare|\bget)?\s*\b(\d+|" + "|".join(NUMBERS) + r")\b", answer.lower())
+    """The number that an ANSWER to a sum gives: the one behind "is", "=" ..., unless a sum begins there, else the last one; None if there
+    is none."""
+    found = re.findall(r"(\bis|=|\bmakes?|\bequals|\bgives|\bleaves|\bare|\bget)?\s*\b(\d+|" + "|".join(NUMBERS) + r")\b(?!\s*[-+])", answer.lower())
     value = lambda word: int(word) if word.isdigit() else NUMBERS.index(word)
     return next((value(word) for verb, word in found if verb), value(found[-1][1]) if found else None)
 

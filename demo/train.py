@@ -6,6 +6,8 @@ directory.
     python demo/train.py
     python export.py build/demo/hf -o demo/stories.bin --type q8
 
+--start goes on from the weights of before, a folder like hf/, on other documents.
+
 What a step has made stays in the work folder, and another run goes on from there. Remove a file to make it anew; a
 new tokenizer makes new rows, and rows older than the documents, or a state of other rows or options, are refused:
 

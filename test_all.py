@@ -6337,7 +6337,7 @@ def test_verbs_and_tidying_of_the_corpus():
     corpus = demo_module("corpus")
     irregular = grammar().words["irregular verbs"]
     for phrase, forms in {"swim": "swims swam swimming", "ride a bike": "rides a bike|rode a bike|riding a bike", "carry": "carries carried carrying",
-                          "hop": "hops hopped hopping", "have a picnic": "has a picnic|had a picnic|having a picnic", "bake": "bakes baked baking"}.items():
+                          "hop": "hops hopped hopping", "have a picnic": "has a picnic|had a picnic|having a picnic", "bake": "bakes baked baking", "be brave": "is brave|was brave|being brave"}.items():
         assert list(corpus.conjugate(phrase, irregular)[1:]) == (forms.split("|") if "|" in forms else forms.split()), phrase
     for text, wanted in {'a owl and a unicorn. she saw a apple.': "An owl and a unicorn. She saw an apple.", '"why?" asked tom.': '"Why?" asked tom.',
                          'he said, "the fox is here."': 'He said, "The fox is here."', '"yes," he said, "and you?"': '"Yes," he said, "and you?"'}.items():
@@ -6373,7 +6373,13 @@ def test_training_of_the_demo(tmp_path):
     weights of one that was not; the engine reads the result and drafts with its MTP head."""
     train, work = demo_module("train"), tmp_path / "work"
     work.mkdir()
-    documents = [demo_module("corpus").document(grammar(), random.Random(f"train {i}")) for i in range(60)]
+    words = "the a fox hat boat moon found lost said and so then went home again quietly umbrella seventeen don't \"well,\" Pip".split()
+    told = lambda rng, n: " ".join(rng.choices(words, k=n)) + "."
+    documents = []                                              # not the corpus's, so that the weights stay when that is changed
+    for rng in map(random.Random, range(60)):
+        chat = [text for _ in range(rng.randint(1, 3)) for text in
+                (f"<|im_start|>user\n{told(rng, 6)}<|im_end|>\n<|im_start|>assistant\n", f"{told(rng, 60)}<|im_end|>")]
+        documents.append(rng.choice([["", told(rng, rng.randint(5, 90))], [told(rng, 12), f"\n\n{told(rng, rng.randint(5, 90))}"], chat]))
     base = [sys.executable, ROOT / "demo" / "train.py", "--work", work, "--steps", 3, "--batch", 2, "--row", 128, "--device", "cpu",
             "--set", *(f"{name}={size}" for name, size in TINY_DEMO.items())]
     for wrong, words in ('"text"', b"wanted a list of strings"), ("[]", b"wanted a list of strings"), ('["", 1]', b"wanted a list of strings"), \

@@ -202,7 +202,7 @@ def conjugate(phrase, irregular):
     """(base, third person, past, -ing form) of a verb phrase: "ride a bike" -> rides, rode, riding a bike."""
     verb, _, rest = phrase.partition(" ")
     rest = " " + rest if rest else ""
-    third = "has" if verb == "have" else verb + ("es" if re.search(r"(s|x|z|ch|sh|o)$", verb) else "s")
+    third = {"have": "has", "be": "is"}.get(verb) or verb + ("es" if re.search(r"(s|x|z|ch|sh|o)$", verb) else "s")
     past, ing = verb + "ed", verb + "ing"
     if re.search(r"[^aeiou]y$", verb):
         third, past = verb[:-1] + "ies", verb[:-1] + "ied"
@@ -918,7 +918,7 @@ class Story:
             cast["clause"] = self.clause("past clause")
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
         noticed = grammar.nouns.noticed(self.begun.replace(cast.get("clause", "\n"), ""), opening.members(cast))
-        if rng.random() < 0.2:
+        if not self.own and rng.random() < 0.2:
             known = [f"the {name}" for slot in ("thing", "hero") for name in cast.names(slot)[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
             if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
                 cast["again"] = rng.choice(nouns)
@@ -927,7 +927,8 @@ class Story:
 
     def at(self, phrase):
         """Where `begun` has the noun of PHRASE, "the red kite", first, or the verb of "the wish to swim"."""
-        return self.begun.lower().find(re.sub("^the wish to ", "", phrase).split(" ", phrase.startswith("the wish to ") or 1)[-1].lower())
+        wish = phrase.removeprefix("the wish to ")
+        return self.begun.lower().find((wish if wish != phrase else phrase.split(" ", 1)[-1]).lower())
 
     def take_up(self, opening):
         """Begin with OPENING, foreign to the tale, and `keep` all that it names, in its order: as the tale's own thing, friend and place where
@@ -935,10 +936,10 @@ class Story:
         lists it."""
         seen, cast, rng, grammar = self.begin(opening), self.opened, self.rng, self.grammar
         event = max(self.tale.answers(self.begun, "after"), self.tale.answers(self.begun, "near")) if opening.answered else 0
-        for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
-            if not opening.tale and self.adopts(phrase, opening):
-                seen.remove(phrase)
-        if not opening.tale:
+        if not self.own:
+            for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
+                if self.adopts(phrase, opening):
+                    seen.remove(phrase)
             self.adopts_place(opening)
         seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][:4]
         slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
@@ -1014,7 +1015,7 @@ class Story:
             bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
             bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
             bridge.append(grammar.expand_rule("tells", self.cast, rng))
-            begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, *([] if opening.tale else [expand(tale.start)])])]
+            begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, *([] if self.own else [expand(tale.start)])])]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
         else:
@@ -1123,6 +1124,7 @@ def deed_topic(story):
         return None
     story.done = roots(done) & {"thing", "place", "food"}
     others = {"friend", "place"} & set(story.tale.needs) - story.done
+    others -= {"friend"} if cast.verbs[1].startswith("is ") else set()          # "two foxes who be brave"
     return rng.choice([topic for topic in grammar.rules["topic"] if {"hero", "deed"} <= roots(topic) - PRONOUNS["he"].keys() <= {"hero", "deed"} | others
                        and ("friend" not in roots(topic) or literal(topic).startswith("x and x"))])
 

@@ -6451,18 +6451,27 @@ def test_training_of_the_demo(tmp_path):
     more = tmp_path / "more"                                    # the weights of before, gone on with on the same rows at hardly any rate
     shutil.copytree(work, more, ignore=shutil.ignore_patterns("state.pt", "hf"))
     going_on = [*base[:3], more, *base[4:], "--steps", 1, "--lr", 1e-12, "--start"]
-    for folder, words in (tmp_path / "nosuch", b"nosuch"), (more, b"model.safetensors"):
+    other = tmp_path / "other"
+    shutil.copytree(work / "hf", other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"special": true', '"special": false', 1))
+    torn = tmp_path / "torn"
+    shutil.copytree(work / "hf", torn)
+    (torn / "tokenizer.json").write_text("{")
+    for folder, words in (tmp_path / "nosuch", b"nosuch"), (more, b"model.safetensors"), (other, b"not the tokenizer of"), (torn, b"no tokenizer"):
         result = run(*going_on, folder)
         assert result.returncode == 1 and words in result.stderr and b"Traceback" not in result.stderr, result.stderr
+    for made in "tokenizer.json", "rows.npy", "held-out.npy":
+        (more / made).unlink()                                  # the tokenizer is that of the weights, too
     result = run(*going_on, work / "hf")
     assert result.returncode == 0, result.stderr
+    assert (more / "tokenizer.json").read_bytes() == (work / "hf" / "tokenizer.json").read_bytes()
     before, after = (load_file(folder / "hf" / "model.safetensors") for folder in (work, more))
     assert before.keys() == after.keys() and all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
     result = run(*going_on[:-1])                                # from random weights it is another run
     assert result.returncode == 1 and b"another run" in result.stderr, result.stderr
     (more / "state.pt").unlink()
     for wrong, words in ({"model.norm.weight": torch.zeros(3)}, b"wanted [32], found [3]"), ({"model.norm.weight": None}, b"no tensor 'model.norm.weight'"):
-        (tmp_path / "wrong").mkdir(exist_ok=True)
+        shutil.copytree(work / "hf", tmp_path / "wrong", dirs_exist_ok=True)
         save_file({name: tensor for name, tensor in {**before, **wrong}.items() if tensor is not None}, tmp_path / "wrong" / "model.safetensors")
         result = run(*going_on, tmp_path / "wrong")
         assert result.returncode == 1 and words in result.stderr and result.stderr.count(b"Traceback") == 0, result.stderr

@@ -240,7 +240,7 @@ def head_loss(h, embedding, targets, weights):
     [B, T]."""
     logits = F.linear(h, embedding).float()
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    return (each * weights.flatten()).sum() / weights.sum()
+    return (each * weights.flatten()).sum() / weights.sum().clamp(min=1)      # a batch may hold nothing to be learned
 
 
 def losses(model, rows, head_loss, common):
@@ -463,21 +463,32 @@ def arguments():
     return args
 
 
+def read_tokenizer(path):
+    """The Tokenizer at PATH; ends the program when it is none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:                                    # the library raises nothing narrower
+        sys.exit(f"train.py: {path}: no tokenizer: {error}")
+
+
 def main():
     args = arguments()
     sizes = dict(args.set)
     work, path = args.work, args.work / "state.pt"
     if not (work / "documents.jsonl").exists() and not ((work / "rows.npy").exists() and (work / "tokenizer.json").exists()):
         sys.exit(f"train.py: {work / 'documents.jsonl'}: not there; corpus.py writes it")
+    if args.start and not (args.start / "model.safetensors").exists():
+        sys.exit(f"train.py: {args.start}: there is no model.safetensors in it")
+    if args.start and not (work / "tokenizer.json").exists():
+        replace(work / "tokenizer.json", lambda path: Path(path).write_bytes((args.start / "tokenizer.json").read_bytes()))
     if fresh := not (work / "tokenizer.json").exists():
         vocab_size = sizes.get("vocab_size", Config.vocab_size)
         tokenizer = train_tokenizer(work / "documents.jsonl", vocab_size, sample=50000)
         replace(work / "tokenizer.json", lambda path: tokenizer.save(str(path)))
         say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
-    try:
-        tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    except Exception as error:                                    # the library raises nothing narrower
-        sys.exit(f"train.py: {work / 'tokenizer.json'}: no tokenizer: {error}")
+    tokenizer = read_tokenizer(work / "tokenizer.json")
+    if args.start and read_tokenizer(args.start / "tokenizer.json").to_str() != tokenizer.to_str():
+        sys.exit(f"train.py: {args.start / 'tokenizer.json'}: not the tokenizer of {work}; weights know their tokens by number")
     if not fresh and older(work / "rows.npy", work / "documents.jsonl"):
         sys.exit(f"train.py: {work / 'rows.npy'}: older than documents.jsonl; remove it and tokenizer.json to make them anew")
     if fresh or not (work / "rows.npy").exists():

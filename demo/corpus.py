@@ -794,17 +794,15 @@ class Opening:
     `tale`: the Tale that it leads to, where it is one of that tale's own beginnings, told as if a user had written it."""
 
     def __init__(self, head, text, tale=None):
-        self.tale = tale
+        named, self.text, self.tale = roots(text), text, tale
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
-        self.pair, self.nameless = "pair" in roots(text), "pair" in roots(text) and "hero" not in roots(text)
+        self.pair, self.nameless = "pair" in named, "pair" in named and "hero" not in named
         self.answered = tale is not None            # whether a tale was chosen for what it speaks of, so that its thing is the tale's
-        self.text, self.slots = text, roots(text) & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"}
-        if self.pair:
-            self.slots.add("friend")
+        self.slots = named & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"} | ({"friend"} if self.pair else set())
 
     def drawn(self, grammar, rng):
         """This opening with its alternatives drawn: only its slots are open."""
-        return Opening([self.gender, self.kind, self.friend], settled(grammar, self.text, rng))
+        return Opening([self.gender, self.kind, self.friend], settled(grammar, self.text, rng), self.tale)
 
     @functools.cached_property
     def speaks_of(self):
@@ -1015,7 +1013,10 @@ class Story:
             bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
             bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
             bridge.append(grammar.expand_rule("tells", self.cast, rng))
-            begun = [self.begun + rng.choice([" ", "\n\n"]) + " ".join([*bridge, *([] if self.own else [expand(tale.start)])])]
+            gap = rng.choice([" ", "\n\n"])
+            if not self.own:                            # a tale's own beginning leads to its body
+                bridge.append(expand(tale.start))
+            begun = [self.begun + gap + " ".join(bridge)]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
         else:
@@ -1468,7 +1469,7 @@ def continued(grammar, rng):
         else:
             opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
             tales = answering(grammar, opening, rng)
-        opening.answered = bool(tales)
+            opening.answered = bool(tales)
         try:
             return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
@@ -1480,7 +1481,7 @@ def beginning_of(tale, grammar, rng):
     texts = [rng.choice(tale.open or tale.event)]
     texts += [Sequence([Rule("intro"), " ", *rng.choice(tale.start)])] if tale.start else []
     texts += [Sequence([Rule("met"), " ", *rng.choice(tale.event)])] * 2 if tale.event else []
-    return Opening(["any"], settled(grammar, rng.choice(texts), rng), tale)
+    return Opening(["any"], rng.choice(texts), tale).drawn(grammar, rng)
 
 
 def answering(grammar, opening, rng):

@@ -369,7 +369,6 @@ def start_from(folder, model):
     """Loads MODEL's weights from model.safetensors in FOLDER, as export wrote it; what released_names does, backward. Raises
     ValueError when a tensor is missing or of another shape."""
     path, state = folder / "model.safetensors", {}
-    path.open("rb").close()                                       # the library's error would not name the file
     tensors = load_file(path)
     one = lambda name: tensors[name].float()
     for name, p in model.state_dict().items():
@@ -477,8 +476,8 @@ def main():
     work, path = args.work, args.work / "state.pt"
     if not (work / "documents.jsonl").exists() and not ((work / "rows.npy").exists() and (work / "tokenizer.json").exists()):
         sys.exit(f"train.py: {work / 'documents.jsonl'}: not there; corpus.py writes it")
-    if args.start and not (args.start / "model.safetensors").exists():
-        sys.exit(f"train.py: {args.start}: there is no model.safetensors in it")
+    if args.start:
+        (args.start / "model.safetensors").open("rb").close()    # before the work; and the library's error would not name it
     if args.start and not (work / "tokenizer.json").exists():
         replace(work / "tokenizer.json", lambda path: Path(path).write_bytes((args.start / "tokenizer.json").read_bytes()))
     if fresh := not (work / "tokenizer.json").exists():
@@ -513,12 +512,12 @@ def main():
     config = Config(**(state["config"] if state else sizes))
     model = Qwen3Next(config).to(args.device)
     optimizer, step = make_optimizer(model), 0
-    if not state and args.start:
-        start_from(args.start, model)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    elif args.start:
+        start_from(args.start, model)
     say(f"{sum(p.numel() for p in model.parameters())} weights, step {step} of {args.steps}")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")               # TF32 for what autocast leaves in float32

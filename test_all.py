@@ -6122,7 +6122,7 @@ def test_tales_tell_what_was_asked_for(name):
     assert named > 8 * len(tale.needs) / 2, f"{named} of {8 * len(tale.needs)}"
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M)) - {"noticed", "wish-of-a-beginning"}))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M)) - {"noticed", "wish-of-a-beginning", "how-it-began"}))
 def test_threads_run_through_the_story(name):
     """What a thread is on must be asked for, and is named in the story's last paragraph."""
     corpus, thread, woven, asked = demo_module("corpus"), grammar().threads[name], 0, 0
@@ -6253,7 +6253,7 @@ def test_each_tale_says_what_it_tells_of():
 def test_what_a_beginning_speaks_of():
     """Nouns in their order, once each: known ones without an article, plurals, two in a row; what is a verb as well only behind one."""
     nouns = grammar().nouns
-    for text, wanted in {"Pip had a red kite and three coins.": ["the kite", "the coins"],
+    for text, wanted in {"Pip had a red kite and three coins.": ["the red kite", "the coins"],
                          "It was raining. Mia saw honey, and a bear saw Mia.": ["the rain", "the honey", "the bear"],
                          "The school bell rang. Tom took his hat and ran.": ["the school bell", "his hat"],
                          "Mom can drum in her kitchen. The drum was old.": ["Mom", "her kitchen", "the drum"],

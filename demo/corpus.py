@@ -89,6 +89,8 @@ class Grammar:
         done = {literal(phrase) for tale in self.tales.values() for phrase in tale.does}     # what a tale is of is not to be learned as a deed
         self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in done]
         self.words["deeds with things"] = [verb for verb in self.words["deeds with things"] if f"{verb} a x" not in done]
+        owned = {theme for tale in self.tales.values() for theme in tale.lists.get("theme", ())}
+        self.words["themes"] = [theme for theme in self.words["themes"] if theme not in owned]
         for tale in self.tales.values():
             self.held_out.remove_from(tale.lists)
 
@@ -355,6 +357,19 @@ BOTH = set("""back bare bark bat beam bear beat block blow board book boot bottl
                will wind wish wonder work wound yard""".split())
 
 
+# What may stand before a sentence and is left out where it is told again.
+LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Suddenly|Then|One \w+|One \w+ \w+|Once upon a time|Long ago|That \w+|The next \w+|In the end), )+")
+
+# The words that have their capital only from the beginning of a sentence.
+STARTS = set("""a all an another any both down each every everybody everyone everything few four from he her here his in inside it its many most near neither no nobody none
+             nothing of on only one out outside over she so some somebody someone something that the their them there they this three
+             two under up very what with""".split())
+
+
+# What is not told again as what once was.
+NOT_PAST = re.compile(r"^(?:When|Whenever|If|As|Before|After|While|Until)\b|\b(?:[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
+
+
 class Nouns:
     """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
     turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
@@ -364,6 +379,8 @@ class Nouns:
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
         self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
+        self.past = {"was", "were", "had", "did", "could", "would", "had", *(forms[0] for forms in words["irregular verbs"].values())}
+        self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
         self.animals = set(words["animals"])
         self.no_things = {*words["he people"], *words["she people"], *words["nature"], *(place for _, place in words["places"])}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
@@ -371,14 +388,37 @@ class Nouns:
         self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
 
     def noticed(self, text, members):
-        """What TEXT speaks of, in its order, once each and with an article: ["the tiger", "his mom", "Grandpa", "the rain"]; not what is
+        """What TEXT speaks of, in its order, once each and with an article: ["the tiger", "his mom", "Grandpa", "the red kite"]; not what is
         one of the words MEMBERS."""
         phrases = {}
-        for _, phrase in sorted(self.found(text).items()):
-            noun = re.sub("^(his|her|the) ", "", phrase.lower())
-            if not members & {*noun.split(), self.forms.get(noun)}:
-                phrases.setdefault(self.forms.get(noun, noun), phrase)
+        for place, phrase in sorted(self.found(text).items()):
+            article, noun = ("the", phrase[4:]) if phrase.startswith("the ") else ("", phrase)
+            bare = re.sub("^(his|her) ", "", noun.lower())
+            if not members & {*bare.split(), self.forms.get(bare)}:
+                phrases.setdefault(self.forms.get(bare, bare), " ".join(filter(None, [article, article and self.adjective(text[:place]), noun])))
         return list(phrases.values())
+
+    def adjective(self, text):
+        """The adjective with which TEXT ends, "" if it does not."""
+        last = re.search(r"([a-z-]+) $", text)
+        return last[1] if last and last[1] in self.adjectives else ""
+
+    def parted(self, phrase):
+        """(article, adjective, noun) of what noticed found: ("the", "red", "kite"), ("", "", "Grandpa")."""
+        article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
+        adjective, _, rest = noun.partition(" ")
+        return (article, adjective, rest) if rest and adjective in self.adjectives and noun not in self.forms else (article, "", noun)
+
+    def retold(self, text):
+        """The last sentence of TEXT as it may follow "it all began when", or None: "the bell would not ring". None of a question, of speech, or
+        of what happens now."""
+        told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", text)
+                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence) and not NOT_PAST.search(sentence)]
+        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))]
+        if not told:
+            return None
+        first, rest = told[-1].split(" ", 1)
+        return f"{first.lower() if first.lower() in STARTS or first.lower() in self.forms and rest[0].islower() else first} {rest}"
 
     def found(self, text):
         """{place in TEXT: phrase} of all nouns there."""
@@ -553,8 +593,9 @@ class Cast(dict):
             cast.place = another.place
         return cast
 
-    def pair(self):
-        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names."""
+    def pair(self, more=False):
+        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names. With MORE
+        also for "three foxes" or "foxes", of which a third is only named."""
         hero, friend = self.characters["hero"], self.characters["friend"]
         if not (hero.name and friend.name) or friend.owner:
             return
@@ -564,6 +605,9 @@ class Cast(dict):
             kinds = self.rng.choice([kinds, plural(sibling), plural(sibling), "children", "friends", "little " + plural(sibling)])
             friend.bond = sibling if sibling in kinds else "friend"
         self["pair"] = f"two {kinds}"
+        if more and self.rng.random() < 0.4:
+            self["pair"] = self.rng.choice([f"three {kinds}", f"three {kinds}", kinds])
+            self["third"] = self.rng.choice([name for name in self.grammar.words["pet names"] if name not in (hero.name, friend.name)])
 
     def invent(self):
         """Give one member a noun that does not exist, so that the model learns to copy words that it has never seen; or the thing one of
@@ -779,8 +823,8 @@ def read_tales(path, grammar):
             elif key == "q" or key.startswith("q "):
                 questions = tale.questions if key == "q" else grammar.questions[key[2:]]
                 questions.append(tuple(parse(side.strip()) for side in value.split("=")))
-            elif colon and key in ("thing", "place", "deed", "trait", "food", "fear", "job", "friend", "helper"):
-                names = [name.strip() for name in value.split(",")] if "," in value else value.split()
+            elif colon and key in ("thing", "place", "deed", "trait", "food", "fear", "job", "theme", "friend", "helper"):
+                names = [name.strip() for name in value.split(",")] if "," in value or key == "theme" else value.split()
                 tale.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
             elif line.strip() and line != "tale":
                 raise ValueError(f"not understood: {line[:60]!r}")
@@ -840,18 +884,21 @@ class Opening:
         return characters
 
 
+# The slots for who is named in a beginning and is neither hero nor friend.
+FURTHER = ("name", "user", "made-up name")
+
 # What is always asked for where it matters: no tale of a deed is told to somebody who asked for none.
 SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 
 # How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.05, "clause": 0.05, "food": 0.03, "fear": 0.01, "job": 0.02, "trait": 0.02,
+THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.08, "clause": 0.09, "food": 0.03, "fear": 0.01, "job": 0.02, "trait": 0.02,
            "nature": 0.06, "event": 0.04, "theme": 0.04}
 
 
 class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)].
-    Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `done` the
-    members that the deed named by which the tale was asked for ("lose a kite"); `titled` whether the hero's name must be named, too.
+    Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `did` whether
+    it asked for the tale by what the hero does, `done` the members that this deed named ("lose a kite"); `titled` whether the hero's name must be named, too.
     `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
     text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases."""
 
@@ -859,7 +906,7 @@ class Story:
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
         second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up. Raises ValueError after 50 tries."""
         self.grammar, self.tale, self.rng, self.foreign, self.done, text = grammar, tale, rng, opening is not None, set(), ""
-        self.own = opening is not None and opening.tale is tale
+        self.own, self.did = opening is not None and opening.tale is tale, False
         for _ in range(50):
             if opening:
                 characters = opening.characters(grammar, rng, tale.lists)
@@ -867,7 +914,7 @@ class Story:
             hero, friend = (self.cast.characters[role] for role in ("hero", "friend"))
             self.titled = not (opening or characters) and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
             if opening.pair if opening else not (characters or self.titled or "friend" in tale.lists) and rng.random() < 0.1:
-                self.cast.pair()
+                self.cast.pair(more=not opening)
             if invent:
                 self.cast.invent()
             if opening and opening.slots & opening.clashes(tale):
@@ -895,7 +942,7 @@ class Story:
         for thread in threads if self.tale.start else ():
             slot = thread.needs[0]
             if slot == "clause":
-                self.cast["clause"] = self.clause("clause")
+                self.cast["clause"] = self.foreign_clause()
             if not used & set(thread.needs):
                 woven.append((thread, self.cast))
                 used |= set(thread.needs)
@@ -909,6 +956,15 @@ class Story:
         """A text of RULE on the hero and on things that are not of this story: "who glows in the dark"."""
         return tidy("-" + self.grammar.expand_rule(rule, Cast(self.grammar, None, self.rng, self.cast.characters), self.rng))[1:]
 
+    def foreign_clause(self):
+        """A clause on the hero that no other tale answers: "who gets stuck" is not told of in passing."""
+        for _ in range(20):
+            clause = self.clause("clause")
+            answering = [tale for tale in self.grammar.tales.values() if tale.answers(clause, "after") >= 0]
+            if not answering or self.tale in answering:
+                break
+        return clause
+
     def begin(self, opening):
         """Expand OPENING into `begun`, now and then with a word more on what it speaks of; which is returned, as Nouns.noticed gives it."""
         cast, rng, grammar = self.opened, self.rng, self.grammar
@@ -916,6 +972,9 @@ class Story:
             cast["clause"] = self.clause("past clause")
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
         noticed = grammar.nouns.noticed(self.begun.replace(cast.get("clause", "\n"), ""), opening.members(cast))
+        cast["retold"] = grammar.nouns.retold(self.begun)
+        further = [cast[slot] for slot in FURTHER if slot in slots(opening.text)]
+        noticed += [name for name in further if name not in " ".join(noticed).split()]
         if not self.own and rng.random() < 0.2:
             known = [f"the {name}" for slot in ("thing", "hero") for name in cast.names(slot)[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
             if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
@@ -939,7 +998,7 @@ class Story:
                 if self.adopts(phrase, opening):
                     seen.remove(phrase)
             self.adopts_place(opening)
-        seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][:4]
+        seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][-5:]
         slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
         threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
         if wish := self.wish(opening):
@@ -948,6 +1007,8 @@ class Story:
         if seen:
             cast["seen"] = listed(seen, ",")
             threads.append((grammar.threads["noticed"], cast))
+        if not self.own and rng.random() < 0.75 and cast["retold"] and not wish:
+            threads.append((grammar.threads["how-it-began"], cast))
         named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
         phrases = [each.recalled(slot, self.begun) for slot, each in named]
         phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen
@@ -968,8 +1029,8 @@ class Story:
     def adopts(self, phrase, opening):
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
         thing of a tale that answers the beginning may be any ("the goat" that ran away), else what the hero has."""
-        article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
         words, nouns, forms = self.grammar.words, self.grammar.nouns, self.grammar.nouns.forms
+        article, adjective, noun = nouns.parted(phrase)
         open_to = self.tale.members - opening.brought_by(self.tale) - opening.slots - self.adopted
         family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
         being = family or forms.get(noun, noun) in nouns.animals
@@ -983,8 +1044,8 @@ class Story:
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
         elif "thing" in open_to and not family and (
-                opening.answered and not somewhere and (noun in forms or not noun.endswith("s")) or held and not being):
-            self.cast.thing, self.cast.adjective = forms.get(noun, noun), ""
+                opening.answered and not somewhere and forms.get(noun, noun) not in words["nouns"] and (noun in forms or not noun.endswith("s")) or held and not being):
+            self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
             self.adopted.add("thing")
         else:
             return False
@@ -1021,6 +1082,8 @@ class Story:
             begun = [expand(tale.open)]
         else:
             begun = [grammar.expand_rule("intro", self.cast, rng), *beats("first"), expand(tale.start)]
+        if "third" in self.cast:
+            begun.append(grammar.expand_rule("third", self.cast, rng))
         begun = " ".join(begun)
         paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
         for beat in beats("middle"):
@@ -1036,7 +1099,7 @@ class Story:
     def matters(self, slot, cast=None):
         """Whether the story names what SLOT of CAST (the tale's own) stands for more than once, and in its second half, too, so that a
         request may ask for it."""
-        if slot in PRONOUNS["he"] or slot == "pair":
+        if slot in PRONOUNS["he"] or slot in ("pair", "theme"):
             return True
         names = [name for name in (cast or self.cast).names(slot) if name]
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
@@ -1065,6 +1128,9 @@ def request(story):
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
         story.told += extra
         phrase = grammar.expand(phrase, of, rng)
+        if ("deed", cast) in extra and rng.random() < 0.7 and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase):
+            phrase += " " + grammar.expand_rule("and deed", cast, rng)
+            extra.remove(("deed", cast))
         topic, more = attach(phrase, rng.sample(extra, len(extra)), grammar, rng)
         echo = in_order(story, phrase, extra)
         hero, friend = cast.characters["hero"], cast.characters["friend"]
@@ -1123,7 +1189,7 @@ def deed_topic(story):
     cast.verbs = conjugate(tidy("-" + grammar.expand(done, cast, rng))[1:], grammar.words["irregular verbs"])
     if grammar.held_out.refuses(cast.said(["hero", "deed"])):
         return None
-    story.done = roots(done) & {"thing", "place", "food"}
+    story.did, story.done = True, roots(done) & {"thing", "place", "food"}
     others = {"friend", "place"} & set(story.tale.needs) - story.done
     others -= {"friend"} if cast.verbs[1].startswith("is ") else set()          # "two foxes who be brave"
     return rng.choice([topic for topic in grammar.rules["topic"] if {"hero", "deed"} <= roots(topic) - PRONOUNS["he"].keys() <= {"hero", "deed"} | others
@@ -1149,6 +1215,8 @@ def topic_of(story):
         elif "pair" in known and rng.random() < 0.6:
             pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known]
             phrase, cast = rng.choice(pairs), story.cast
+        elif "theme" in tale.lists and rng.random() < 0.15:
+            phrase, cast = rng.choice([topic for topic in grammar.threads["about"].ask if roots(topic) <= known | {"theme"}]), story.cast
         elif story.threads and rng.random() < 0.12:
             thread, cast = rng.choice(story.threads)
             phrase = rng.choice(thread.ask)
@@ -1201,10 +1269,10 @@ def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
-    least = rng.choice([1, 1, 2, 2])                            # "Dragons!" is a request, too
+    number = rng.choice([1, 1, 1, 2, 2, 2, 3, 3])               # "Dragons!" is a request, too
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
-    story.told = must + rng.sample(others, min(len(others), max(least - len(must), rng.choice([least - 1, 2, 2, 3])))) or [("thing", cast)]
+    story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)
     names = {each.verbs[3] if slot == "deed" else each.names(slot)[0]: slot in ("hero", "friend", "thing", "place", "job")
              for slot, each in story.told}
@@ -1218,12 +1286,14 @@ def by_words(story):
 
 
 def informal(text, rng):
-    """TEXT as people type: now and then in small letters, or without the last full stop."""
+    """TEXT as people type: now and then in small letters or all capitals, without the last full stop or the first article."""
     if rng.random() < 0.15:
         text = text.rstrip(".?!")
-    if rng.random() < 0.08:
+    if rng.random() < 0.3:
+        text = re.sub(r"^(An?|The) (\w)", lambda found: found[2].upper(), text)
+    if rng.random() < (0.4 if len(text) < 40 else 0.08):
         text = text.lower()
-    return text
+    return text.upper() if rng.random() < 0.01 else text
 
 
 def slots(sequence):
@@ -1245,6 +1315,7 @@ def questions(story):
     members = dict.fromkeys([(slot, cast) for slot in story.tale.needs] + story.must)
     known += [(slot if slot != "friend" or each.characters["friend"].name else "nameless friend", each)
               for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
+    known += [("did", cast)] * 2 * story.did
     if "thing" in story.tale.needs:
         known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
     for name, each in known * 2:
@@ -1374,7 +1445,7 @@ class Speaker:
         """A turn of one of the groups; in a mood or under a name, greetings and "who are you" are answered in it."""
         groups = self.grammar.talk.groups
         group = self.rng.choice([name for name in groups if name not in ("myname", "recallname", "unknownname")])
-        if self.rng.random() < 0.06:
+        if self.rng.random() < 0.09:
             return self.names()
         users, answers = groups[group]
         if self.mood and group in self.mood.texts:
@@ -1500,7 +1571,7 @@ def fitting(grammar, opening, rng):
     """The tales that have parts for all that OPENING gives them, or at least for its slots."""
     fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
                                   and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
-    spoken = {phrase.split(" ", 1)[-1] for phrase in grammar.nouns.noticed(literal(opening.text), set())}
+    spoken = {grammar.nouns.parted(phrase)[2] for phrase in grammar.nouns.noticed(literal(opening.text), set())}
     given = opening.speaks_of | ({"thing"} if spoken & set(grammar.words["things"]) else set())
     tales = [tale for tale in grammar.tales.values() if tale.start and not tale.only_there]
     return next(filter(None, ([tale for tale in tales if fits(tale, members)] for members in (opening.slots | given, opening.slots, set()))))
@@ -1613,6 +1684,8 @@ def talk_chat(grammar, rng):
         kind = rng.choices([speaker.small_talk, speaker.fact, speaker.unknown, lambda: sum_turn(grammar, rng),
                             lambda: story_turn(tell(grammar, rng), speaker)], [0.36, 0.32, 0.15, 0.13, 0.04])[0]
         turns.append(kind())
+    if speaker.user and rng.random() < 0.7:
+        turns.append(speaker.names())
     return chat(turns)
 
 

@@ -429,7 +429,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
-    parser.add_argument("--steps", type=int, default=6800, help="steps of the whole training (6800)")
+    parser.add_argument("--steps", type=int, default=10000, help="steps of the whole training (10000)")
     parser.add_argument("--start", type=Path, help="begin with the weights of this folder (an hf/ of before), not with random ones")
     parser.add_argument("--batch", type=int, default=84, help="rows a step (84)")
     parser.add_argument("--row", type=int, default=1152, help="tokens a row (1152)")

@@ -6086,6 +6086,8 @@ def test_documents_of_the_corpus():
     sums, message = 0, r"<\|im_start\|>(?:system|user|assistant)\n(?:(?!<\|).)+<\|im_end\|>"
     for i in range(600):
         pieces = demo_module("corpus").document(grammar(), random.Random(f"test {i}"))
+        if pieces[-1] == "":                                     # a story that is only begun
+            pieces = [pieces[0], pieces[1] + "<|im_end|>"]
         text = "".join(pieces)
         if text.startswith("<|im_start|>"):
             assert re.fullmatch(rf"(?s){message}(?:\n{message})*", text), text

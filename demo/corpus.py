@@ -1007,7 +1007,7 @@ class Story:
         if seen:
             cast["seen"] = listed(seen, ",")
             threads.append((grammar.threads["noticed"], cast))
-        if not self.own and rng.random() < 0.75 and cast["retold"] and not wish:
+        if not self.own and rng.random() < 0.95 and cast["retold"] and not wish:
             threads.append((grammar.threads["how-it-began"], cast))
         named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
         phrases = [each.recalled(slot, self.begun) for slot, each in named]
@@ -1116,9 +1116,9 @@ def request(story):
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
-        if kind < 0.2 and not story.titled and "clause" not in cast:
+        if kind < 0.22 and not story.titled and "clause" not in cast:
             return by_words(story)
-        if kind < 0.23 and not story.titled and not story.threads:
+        if kind < 0.25 and not story.titled and not story.threads:
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, of) in story.must]
@@ -1289,7 +1289,7 @@ def informal(text, rng):
     """TEXT as people type: now and then in small letters or all capitals, without the last full stop or the first article."""
     if rng.random() < 0.15:
         text = text.rstrip(".?!")
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         text = re.sub(r"^(An?|The) (\w)", lambda found: found[2].upper(), text)
     if rng.random() < (0.4 if len(text) < 40 else 0.08):
         text = text.lower()
@@ -1621,8 +1621,8 @@ def coda(story, text):
     plain = ("trait", "pair", "hero") if "clause" in cast else ("trait", "pair")
     recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in plain))
     words = []
-    if recalled and rng.random() < (0.95 if missed or len(recalled) > 1 else 0.6):
-        cast["kept"] = re.sub("^an? ", "the ", topic) if topic and rng.random() < 0.7 else listed(recalled, ",")
+    if recalled and rng.random() < 0.95:
+        cast["kept"] = re.sub("^an? ", "the ", topic) if topic and rng.random() < 0.8 else listed(recalled, ",")
         words, missed = [grammar.expand_rule("closing", cast, rng)], []
     if "friends" in topic and "friend" in story.tale.members:
         words.append(grammar.expand_rule("coda friends", cast, rng))
@@ -1654,6 +1654,15 @@ def story_chat(grammar, rng):
         if rng.random() < 0.25:
             turns.append(second_story(story, speaker))
     return chat(turns)
+
+
+def begun_chat(grammar, rng):
+    """A request and only the first words of its story: a tenth of the tokens for all that there is to learn of requests, above all to copy
+    any word from anywhere. What is read last, nothing, keeps the end of the document from being learned."""
+    speaker, story = Speaker(grammar, rng), (continued if rng.random() < 0.3 else tell)(grammar, rng)
+    asked, text = story_turn(story, speaker) if story.foreign else asked_for(story)
+    end = story.length - len(story.begun) if story.foreign else [*re.finditer(r"[.!?]\"? ", text)][1].end()
+    return [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", re.match(r"(?s).*[.!?]\"?", text[:end])[0], ""]
 
 
 def second_story(story, speaker):
@@ -1711,7 +1720,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.26, story_chat: 0.48, talk_chat: 0.14, system_chat: 0.07, sums_chat: 0.05}
+KINDS = {plain_story: 0.2, story_chat: 0.36, begun_chat: 0.26, talk_chat: 0.1, system_chat: 0.05, sums_chat: 0.03}
 
 
 def document(grammar, rng):

@@ -6246,10 +6246,65 @@ def test_each_tale_says_what_it_tells_of():
         rng = random.Random(f"test {tale.name}")
         text = corpus.asked_for(corpus.Story(grammar(), tale, rng))[1]
         assert any(phrase in text[:250] for phrase in tale.tells), text[:250]
+        if "fact" in tale.needs:                                # of whatever is said; it begins with that
+            continue
         opening = corpus.beginning_of(tale, grammar(), rng)
         story = corpus.Story(grammar(), tale, rng, opening=opening)
         assert opening.tale is tale and story.cast is story.opened and story.text.startswith(story.begun)
         assert any(phrase in story.text[len(story.begun):] for phrase in tale.tells), story.text
+
+
+def test_what_a_beginning_tells_is_told_again():
+    """Its last sentence in the past, as it stands behind "when": no speech, no question, nothing of today; names keep their capital."""
+    nouns = grammar().nouns
+    for text, wanted in {"The bell on the ferry would not ring.": "the bell on the ferry would not ring",
+                         "Once upon a time, there was a hen. Then Dot found a blue egg.": "Dot found a blue egg",
+                         'Suddenly, Captain Bo saw two eyes. "Who is there?" he asked.': "Captain Bo saw two eyes",
+                         "Snow was coming down on Oslo.": "snow was coming down on Oslo",
+                         "I was seven. My cat ran away. Who knew where? She is gone today.": None}.items():
+        assert nouns.retold(text) == wanted, text
+    assert nouns.retold("Snow was coming down on Oslo.", ["Snow"]) == "Snow was coming down on Oslo"
+
+
+def test_what_no_tale_is_of_is_told_as_a_fact():
+    """A clause of the request, or a beginning's last sentence, is what a tale of a fact turns on: there several times, to the end."""
+    corpus = demo_module("corpus")
+    for clause, wanted in {"who glows in the dark": "Pip glows in the dark", "whose hat is gone": "Pip's hat is gone", "that rolls home": "Pip rolls home",
+                           "that nobody feeds": None, "that the king forgot": None}.items():
+        assert corpus.fact(clause, "Pip") == wanted
+    opening = corpus.Opening(["any"], corpus.parse("{hero} had six goats. The bell on the ferry would not ring."))
+    for tale in grammar().fact_tales:
+        story = corpus.Story(grammar(), tale, random.Random(f"fact {tale.name}"))
+        request, topic = corpus.request(story)
+        assert story.cast["clause"] in topic and story.text.count(story.cast["fact"]) > 2 and story.cast["fact"] in story.text[len(story.text) * 2 // 3:]
+        story = corpus.Story(grammar(), tale, random.Random(f"fact {tale.name}"), opening=opening)
+        assert story.text.count("the bell on the ferry would not ring") > 2
+    with pytest.raises(ValueError, match="tells no fact"):
+        corpus.Story(grammar(), tale, random.Random(1), opening=corpus.Opening(["any"], corpus.parse("{hero} is here today.")))
+
+
+def test_a_story_only_begun():
+    """A request and the first words of its story, which end a sentence; the end of such a document is not learned."""
+    for i in range(60):
+        asked, text, last = demo_module("corpus").begun_chat(grammar(), random.Random(f"begun {i}"))
+        assert asked.startswith("<|im_start|>user\n") and asked.endswith("assistant\n") and last == ""
+        assert re.search(r'[.!?]"?$', text) and 5 < len(text.split()) < 250, text
+
+
+def test_two_deeds_and_three_of_a_kind():
+    """The second deed of a request is its story's own thread, and of three the third is named."""
+    corpus, rng, second, three = demo_module("corpus"), random.Random("two deeds"), 0, 0
+    for _ in range(400):
+        story = corpus.tell(grammar(), rng)
+        request, topic = corpus.request(story)
+        for slot, cast in story.must:
+            if slot == "deed" and cast is not story.cast:
+                assert any(form in story.text for form in cast.verbs)
+                second += any(f" and {form}" in topic for form in cast.verbs[1:2])
+        if "third" in story.cast:
+            assert story.cast["third"] in story.text
+            three += 1
+    assert second and three
 
 
 def test_what_a_beginning_speaks_of():

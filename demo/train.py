@@ -23,6 +23,7 @@ see; with 4,096 it does not, and words that it never saw are spelled in pieces.
 """
 import argparse
 import bisect
+import collections
 import dataclasses
 import itertools
 import json
@@ -137,22 +138,29 @@ def encode(path, tokenizer, longest):
     return encoded
 
 
-def pack(encoded, longest, open_rows=512):
-    """[int16 [n]], n <= longest -> int16 [rows, longest]: each document goes to the open row that it fills best; where
-    none has room for it, a new row is opened, and the fullest closed when there are too many."""
-    rows, free, place = 0, [], []                                # free: (room, row) of the open ones, sorted
-    for document in encoded:
-        best = bisect.bisect_left(free, (len(document), 0))
-        if best == len(free):
-            room, row, rows = longest, rows, rows + 1
-            del free[:len(free) - open_rows + 1]
+def pack(encoded, longest, rng):
+    """[int16 [n]], n <= longest -> int16 [rows, longest]: the longest documents first, each into the row that it fills best, or a new one where
+    none has room for it. In a row they follow each other in an order drawn by RNG (NumPy's), lest short ones always come late."""
+    rows, with_room, rooms = [], collections.defaultdict(list), []         # with_room {room: [row]}; rooms: its keys with rows, sorted
+    for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
+        best = bisect.bisect_left(rooms, len(encoded[i]))
+        if best == len(rooms):
+            room, row = longest, len(rows)
+            rows.append([])
         else:
-            room, row = free.pop(best)
-        place.append((row, longest - room))
-        bisect.insort(free, (room - len(document), row))
-    packed = np.full((rows, longest), -1, np.int16)
-    for document, (row, at) in zip(encoded, place):
-        packed[row, at:at + len(document)] = document
+            room = rooms[best]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[best]
+        rows[row].append(i)
+        room -= len(encoded[i])
+        if not with_room[room]:
+            bisect.insort(rooms, room)
+        with_room[room].append(row)
+    packed = np.full((len(rows), longest), -1, np.int16)
+    for row, members in zip(packed, rows):
+        text = np.concatenate([encoded[i] for i in rng.permutation(members)])
+        row[:len(text)] = text
     return packed
 
 
@@ -167,10 +175,11 @@ def make_rows(work, tokenizer, longest, seed):
     encoded = encode(work / "documents.jsonl", tokenizer, longest)
     if len(encoded) < 2:
         sys.exit(f"train.py: {work / 'documents.jsonl'}: wanted two documents or more, found {len(encoded)}")
-    order = np.random.default_rng(seed).permutation(len(encoded))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(encoded))
     held_out = max(1, round(HELD_OUT * len(order)))
     for name, part in (("held-out.npy", order[:held_out]), ("rows.npy", order[held_out:])):
-        rows = pack([encoded[i] for i in part], longest)
+        rows = pack([encoded[i] for i in part], longest, rng)
         say(f"{name}: {len(part)} documents, {np.count_nonzero(rows != -1)} tokens, {np.count_nonzero(rows >= 0)} of "
             f"them to be learned, in {len(rows)} rows, {np.mean(rows == -1):.1%} padding")
         replace(work / name, lambda path: save_rows(path, rows))

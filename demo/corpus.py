@@ -1316,7 +1316,7 @@ def informal(text, rng):
         text = re.sub(r"^(An?|The) (\w)", lambda found: found[2].upper(), text)
     if rng.random() < (0.4 if len(text) < 40 else 0.08):
         text = text.lower()
-    return text.upper() if rng.random() < 0.01 else text
+    return text.upper() if rng.random() < 0.03 else text
 
 
 def slots(sequence):
@@ -1439,10 +1439,14 @@ def sum_turn(grammar, rng):
     sign, word, result = ("+", "plus", total) if plus else ("-", "minus", total - part)
     cast = {"a": str(a), "b": str(b), "sum": f"{a} {sign} {b}", "result": str(result), "in words": f"{NUMBERS[a]} {word} {NUMBERS[b]}",
             "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}"}
-    if rng.random() < 0.04:
-        cast["sum"] = f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}"
+    if rng.random() < 0.12:
+        low, high = sorted(rng.sample(range(2, 21), 2))
+        cast["sum"] = rng.choice([f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}", f"{low} - {high}", f"{low} * {high}",
+                                  f"{low} + {high} + {rng.randint(1, 20)}", *[f"{20 - low + rng.randint(1, low)} + {low}"] * 4])
         question = grammar.expand_rule("ask big sum", cast, rng)
         return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng))
+    cast["other words"] = rng.choice([f"{a} add {b}", f"the sum of {a} and {b}", f"{a} and {b} together", f"the total of {a} and {b}"] if plus else
+                                     [f"{a} take away {b}", f"the difference of {a} and {b}", f"{a} less {b}", f"{b} less than {a}", f"{b} from {a}"])
     cast["told"] = f"add {a} and {b}" if plus else f"take {b} {rng.choice(['away ', ''])}from {a}"
     if rng.random() < 0.15 and b > 1 and a - b != 1:
         story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]), "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
@@ -1491,8 +1495,8 @@ class Speaker:
         return self.pair(*self.grammar.talk.named)
 
     def in_mood(self):
-        """ "Who are you?" or a greeting, answered in the mood."""
-        group = self.rng.choice([name for name in ("who", "hello") if self.mood.texts[name]])
+        """ "Who are you?", "How are you?" or a greeting, answered in the mood."""
+        group = self.rng.choice([name for name in ("who", "hello", "howareyou") if self.mood.texts[name]])
         return self.pair(self.grammar.talk.groups[group][0], self.mood.texts[group])
 
     def fact(self):
@@ -1669,7 +1673,7 @@ def plain_story(grammar, rng):
 
 
 def story_chat(grammar, rng):
-    """One request and its story; often questions about it, and sometimes a second story."""
+    """One request and its story; often questions about it, and sometimes a second story, or more."""
     speaker = Speaker(grammar, rng)
     story = (continued if rng.random() < 0.16 else tell)(grammar, rng)
     turns = [story_turn(story, speaker)]
@@ -1679,8 +1683,9 @@ def story_chat(grammar, rng):
             turns.append(speaker.pair(*(grammar.talk.remarks[rng.choice(["liked", "disliked", "why"]) + side] for side in "><")))
         if rng.random() < 0.3:
             turns.append(rng.choice([speaker.small_talk, speaker.fact, speaker.unknown, lambda: sum_turn(grammar, rng)])())
-        if rng.random() < 0.25:
-            turns.append(second_story(story, speaker))
+    while len(turns) < 9 and rng.random() < 0.3:
+        turn, story = second_story(story, speaker)
+        turns += [turn] + questions(story)[:rng.choice([0, 0, 1, 2])]
     return chat(turns)
 
 
@@ -1694,15 +1699,15 @@ def begun_chat(grammar, rng):
 
 
 def second_story(story, speaker):
-    """Another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
+    """((request, text), Story) of another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
     grammar, rng = story.grammar, story.rng
-    if rng.random() < 0.5:
-        again = tell(grammar, rng, story.cast.characters, asked=False)
-        return tidy(grammar.expand_rule("ask again", again.cast, rng)), speaker.coat(again.text, story=True)
-    if rng.random() < 0.5:
-        return story_turn(tell(grammar, rng), speaker)
-    other = tell(grammar, rng, asked=False)
-    return tidy(grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)), speaker.coat(other.text, story=True)
+    kind = rng.choice(["again", "again", "new", "new", "more"])
+    if kind == "new":
+        other = tell(grammar, rng)
+        return story_turn(other, speaker), other
+    other = tell(grammar, rng, story.cast.characters if kind == "again" else None, asked=False)
+    asked = grammar.expand_rule("ask again", other.cast, rng) if kind == "again" else grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)
+    return (tidy(asked), speaker.coat(other.text, story=True)), other
 
 
 def somebody(grammar, rng):

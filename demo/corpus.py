@@ -874,9 +874,12 @@ class Opening:
         return self.brought_by(tale) & (self.slots | self.speaks_of)
 
     def characters(self, grammar, rng, lists):
-        """Characters for the cast, hero and friend as the text has them; always with names."""
+        """Characters for the cast, hero and friend as the text has them; with names where it says both name and
+        kind, as in "a fox named Pip"."""
         words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
         if self.kind is None:
+            while {"hero", "hero.kind"} <= set(slots(self.text)) and not characters["hero"].name:       # "a fox named the fox"
+                characters = draw_characters(words, rng, lists)
             while self.pair and (not characters["hero"].name or not characters["friend"].name or characters["friend"].owner):
                 characters = draw_characters(words, rng, {})
             entitle(words, rng, characters["hero"], 0.0 if self.pair else 0.12)
@@ -1691,11 +1694,34 @@ def story_chat(grammar, rng):
 
 def begun_chat(grammar, rng):
     """A request and only the first words of its story: a tenth of the tokens for all that there is to learn of requests, above all to copy
-    any word from anywhere. What is read last, nothing, keeps the end of the document from being learned."""
+    any word from anywhere; every second time the first sentence alone, with other words. What is read last, nothing, keeps the end of the
+    document from being learned."""
     speaker, story = Speaker(grammar, rng), (continued if rng.random() < 0.3 else tell)(grammar, rng)
     asked, text = story_turn(story, speaker) if story.foreign else asked_for(story)
-    end = story.length - len(story.begun) if story.foreign else [*re.finditer(r"[.!?]\"? ", text)][1].end()
-    return [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", re.match(r"(?s).*[.!?]\"?", text[:end])[0], ""]
+    ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
+    if rng.random() < 0.5:
+        asked, text = reworded(asked, text[:ends[0]], grammar, rng)
+    else:
+        length = story.length - len(story.begun) if story.foreign else ends[1]
+        text = text[:max(end for end in ends if end <= max(length, ends[0]))]
+    return [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", text, ""]
+
+
+# What a request and the first words of its story share, whatever they are about.
+FRAME = set("""about after again also although always because been before began begin behind best brother called came cannot child children could does
+            each even ever every friend friends from have here inside into just know like likes little lived more most much named near never
+            nobody once only over please short should sister some somebody something story stories tale tell than that their them then there
+            they this time under until very want wanted wants were what when where which while whom whose will wish with would""".split())
+
+
+def reworded(asked, text, grammar, rng):
+    """ASKED and TEXT with other words for one or two that they share, mostly such as there are not: "a fox" -> "a plimo"."""
+    shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[a-z]{4,}\b(?![-'])", each)) for each in (asked, text))) - FRAME
+    for word in rng.sample(sorted(shared), min(len(shared), rng.choice([1, 1, 2]))):
+        noun = word in grammar.nouns.forms and rng.random() < 0.4
+        other = rng.choice(grammar.words[rng.choice(["animals", "things", "nouns"])]) if noun else made_up_name(rng).lower()
+        asked, text = (re.sub(rf"\b{word}\b", other, re.sub(rf"\b([Aa])n? {word}\b", lambda match: an(f"{match[1]} {other}"), each)) for each in (asked, text))
+    return asked, text
 
 
 def second_story(story, speaker):

@@ -417,7 +417,8 @@ class Nouns:
         of what happens now. NAMES of somebody there may be nouns, too."""
         told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", text)
                 if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence) and not NOT_PAST.search(sentence)]
-        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))]
+        past = lambda sentence: any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))
+        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and past(sentence)]
         if not told:
             return None
         first, rest = told[-1].split(" ", 1)
@@ -915,7 +916,8 @@ THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.08, "clause": 0
 class Story:
     """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)].
     Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `did` whether
-    it asked for the tale by what the hero does, `done` the members that this deed named ("lose a kite"); `titled` whether the hero's name must be named, too.
+    it asked for the tale by what the hero does, `done` the members that this deed named ("lose a kite"); `titled` whether the hero's
+    name must be named, too.
     `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
     text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases."""
 
@@ -1068,8 +1070,8 @@ class Story:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif "thing" in open_to and not family and (
-                opening.answered and not somewhere and forms.get(noun, noun) not in words["nouns"] and (noun in forms or not noun.endswith("s")) or held and not being):
+        elif "thing" in open_to and not family and (held and not being or opening.answered and not somewhere and (
+                forms.get(noun, noun) not in words["nouns"] if noun in forms else not noun.endswith("s"))):
             self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
             self.adopted.add("thing")
         else:
@@ -1300,8 +1302,8 @@ def by_words(story):
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)
-    names = {each.verbs[3] if slot == "deed" else "friend" if slot == "friend" and rng.random() < 0.12 else each.names(slot)[0]: slot in ("hero", "friend", "thing", "place", "job")
-             for slot, each in story.told}
+    word = lambda slot, each: each.verbs[3] if slot == "deed" else "friend" if slot == "friend" and rng.random() < 0.12 else each.names(slot)[0]
+    names = {word(slot, each): slot in ("hero", "friend", "thing", "place", "job") for slot, each in story.told}
     if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
         names = {plural(name): False for name in names}
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
@@ -1720,7 +1722,8 @@ def reworded(asked, text, grammar, rng):
     for word in rng.sample(sorted(shared), min(len(shared), rng.choice([1, 1, 2]))):
         noun = word in grammar.nouns.forms and rng.random() < 0.4
         other = rng.choice(grammar.words[rng.choice(["animals", "things", "nouns"])]) if noun else made_up_name(rng).lower()
-        asked, text = (re.sub(rf"\b{word}\b", other, re.sub(rf"\b([Aa])n? {word}\b", lambda match: an(f"{match[1]} {other}"), each)) for each in (asked, text))
+        with_article = lambda match: an(f"{match[1]} {other}")
+        asked, text = (re.sub(rf"\b{word}\b", other, re.sub(rf"\b([Aa])n? {word}\b", with_article, each)) for each in (asked, text))
     return asked, text
 
 
@@ -1732,8 +1735,8 @@ def second_story(story, speaker):
         other = tell(grammar, rng)
         return story_turn(other, speaker), other
     other = tell(grammar, rng, story.cast.characters if kind == "again" else None, asked=False)
-    asked = grammar.expand_rule("ask again", other.cast, rng) if kind == "again" else grammar.expand(rng.choice(grammar.talk.remarks["more>"]), other.cast, rng)
-    return (tidy(asked), speaker.coat(other.text, story=True)), other
+    asked = rng.choice(grammar.rules["ask again"] if kind == "again" else grammar.talk.remarks["more>"])
+    return (tidy(grammar.expand(asked, other.cast, rng)), speaker.coat(other.text, story=True)), other
 
 
 def somebody(grammar, rng):

@@ -6283,6 +6283,19 @@ def test_what_no_tale_is_of_is_told_as_a_fact():
         corpus.Story(grammar(), tale, random.Random(1), opening=corpus.Opening(["any"], corpus.parse("{hero} is here today.")))
 
 
+def test_a_deed_is_asked_for_as_the_tale_has_it():
+    """One that a tale's hero would like to learn is not asked for as one that he does every day, nor the other way round."""
+    corpus, seen = demo_module("corpus"), {"wished": 0, "known": 0}
+    for tale in grammar().tales.values():
+        for i in range(12 if tale.deed_is else 0):
+            story = corpus.Story(grammar(), tale, random.Random(f"deed {tale.name} {i}"))
+            phrase, _ = corpus.topic_of(story)
+            if "deed" in corpus.roots(phrase) and any(phrase is topic for topic in grammar().rules["topic"]):
+                assert bool(corpus.WISHED.search(corpus.literal(phrase))) == (tale.deed_is == "wished"), corpus.literal(phrase)
+                seen[tale.deed_is] += 1
+    assert min(seen.values()) > 5
+
+
 def test_a_story_only_begun():
     """A request and the first words of its story, which end a sentence; the end of such a document is not learned."""
     for i in range(60):

@@ -751,6 +751,7 @@ class Tale:
         self.after = {"after": None, "near": None}  # patterns of what it answers in a foreign beginning, surely or perhaps
         self.does = []                              # parsed verb phrases for what the hero does in it: "lose a {thing.noun}"
         self.only_there = False                     # whether it goes on from no other
+        self.deed_is = None                         # "wished" or "known": whether its hero would like to learn the deed, or does it
 
     def answers(self, text, key):
         """Where TEXT has the last of the words of KEY, "after" or "near", that this tale is an answer to; -1 if it has none."""
@@ -823,6 +824,8 @@ def read_tales(path, grammar):
                 tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
             elif key == "tells":
                 tale.tells += [phrase.strip() for phrase in value.split(";")]
+            elif key == "deed is" and value in ("wished", "known"):
+                tale.deed_is = value
             elif key == "only there":
                 tale.only_there = True
             elif key in ("ask", "start", "open", "event") or key in ("first", "middle", "last") and isinstance(tale, Thread):
@@ -1224,6 +1227,10 @@ def deed_topic(story):
                        and ("friend" not in roots(topic) or literal(topic).startswith("x and x"))])
 
 
+# What says in a topic that the deed is only wished for, or yet to be learned.
+WISHED = re.compile(r"\b(?:want|learn|tr[iy]|cannot|could not|dream|decide|managed|first time|dare|know how|getting ready|wait to)")
+
+
 def topic_of(story):
     """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
     grammar, tale, rng = story.grammar, story.tale, story.rng
@@ -1232,7 +1239,8 @@ def topic_of(story):
     known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
     kin = story.cast.characters["friend"].owner
     known |= {"pair"} & (story.cast.keys() if "friend" in tale.needs else set())
-    general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known
+    untrue = lambda topic: tale.deed_is and "deed" in roots(topic) and (tale.deed_is == "wished") != bool(WISHED.search(literal(topic)))
+    general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known and not untrue(topic)
                 and not (kin and re.search("friend|neighbor|pals|met", literal(topic)))]
                for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
     special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}

@@ -368,7 +368,6 @@ STARTS = set("""a above across after all along an another any around at behind b
              outside over she since so some somebody someone something that the their them there they this three through two under until
              up very what with without""".split())
 
-
 # What is not told again as what once was.
 NOT_PAST = re.compile(r"^(?:When|Whenever|If|As|Before|After|While|Until)\b|\b(?:[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
 
@@ -382,7 +381,7 @@ class Nouns:
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
         self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
-        self.past = {"was", "were", "had", "did", "could", "would", "had", *(forms[0] for forms in words["irregular verbs"].values())}
+        self.past = {"was", "were", "had", "did", "could", "would", *(forms[0] for forms in words["irregular verbs"].values())}
         self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
         self.animals = set(words["animals"])
         self.no_things = {*words["he people"], *words["she people"], *words["nature"], *(place for _, place in words["places"])}
@@ -395,10 +394,10 @@ class Nouns:
         one of the words MEMBERS."""
         phrases = {}
         for place, phrase in sorted(self.found(text).items()):
-            article, noun = ("the", phrase[4:]) if phrase.startswith("the ") else ("", phrase)
-            bare = re.sub("^(his|her) ", "", noun.lower())
-            if not members & {*bare.split(), self.forms.get(bare)}:
-                phrases.setdefault(self.forms.get(bare, bare), " ".join(filter(None, [article, article and self.adjective(text[:place]), noun])))
+            noun = re.sub("^(his|her|the) ", "", phrase.lower())
+            if not members & {*noun.split(), self.forms.get(noun)}:
+                adjective = self.adjective(text[:place]) if phrase.startswith("the ") else ""
+                phrases.setdefault(self.forms.get(noun, noun), f"the {adjective} {phrase[4:]}" if adjective else phrase)
         return list(phrases.values())
 
     def adjective(self, text):
@@ -900,6 +899,7 @@ class Opening:
 # The slots for who is named in a beginning and is neither hero nor friend.
 FURTHER = ("name", "user", "made-up name")
 
+
 def fact(clause, hero):
     """What the relative CLAUSE tells of HERO as a clause of its own, or None: "who glows in the dark" -> "Pip glows in the dark"."""
     if whose := re.fullmatch("whose (.+)", clause):
@@ -986,8 +986,8 @@ class Story:
         """A clause on the hero that no other tale answers: "who gets stuck" is not told of in passing. In a tale of a fact, one that tells it."""
         for _ in range(50):
             clause = self.clause(self.rng.choice(["clause", "clause", "clause", "past clause"]))
-            answering = [tale for tale in self.grammar.tales.values() if tale.answers(clause, "after") >= 0]
-            if (not answering or self.tale in answering) and ("fact" not in self.tale.needs or fact(clause, "")):
+            owners = [tale for tale in self.grammar.plain_tales if tale.answers(clause, "after") >= 0]
+            if (not owners or self.tale in owners) and ("fact" not in self.tale.needs or fact(clause, "")):
                 return clause
         raise ValueError(f"tale {self.tale.name}: no clause for it")
 
@@ -1244,20 +1244,20 @@ def topic_of(story):
                 and not (kin and re.search("friend|neighbor|pals|met", literal(topic)))]
                for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
     special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
-    cast = story.cast
     for tries in range(30):
-        if "clause" in story.cast:
+        cast = story.cast
+        if "clause" in cast:
             phrase = rng.choice(grammar.threads["the-one-who"].ask)
         elif "pair" in known and rng.random() < 0.6:
             pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known]
-            phrase, cast = rng.choice(pairs), story.cast
+            phrase = rng.choice(pairs)
         elif "theme" in tale.lists and rng.random() < 0.15:
-            phrase, cast = rng.choice([topic for topic in grammar.threads["about"].ask if roots(topic) <= known | {"theme"}]), story.cast
+            phrase = rng.choice([topic for topic in grammar.threads["about"].ask if roots(topic) <= known | {"theme"}])
         elif story.threads and rng.random() < 0.12:
             thread, cast = rng.choice(story.threads)
             phrase = rng.choice(thread.ask)
         else:
-            phrase, cast = rng.choice(tale.ask if rng.random() < 0.4 else rng.choice(list(filter(None, general)))), story.cast
+            phrase = rng.choice(tale.ask if rng.random() < 0.4 else rng.choice(list(filter(None, general))))
         if all(story.matters(slot, cast) for slot in roots(phrase)) and (tries > 15 or not special or special & roots(phrase)):
             break
     return phrase, cast
@@ -1444,6 +1444,13 @@ NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve 
 PARTS = [(total, part) for total in range(21) for part in range(total + 1)]       # every sum to 20: total - part + part
 
 
+def sum_beyond(rng):
+    """A sum that it cannot do: beyond twenty, mostly by little, below zero, of three numbers, or a product."""
+    low, high = sorted(rng.sample(range(2, 21), 2))
+    return rng.choice([f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}", f"{low} - {high}", f"{low} * {high}",
+                       f"{low} + {high} + {rng.randint(1, 20)}", *[f"{20 - low + rng.randint(1, low)} + {low}"] * 4])
+
+
 def sum_turn(grammar, rng):
     """A sum or difference of numbers to 20, or one that is too big, as (question, answer)."""
     total, part = rng.choice(PARTS)
@@ -1453,9 +1460,7 @@ def sum_turn(grammar, rng):
     cast = {"a": str(a), "b": str(b), "sum": f"{a} {sign} {b}", "result": str(result), "in words": f"{NUMBERS[a]} {word} {NUMBERS[b]}",
             "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}"}
     if rng.random() < 0.12:
-        low, high = sorted(rng.sample(range(2, 21), 2))
-        cast["sum"] = rng.choice([f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}", f"{low} - {high}", f"{low} * {high}",
-                                  f"{low} + {high} + {rng.randint(1, 20)}", *[f"{20 - low + rng.randint(1, low)} + {low}"] * 4])
+        cast["sum"] = sum_beyond(rng)
         question = grammar.expand_rule("ask big sum", cast, rng)
         return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng))
     cast["other words"] = rng.choice([f"{a} add {b}", f"the sum of {a} and {b}", f"{a} and {b} together", f"the total of {a} and {b}"] if plus else
@@ -1602,7 +1607,7 @@ def beginning_of(tale, grammar, rng):
 def answering(grammar, opening, rng):
     """The tales whose words ("gone", "stuck") OPENING has last, [] if none has any, and in one of ten."""
     text, brought = literal(opening.text), opening.slots | {"food"}
-    tales = [tale for tale in grammar.tales.values() if tale.start and {slot for slot in tale.needs if slot in (*SPECIAL, "fact")} <= brought]
+    tales = [tale for tale in grammar.plain_tales if tale.start and {slot for slot in tale.needs if slot in SPECIAL} <= brought]
     for key in "after", "near":
         at = {tale.name: tale.answers(text, key) for tale in tales}
         last = max(at.values())

@@ -6260,6 +6260,8 @@ def test_what_a_beginning_tells_is_told_again():
     for text, wanted in {"The bell on the ferry would not ring.": "the bell on the ferry would not ring",
                          "Once upon a time, there was a hen. Then Dot found a blue egg.": "Dot found a blue egg",
                          'Suddenly, Captain Bo saw two eyes. "Who is there?" he asked.': "Captain Bo saw two eyes",
+                         'A cat sat on the stove. "Stay. The wolf was here." "No," said Bo.': "a cat sat on the stove",
+                         '"Stay. The wolf was here." Then Pip ran to the mill.': "Pip ran to the mill",
                          "Snow was coming down on Oslo.": "snow was coming down on Oslo",
                          "I was seven. My cat ran away. Who knew where? She is gone today.": None}.items():
         assert nouns.retold(text) == wanted, text

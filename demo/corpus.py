@@ -414,7 +414,8 @@ class Nouns:
     def retold(self, text, names=()):
         """The last sentence of TEXT as it may follow "it all began when", or None: "the bell would not ring". None of a question, of speech, or
         of what happens now. NAMES of somebody there may be nouns, too."""
-        told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", text)
+        unspoken = re.sub(r'"[^"]*([^"])"', r'"\1"', text)                       # of what is said only the end: no sentence of it is the narrator's
+        told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", unspoken)
                 if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence) and not NOT_PAST.search(sentence)]
         past = lambda sentence: any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))
         told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and past(sentence)]

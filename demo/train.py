@@ -438,10 +438,10 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
-    parser.add_argument("--steps", type=int, default=10000, help="steps of the whole training (10000)")
+    parser.add_argument("--steps", type=int, default=9500, help="steps of the whole training (9500)")
     parser.add_argument("--start", type=Path, help="begin with the weights of this folder (an hf/ of before), not with random ones")
-    parser.add_argument("--batch", type=int, default=84, help="rows a step (84)")
-    parser.add_argument("--row", type=int, default=1152, help="tokens a row (1152)")
+    parser.add_argument("--batch", type=int, default=42, help="rows a step (42)")
+    parser.add_argument("--row", type=int, default=2304, help="tokens a row (2304)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (3e-3)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, rows and their order (1)")
     parser.add_argument("--seconds", type=float, default=math.inf,

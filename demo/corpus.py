@@ -360,7 +360,7 @@ BOTH = set("""back bare bark bat beam bear beat block blow board book boot bottl
 
 
 # What may stand before a sentence and is left out where it is told again.
-LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Suddenly|Then|One \w+|One \w+ \w+|Once upon a time|Long ago|That \w+|The next \w+|In the end), )+")
+LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yesterday) (?!was|is)|(?:Suddenly|Then|One \w+|One \w+ \w+|Once upon a time|Long ago|That \w+|The next \w+|In the end), )+")
 
 # The words that have their capital only from the beginning of a sentence.
 STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody everyone
@@ -416,7 +416,7 @@ class Nouns:
         of what happens now. NAMES of somebody there may be nouns, too."""
         unspoken = re.sub(r'"[^"]*([^"])"', r'"\1"', text)                       # of what is said only the end: no sentence of it is the narrator's
         told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", unspoken)
-                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence) and not NOT_PAST.search(sentence)]
+                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence) and not NOT_PAST.search(LEAD_IN.sub("", sentence))]
         past = lambda sentence: any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))
         told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and past(sentence)]
         if not told:
@@ -925,9 +925,10 @@ class Story:
     `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
     text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases."""
 
-    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False):
+    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False, pair=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
-        second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up. Raises ValueError after 50 tries."""
+        second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up; with PAIR hero and friend are two of
+        a kind, where they can. Raises ValueError after 50 tries."""
         self.grammar, self.tale, self.rng, self.foreign, self.done, text = grammar, tale, rng, opening is not None, set(), ""
         self.own, self.did = opening is not None and opening.tale is tale, False
         for _ in range(50):
@@ -936,7 +937,7 @@ class Story:
             self.cast = self.opened = Cast(grammar, tale, rng, characters)
             hero, friend = (self.cast.characters[role] for role in ("hero", "friend"))
             self.titled = not (opening or characters) and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
-            if opening.pair if opening else not (characters or self.titled or "friend" in tale.lists) and rng.random() < 0.1:
+            if opening.pair if opening else pair and not (characters or self.titled or "friend" in tale.lists) and "friend" in tale.needs:
                 self.cast.pair(more=not opening)
             if invent:
                 self.cast.invent()
@@ -1117,8 +1118,11 @@ class Story:
             begun.append(grammar.expand_rule("third", self.cast, rng))
         begun = " ".join(begun)
         paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
-        for beat in beats("middle"):
-            paragraphs[rng.randrange(max(1, len(paragraphs) - 1))] += " " + beat
+        for thread, cast in self.threads:
+            if thread.middle:
+                at, half = rng.randrange(max(1, len(paragraphs) - 1)), (len(thread.middle) + 1) // 2
+                lines = thread.middle[:half] if at < len(paragraphs) // 2 else thread.middle[-half:]    # so none is told early and late
+                paragraphs[at] += " " + grammar.expand(rng.choice(lines), cast, rng)
         if opening:
             self.cast["kept"] = listed(list(dict.fromkeys([self.cast["hero in full"], *self.keep])), ",")
         last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and rng.random() < 0.97 else [])
@@ -1147,9 +1151,10 @@ def request(story):
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
         kind = rng.random()
-        if kind < 0.22 and not story.titled and "clause" not in cast:
+        plain = not (story.titled or {"clause", "pair"} & cast.keys())
+        if kind < 0.22 and plain:
             return by_words(story)
-        if kind < 0.25 and not story.titled and not story.threads and "clause" not in cast:
+        if kind < 0.25 and plain and not story.threads:
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, of) in story.must]
@@ -1157,6 +1162,7 @@ def request(story):
         extra = [one for one in story.must + story.extra if one not in story.told]
         extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.3
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
+        extra = [one for one in extra if "pair" not in cast or one != ("friend", cast)]
         story.told += extra
         phrase = grammar.expand(phrase, of, rng)
         second = next((each for slot, each in extra if slot == "deed"), None)
@@ -1213,18 +1219,22 @@ def in_order(story, topic, members, bare=False):
 
 
 def deed_topic(story):
-    """A phrase that asks for STORY by what its hero does in it, "a fox who wants to lose a kite"; None if it has none such, and mostly."""
+    """A phrase that asks for STORY by what its hero does in it, "a fox who wants to lose a kite", or "two foxes who lose a kite"; None if it
+    has none such, and mostly."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
     if not story.tale.does or rng.random() > 0.5 or ("deed", cast) in story.must or "clause" in cast:
         return None
     done = rng.choice(story.tale.does)
     cast.verbs = conjugate(tidy("-" + grammar.expand(done, cast, rng))[1:], grammar.words["irregular verbs"])
-    if grammar.held_out.refuses(cast.said(["hero", "deed"])):
+    if "pair" in cast:
+        cast.verbs = [re.sub(r"\b(his|her)\b", "their", re.sub(r"\b(him|her)self\b", "themselves", verb)) for verb in cast.verbs]
+    if grammar.held_out.refuses(cast.said(["hero", "deed"])) or "pair" in cast and cast.verbs[1].startswith("is "):
         return None
     story.did, story.done = True, roots(done) & {"thing", "place", "food"}
     others = {"friend", "place"} & set(story.tale.needs) - story.done
     others -= {"friend"} if cast.verbs[1].startswith("is ") else set()          # "two foxes who be brave"
-    return rng.choice([topic for topic in grammar.rules["topic"] if {"hero", "deed"} <= roots(topic) - PRONOUNS["he"].keys() <= {"hero", "deed"} | others
+    asked = {"pair" if "pair" in cast else "hero", "deed"}
+    return rng.choice([topic for topic in grammar.rules["topic"] if asked <= roots(topic) - PRONOUNS["he"].keys() <= asked | others
                        and ("friend" not in roots(topic) or literal(topic).startswith("x and x"))])
 
 
@@ -1239,7 +1249,7 @@ def topic_of(story):
         return deed, story.cast
     known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
     kin = story.cast.characters["friend"].owner
-    known |= {"pair"} & (story.cast.keys() if "friend" in tale.needs else set())
+    known |= {"pair"} & story.cast.keys()
     untrue = lambda topic: tale.deed_is and "deed" in roots(topic) and (tale.deed_is == "wished") != bool(WISHED.search(literal(topic)))
     general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known and not untrue(topic)
                 and not (kin and re.search("friend|neighbor|pals|met", literal(topic)))]
@@ -1249,8 +1259,8 @@ def topic_of(story):
         cast = story.cast
         if "clause" in cast:
             phrase = rng.choice(grammar.threads["the-one-who"].ask)
-        elif "pair" in known and rng.random() < 0.6:
-            pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known]
+        elif "pair" in known:                                   # always asked for, or any friend would be of the hero's kind now and then
+            pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known and not untrue(topic)]
             phrase = rng.choice(pairs)
         elif "theme" in tale.lists and rng.random() < 0.15:
             phrase = rng.choice([topic for topic in grammar.threads["about"].ask if roots(topic) <= known | {"theme"}])
@@ -1449,7 +1459,7 @@ def sum_beyond(rng):
     """A sum that it cannot do: beyond twenty, mostly by little, below zero, of three numbers, or a product."""
     low, high = sorted(rng.sample(range(2, 21), 2))
     return rng.choice([f"{rng.randint(21, 999)} {rng.choice('+-*')} {rng.randint(2, 999)}", f"{low} - {high}", f"{low} * {high}",
-                       f"{low} + {high} + {rng.randint(1, 20)}", *[f"{20 - low + rng.randint(1, low)} + {low}"] * 4])
+                       f"{low} + {high} + {rng.randint(1, 20)}", *[f"{20 - low + rng.randint(1, low)} + {low}"] * 2])
 
 
 def sum_turn(grammar, rng):
@@ -1460,7 +1470,7 @@ def sum_turn(grammar, rng):
     sign, word, result = ("+", "plus", total) if plus else ("-", "minus", total - part)
     cast = {"a": str(a), "b": str(b), "sum": f"{a} {sign} {b}", "result": str(result), "in words": f"{NUMBERS[a]} {word} {NUMBERS[b]}",
             "tight": f"{a}{sign}{b}", "spoken": f"{a} {word} {b}"}
-    if rng.random() < 0.12:
+    if rng.random() < 0.08:
         cast["sum"] = sum_beyond(rng)
         question = grammar.expand_rule("ask big sum", cast, rng)
         return tidy(question), tidy(grammar.expand_rule("say big sum", cast, rng))
@@ -1574,13 +1584,15 @@ def tell(grammar, rng, characters=None, asked=True):
         tale = rng.choice(grammar.fact_tales if of_fact else [tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
             extra = rng.choice(["thing", "friend", "place"]) if asked and rng.random() < 0.15 else None
-            return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25)
+            pair = asked and "clause" not in slots and not of_fact and rng.random() < 0.12
+            return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25, pair=pair)
         except ValueError:
             continue
 
 
-def continued(grammar, rng):
-    """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own."""
+def continued(grammar, rng, named=False):
+    """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own. NAMED: one whose
+    first word is a slot."""
     while True:
         if rng.random() < 0.4:
             opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
@@ -1591,6 +1603,8 @@ def continued(grammar, rng):
             opening.answered = bool(tales)
             if not tales and rng.random() < 0.6:
                 tales = grammar.fact_tales
+        if named and not isinstance(next(filter(None, opening.text)), Slot):
+            continue
         try:
             return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
@@ -1708,32 +1722,41 @@ def story_chat(grammar, rng):
     return chat(turns)
 
 
-def begun_chat(grammar, rng):
-    """A request and only the first words of its story: a tenth of the tokens for all that there is to learn of requests, above all to copy
-    any word from anywhere; every second time the first sentence alone, with other words. What is read last, nothing, keeps the end of the
-    document from being learned."""
-    speaker, story = Speaker(grammar, rng), (continued if rng.random() < 0.3 else tell)(grammar, rng)
-    asked, text = story_turn(story, speaker) if story.foreign else asked_for(story)
+def begun(grammar, rng):
+    """A request or a beginning, in a chat or alone, and only the first words of its story: a tenth of the tokens for all that there is to
+    learn of requests, above all to copy any word from anywhere; every second time the first sentence alone, with other words. What is read
+    last, nothing, keeps the end of the document from being learned."""
+    speaker = Speaker(grammar, rng)
+    story = continued(grammar, rng, named=rng.random() < 0.4) if rng.random() < 0.5 else tell(grammar, rng)
+    alone = story.foreign and rng.random() < 0.7
+    asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
     if rng.random() < 0.5:
         asked, text = reworded(asked, text[:ends[0]], grammar, rng)
     else:
         length = story.length - len(story.begun) if story.foreign else ends[1]
         text = text[:max(end for end in ends if end <= max(length, ends[0]))]
-    return [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", text, ""]
+    return [asked if alone else f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", text, ""]
 
 
 # What a request and the first words of its story share, whatever they are about.
 FRAME = set("""about after again also although always because been before began begin behind best brother called came cannot child children could does
             each even ever every friend friends from have here inside into just know like likes little lived more most much named near never
             nobody once only over please short should sister some somebody something story stories tale tell than that their them then there
-            they this time under until very want wanted wants were what when where which while whom whose will wish with would""".split())
+            they this time under until very want wanted wants were what when where which while whom whose will wish with would yes""".split())
 
 
 def reworded(asked, text, grammar, rng):
-    """ASKED and TEXT with other words for one or two that they share, mostly such as there are not: "a fox" -> "a plimo"."""
-    shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[a-z]{4,}\b(?![-'])", each)) for each in (asked, text))) - FRAME
-    for word in rng.sample(sorted(shared), min(len(shared), rng.choice([1, 1, 2]))):
+    """ASKED and TEXT with other words for one or two that they share, mostly such as there are not, and other names for some names: "a fox
+    named Pip" -> "a plimo named Omar"."""
+    shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
+    names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME}
+    words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)} - FRAME
+    for word in sorted(names):
+        if rng.random() < 0.7:
+            other = rng.choice(grammar.words[rng.choice(["he names", "she names", "pet names"])]) if rng.random() < 0.6 else made_up_name(rng)
+            asked, text = (re.sub(rf"\b{word}\b", other, each) for each in (asked, text))
+    for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 1, 2]))):
         noun = word in grammar.nouns.forms and rng.random() < 0.4
         other = rng.choice(grammar.words[rng.choice(["animals", "things", "nouns"])]) if noun else made_up_name(rng).lower()
         with_article = lambda match: an(f"{match[1]} {other}")
@@ -1796,7 +1819,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.19, story_chat: 0.36, begun_chat: 0.26, talk_chat: 0.1, system_chat: 0.05, sums_chat: 0.04}
+KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.33, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.05}
 
 
 def document(grammar, rng):
@@ -1879,7 +1902,7 @@ def check(grammar, count=60):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=450_000)
+    parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))

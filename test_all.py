@@ -6322,6 +6322,16 @@ def test_other_names_and_words_in_what_is_begun():
     assert 20 < renamed < 60 and reworded > 50
 
 
+def test_a_cast_that_cannot_be():
+    """A hero of the only kind that a tale's friend may be, and without a name: an error, at which another tale is drawn, and not a search
+    without end."""
+    corpus, rng = demo_module("corpus"), random.Random("snowman")
+    draw = lambda name, lists: corpus.draw_characters(grammar().words, rng, lists, corpus.Character("snowman", name, "he"))
+    assert draw("Pip", {"friend": ["snowman"]})["friend"].kind == "snowman" and draw(None, {"friend": ["fox", "snowman"]})["friend"].kind == "fox"
+    with pytest.raises(ValueError, match="no friend"):
+        draw(None, {"friend": ["snowman"]})
+
+
 def test_two_of_a_kind_are_asked_for():
     """No story is of two foxes whose request does not say so: any fox's friend would be a fox now and then."""
     corpus, rng, pairs = demo_module("corpus"), random.Random("pairs"), 0
@@ -6510,6 +6520,7 @@ def test_training_of_the_demo(tmp_path):
     tokens, _, targets, _ = train.parts_of(rows)
     assert tokens.min() >= 0 and targets.min() == -1 and {-1} < set(rows[rows < 0].tolist())
     tokenizer = train.Tokenizer.from_file(str(work / "tokenizer.json"))
+    assert all(tokenizer.encode(mark + "Pip").tokens[-len(alone.tokens):] == alone.tokens for alone in [tokenizer.encode("Pip")] for mark in ' "')
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
     for pieces, encoded in zip(documents, train.encode(work / "documents.jsonl", tokenizer, 10 ** 6)):
         assert decode(np.where(encoded < 0, -2 - encoded, encoded).tolist()) == "".join(pieces) + "<|endoftext|>"

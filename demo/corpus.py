@@ -98,7 +98,7 @@ class Grammar:
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
-        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and not (alone and thread.needs[1:])])
+        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and not (alone and (thread.needs[1:] or thread.name == "wished-for"))])
 
     def expand(self, sequence, cast, rng, bound=None):
         """Text of a Sequence: slots from CAST (a mapping), alternatives drawn by RNG. With BOUND, a dict, a rule that has
@@ -129,11 +129,11 @@ class Grammar:
 
 # 2. Tidying: articles, capitals, spaces
 
-SAID = (r"(said|asked|cried|called|shouted|whispered|laughed|answered|replied|yelled|sighed|sang|thought|wondered|added|begged|"
+SAID = (r"(said|asked|seemed|cried|called|shouted|whispered|laughed|answered|replied|yelled|sighed|sang|thought|wondered|added|begged|"
         r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
         r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
         r"promised|warned|went|says|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
-LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|ukul))"         # a vowel that sounds like a consonant
+LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|onesie|ukul))"         # a vowel that sounds like a consonant
 
 
 def an(text):
@@ -146,6 +146,7 @@ def tidy(text):
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" *\n *", "\n", text).strip()
     text = re.sub(r" ([.,!?;:])", r"\1", text)
+    text = re.sub(r"\b([Aa])ll two\b", lambda match: "B" * (match[1] == "A") + "b" * (match[1] == "a") + "oth", text)
     text = an(text)
     capital = lambda match: match[1] + match[2].upper()
     text = re.sub(r'(^"?|\n"?)([a-z])', capital, text)
@@ -330,18 +331,22 @@ NO_WISH = re.compile(r"\b(?:him|them|it|that|this|wait|believe|help|stop|tell|sa
 # What stands before a noun, perhaps with an adjective between.
 ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
 
+# What stands before what somebody is, or would be: "to be a hero".
+IS_ONE = re.compile(r"(?i)\b(?:be|become|became|being) an? (?:[a-z-]+ )?$")
+
 # What a story has without being of it.
-UNNOTICED = set("""afternoon again age ago alone arm arms around asked autumn away back bad began beginning best big bit bottom came
-                center corner day days down ears edge end ends evening everything everywhere eyes face fall fast feet felt few
-                first five foot found four friend friends front full good got great ground hair hand hands happy head heart her
-                here high him his home hours idea inside kind knew land last left leg longer legs let life liked little lived
-                long looked lot lots loud loved low made make many matter middle minute minutes moment months mood more morning
-                most mouth much name names new next nice night nobody nose nothing now number off old once one only other out
-                outside own pair part people person piece place play played pretty problem put quiet ran reason rest right sad
-                said same sat saw second short side slow small smile soft somebody someone something sort sorts spring start
-                starts state stood story then there thing things third thought three tight time times today told tomorrow too
-                took top tried turn two very walk walked wanted way ways week weeks went while wish world year years yesterday
-                young""".split())
+UNNOTICED = set("""afternoon again age ago alone anymore anything arm arms around asked autumn away back bad before began beginning
+                best big bit bottom came case center century cold corner cough day days down ear ears edge end ends evening
+                everything everywhere eyes face fall fast feet felt few first five foot found four friend friends fright front
+                full good got great ground hair hand hands happy head heart her here high him his home hour hours hurry idea
+                inside kind knew land lap last left leg legs let life liked line list little lived long longer look looked lot
+                lots loud loved low made make many matter middle minute minutes moment months mood more morning most mouth much
+                name names nap new next nice night nobody nose not nothing now number off old once one ones only other others
+                out outside own pair part people person piece place play played pretty problem put quarter quiet ran reason rest
+                right room sad said sake same sat saw second short show side sigh size slow small smile soft somebody someone
+                something sort sorts sound sounds spring start starts state stood story then there thing things third thought
+                three tight time times today together told tomorrow too took top tried tummy turn two very walk walked wanted
+                warm way ways week weeks went while wish world year years yesterday young""".split())
 
 # Nouns that are something else as often.
 BOTH = set("""answer arch award back balance bank bare bargain bark bat battle beam bear beat block blow board book boot border
@@ -369,12 +374,12 @@ LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yes
 
 # The words that have their capital only from the beginning of a sentence.
 STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody everyone
-             everything few for four from he her here his in inside it its many most near neither no nobody none nothing of on only out
+             everything even few first for four from he her here his in inside it its many most near neither no nobody none not nothing of on once one only out
              outside over she since so some somebody someone something that the their them there they this three through two under until
              up very what with without""".split())
 
 # What is not told again as what once was.
-NOT_PAST = re.compile(r"^(?:When|Whenever|If|As|Before|After|While|Until)\b|\b(?:[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
+NOT_PAST = re.compile(r"^(?:It|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|While|Until)\b|\b(?:named [A-Z]\w*|called [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
 
 
 class Nouns:
@@ -386,7 +391,7 @@ class Nouns:
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns", "persons")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
         self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
-        self.past = {"was", "were", "had", "did", "could", "would", *(forms[0] for forms in words["irregular verbs"].values())}
+        self.past = {"was", "were", "had", "did", "could", "would", *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
         self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
         self.animals = set(words["animals"])
         self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"], *(place for _, place in words["places"])}
@@ -400,7 +405,7 @@ class Nouns:
         phrases = {}
         for place, phrase in sorted(self.found(text).items()):
             noun = re.sub("^(his|her|the) ", "", phrase.lower())
-            if not members & {*noun.split(), self.forms.get(noun)}:
+            if not members & {*noun.split(), self.forms.get(noun)} and not IS_ONE.search(text[:place]):
                 adjective = self.adjective(text[:place]) if phrase.startswith("the ") else ""
                 phrases.setdefault(self.forms.get(noun, noun), f"the {adjective} {phrase[4:]}" if adjective else phrase)
         return list(phrases.values())
@@ -457,6 +462,8 @@ class Nouns:
             return None
         if n < len(words) and part(n, n + 1) in self.forms and text[words[n - 1][1]:words[n][0]] == " ":
             n += self.forms[part(0, n)] == part(0, n) and part(0, n) not in self.animals
+        if n == 1 and part(0, 1) in self.doubtful and len(words) > 1 and part(1, 2) in self.adjectives:
+            return None                                                         # "the dark green ribbons"
         return words[n - 1][1]
 
 
@@ -573,6 +580,8 @@ class Cast(dict):
             return PRONOUNS[self.characters["hero"].gender]["his"] + " " + self.characters[second].as_friend(self.rng)
         if first == "a" and second.split(".")[0] in (*self, *self.characters):
             return f"a {self[second]}"
+        if slot == "the nature":                                    # "a rainbow" that has been told of
+            return re.sub("^an? ", "the ", self["nature"])
         if slot == "thing.adjective":
             return self.adjective
         if first == "thing":
@@ -639,6 +648,8 @@ class Cast(dict):
         """The bare words for what SLOT stands for: ["fox", "Pip"], ["fox"] without a name, ["lantern"], ["garden"], ["swim"]."""
         if slot in self.characters:
             return list(filter(None, [self.characters[slot].kind, self.characters[slot].name]))
+        if slot == "nature":
+            return [re.sub("^an? ", "", self[slot])]
         return [{"thing": self.thing, "place": self.place[1], "deed": self.verbs[0]}.get(slot) or self[slot]]
 
     def asked_for(self, role):
@@ -652,7 +663,9 @@ class Cast(dict):
         """How one speaks of SLOT when the story TEXT has been told: "Pip the fox", "the lantern", "the dark", "riding a bike"."""
         if slot in self.characters:
             one = self.characters[slot]
-            known_by_kind = one.name and not one.child and re.search(rf"\b{re.escape(one.kind)}\b", text)
+            if one.name and one.name not in text and re.search(rf"\b{re.escape(one.kind)}\b", text):
+                return f"the {one.kind}"
+            known_by_kind = one.name and not one.child and not one.owner and re.search(rf"\b{re.escape(one.kind)}\b", text)
             return f"{one.name} the {one.kind}" if known_by_kind else str(one)
         if slot in ("thing", "place", "job"):
             return f"the {self.names(slot)[0]}"
@@ -715,7 +728,7 @@ def draw_hero(words, rng, characters):
 def entitle(words, rng, hero, share):
     """Give HERO, with the probability SHARE, a title, "Captain Flora"; whether that was done. Only where users name the hero: drawn at a low
     temperature, "Captain" would otherwise be likelier than any one of a thousand names, and all heroes captains."""
-    if not hero.name or hero.child or rng.random() >= share:
+    if not hero.name or hero.child or hero.kind.endswith(("boy", "girl")) or rng.random() >= share:
         return False
     hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
     return True
@@ -1009,7 +1022,9 @@ class Story:
             cast["clause"] = self.clause("past clause")
         self.begun = tidy(grammar.expand(opening.text, cast, rng))
         noticed = grammar.nouns.noticed(self.begun.replace(cast.get("clause", "\n"), ""), opening.members(cast))
-        cast["retold"] = grammar.nouns.retold(self.begun, [one.name for one in cast.characters.values()])
+        retold = grammar.nouns.retold(self.begun, [one.name for one in cast.characters.values()])
+        cast["retold"] = retold and re.sub("^they ", f"{cast['hero']} and {cast['friend']} " if "friend" in opening.slots else "they ",
+                                           re.sub(f"^{cast['he']} ", f"{cast['hero']} ", retold))
         further = [cast[slot] for slot in FURTHER if slot in slots(opening.text)]
         noticed += [name for name in further if name not in " ".join(noticed).split()]
         if not self.own and rng.random() < 0.2:
@@ -1022,7 +1037,7 @@ class Story:
     def at(self, phrase):
         """Where `begun` has the noun of PHRASE, "the red kite", first, or the verb of "the wish to swim"."""
         wish = phrase.removeprefix("the wish to ")
-        return self.begun.lower().find((wish if wish != phrase else phrase.split(" ", 1)[-1]).lower())
+        return self.begun.lower().find((wish if wish != phrase else re.sub(r"^(?:.*'s|[^ ]+) (?=.)", "", phrase)).lower())
 
     def take_up(self, opening):
         """Begin with OPENING, foreign to the tale, and `keep` all that it names, in its order: as the tale's own thing, friend and place where
@@ -1032,7 +1047,7 @@ class Story:
         if "fact" in self.tale.needs:
             if not cast["retold"]:
                 raise ValueError(f"tale {self.tale.name}: {self.begun!r} tells no fact")
-            self.cast["fact"] = re.sub(f"^{cast['he']} ", f"{cast['hero']} ", cast["retold"])
+            self.cast["fact"] = re.sub(r"\bhad (?=[a-z]+ed\b)", "", cast["retold"])
         event = max(self.tale.answers(self.begun, "after"), self.tale.answers(self.begun, "near")) if opening.answered else 0
         if not self.own:
             for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
@@ -1045,8 +1060,9 @@ class Story:
         if wish := self.wish(opening):
             cast["wish"] = wish
             threads.append((grammar.thread_on("wish", rng), cast))
-        if seen:
-            cast["seen"] = listed(seen, ",")
+        told = " ".join(map(literal, self.tale.body))               # what the tale speaks of anyway is there, and not remembered
+        if passed := [phrase for phrase in seen if not re.search(rf"\b{re.escape(phrase.split(' ')[-1])}\b", told)]:
+            cast["seen"] = listed(passed, ",")
             threads.append((grammar.threads["noticed"], cast))
         if not self.own and rng.random() < 0.95 and cast["retold"] and not wish and "fact" not in self.tale.needs:
             threads.append((grammar.threads["how-it-began"], cast))
@@ -1069,23 +1085,25 @@ class Story:
 
     def adopts(self, phrase, opening):
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
-        thing of a tale that answers the beginning may be any ("the goat" that ran away), else what the hero has."""
+        thing of a tale that answers the beginning may be any, also a goat that ran away, else what the hero has."""
         words, nouns, forms = self.grammar.words, self.grammar.nouns, self.grammar.nouns.forms
         article, adjective, noun = nouns.parted(phrase)
         open_to = self.tale.members - opening.brought_by(self.tale) - opening.slots - self.adopted
         family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
         being = family or forms.get(noun, noun) in nouns.animals
-        if noun in nouns.no_things:
+        if (noun in nouns.no_things and noun not in self.tale.lists.get("thing", ()) or noun in words["creatures"] and noun not in words["things"]
+                or re.search(rf"\bhad (?:none|no {re.escape(noun)})\b", self.begun)):
             return False
         somewhere = re.search(r"(?i)\b(?:in|on|under|at|near|behind|into|from|to|by|over|through) (?:the|an?|his|her) (?:[a-z]+ )?$",
                               self.begun[:max(0, self.begun.lower().find(noun.lower()))])
         held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
+        strayed = re.search(rf"\b(?:lost .*{noun}|{noun} (?:\w+ ){{1,2}}(?:away|gone|lost|missing)|{noun} disappeared)\b", self.begun)
         if (family or noun in nouns.animals) and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif "thing" in open_to and not family and (held and not being or opening.answered and not somewhere and (
-                forms.get(noun, noun) not in words["nouns"] if noun in forms else not noun.endswith("s"))):
+        elif "thing" in open_to and not family and (held and not being or opening.answered and not somewhere and (not being or strayed)
+                                                    and article and forms.get(noun) == noun and noun not in words["nouns"] + words["foods"]):
             self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
             self.adopted.add("thing")
         else:
@@ -1096,10 +1114,10 @@ class Story:
         """Let the tale happen where a foreign beginning does: "in the forest"."""
         if "place" in opening.slots or "place" in self.tale.lists:
             return
-        where = r"(?i)\b(?:in|at|on|to|near|behind|under|inside|into|from|of) (?:the|a|an|his|her|their|my) ((?:[a-z]+ )?[a-z]+)\b"
+        where = r"\b(?i:in|at|on|to|near|behind|under|inside|into|from|of) (?:the|a|an|his|her|their|my|our|your|[A-Z]\w+'s) ((?:[a-z]+ )?[a-z]+)\b"
         for place in re.findall(where, self.begun):
             known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0], place.split()[-1])]
-            if known:
+            if known and known[0][1] not in (self.cast.thing, self.opened.thing):
                 self.cast.place = known[0]
                 self.adopted.add("place")
                 return
@@ -1112,7 +1130,10 @@ class Story:
         beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
                                if getattr(thread, place)]
         if opening:
+            hero = self.opened.characters["hero"]
+            unnamed = hero.name and not opening.nameless and hero.name.split()[-1] not in self.begun
             bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
+            bridge += [f"The name of the {hero.kind} was {hero.name}."] * bool(unnamed)
             bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
             bridge.append(grammar.expand_rule("tells", self.cast, rng))
             gap = rng.choice([" ", "\n\n"])
@@ -1127,9 +1148,11 @@ class Story:
             begun.append(grammar.expand_rule("third", self.cast, rng))
         begun = " ".join(begun)
         paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
+        free = []                                                       # paragraphs that no thread has ended yet
         for thread, cast in self.threads:
             if thread.middle:
-                at, half = rng.randrange(max(1, len(paragraphs) - 1)), (len(thread.middle) + 1) // 2
+                free = free or list(range(max(1, len(paragraphs) - 1)))
+                at, half = free.pop(rng.randrange(len(free))), (len(thread.middle) + 1) // 2
                 lines = thread.middle[:half] if at < len(paragraphs) // 2 else thread.middle[-half:]    # so none is told early and late
                 paragraphs[at] += " " + grammar.expand(rng.choice(lines), cast, rng)
         if opening:
@@ -1175,7 +1198,7 @@ def request(story):
         story.told += extra
         phrase = grammar.expand(phrase, of, rng)
         second = next((each for slot, each in extra if slot == "deed"), None)
-        if second and rng.random() < 0.7 and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase):
+        if second and rng.random() < 0.7 and phrase.startswith(of.asked.get("hero", "\n")) and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase):
             phrase += " " + grammar.expand_rule("and deed", second, rng)
             extra.remove(("deed", second))
         topic, more = attach(phrase, rng.sample(extra, len(extra)), grammar, rng)
@@ -1200,8 +1223,12 @@ def attach(topic, extra, grammar, rng):
     fox who sings and a lantern" would be something else."""
     more = []
     clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
+    bare, used = topic, set()
     for slot, cast in extra:
-        if f"with {slot}" in grammar.rules and (slot == "place" or not clause) and rng.random() < 0.7:
+        whose = slot in ("trait", "deed", "fear")               # "a trip who is afraid": it must follow the hero
+        if (f"with {slot}" in grammar.rules and slot not in used and (slot == "place" or not clause)
+                and (not whose or topic == bare == cast.asked.get("hero")) and rng.random() < 0.7):
+            used.add(slot)
             topic += " " + grammar.expand_rule(f"with {slot}", cast, rng)
         else:
             more.append(grammar.expand_rule(f"also {slot}", cast, rng))
@@ -1369,7 +1396,7 @@ def questions(story):
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     known = [("hero" if hero.name else "nameless", cast), ("not there", cast)]
     members = dict.fromkeys([(slot, cast) for slot in story.tale.needs] + story.must)
-    known += [(slot if slot != "friend" or each.characters["friend"].name else "nameless friend", each)
+    known += [(slot if slot not in ("hero", "friend") or each.characters[slot].name else "nameless" + " friend" * (slot == "friend"), each)
               for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
     known += [("did", cast)] * 2 * story.did
     if "thing" in story.tale.needs:
@@ -1379,6 +1406,8 @@ def questions(story):
             pairs.append(tuple(grammar.expand(side, each, rng) for side in rng.choice(grammar.questions[name])))
     if hero.kind == friend.kind and "friend" in story.tale.needs:               # "What was the boy called?" could mean both
         pairs = [pair for pair in pairs if hero.kind not in pair[0] or any(one.name and one.name in pair[0] for one in (hero, friend))]
+    if hero.kind not in story.text:                             # only a request would have told it
+        pairs = [pair for pair in pairs if hero.kind not in pair[0] + pair[1]]
     rng.shuffle(pairs)
     seen = set()
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
@@ -1593,7 +1622,7 @@ def tell(grammar, rng, characters=None, asked=True):
         own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.9}     # in the tale; the thread is on another
         tale = rng.choice(grammar.fact_tales if of_fact else [tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
-            extra = rng.choice(["thing", "friend", "place"]) if asked and rng.random() < 0.15 else None
+            extra = rng.choice(["thing", "friend", "place"]) if asked and not slots and rng.random() < 0.15 else None
             pair = asked and "clause" not in slots and not of_fact and rng.random() < 0.12
             return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25, pair=pair)
         except ValueError:
@@ -1678,8 +1707,8 @@ def aside(story):
     cast, paragraphs = story.cast, story.text.split("\n\n")
     middle = " ".join([story.text[story.length:]] if len(paragraphs) < 2 else [paragraphs[0][story.length:], *paragraphs[1:-1]])
     unsaid = {"trait", "pair", "weather", "theme"} | ({"clause"} if "fact" in cast else set())
-    missed = [each.recalled(slot, story.text) for slot, each in story.told if slot not in unsaid
-              and not any(name in middle for name in each.names(slot) if name)]
+    missed = [each.recalled(slot, cast["topic"] + " " + story.text) for slot, each in story.told if slot not in unsaid
+              and not (each is cast and slot in story.tale.needs) and not any(name in middle for name in each.names(slot) if name)]
     if missed and len(paragraphs) > 1:
         cast["missed"] = listed(list(dict.fromkeys(missed)), ",")
         paragraphs[(len(paragraphs) - 1) // 2] += " " + tidy(story.grammar.expand_rule("aside", cast, story.rng))
@@ -1694,13 +1723,13 @@ def coda(story, text):
     missed = [slot for slot, each in story.told if each is cast and f"coda {slot}" in grammar.rules
               and not any(name in end for name in cast.names(slot) if name)]
     plain = ("trait", "pair", "hero") if "clause" in cast else ("trait", "pair")
-    recalled = list(dict.fromkeys(each.recalled(slot, text) for slot, each in story.told if slot not in plain))
+    recalled = list(dict.fromkeys(each.recalled(slot, topic + " " + text) for slot, each in story.told if slot not in plain))
     words = []
     if recalled and rng.random() < 0.95:
         cast["kept"] = re.sub("^an? ", "the ", topic) if topic and rng.random() < 0.8 else listed(recalled, ",")
         words, missed = [grammar.expand_rule("closing", cast, rng)], []
     if "friends" in topic and "friend" in story.tale.members:
-        words.append(grammar.expand_rule("coda friends", cast, rng))
+        words.insert(0, grammar.expand_rule("coda friends", cast, rng))
     words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words
     return text + rng.choice([" ", "\n\n"]) + tidy(" ".join(words)) if words else text
 

@@ -379,7 +379,7 @@ STARTS = set("""a above across after all along an another any around at behind b
              up very what with without""".split())
 
 # What is not told again as what once was.
-NOT_PAST = re.compile(r"^(?:It|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|While|Until)\b|\b(?:named [A-Z]\w*|called [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
+NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|While|Until)\b|\b(?:named [A-Z]\w*|called [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
 
 
 class Nouns:

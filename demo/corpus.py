@@ -98,7 +98,8 @@ class Grammar:
 
     def thread_on(self, slot, rng, alone=False):
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
-        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and not (alone and (thread.needs[1:] or thread.name == "wished-for"))])
+        lonely = lambda thread: not thread.needs[1:] and thread.name != "wished-for"     # that is of what the hero has not got
+        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and (not alone or lonely(thread))])
 
     def expand(self, sequence, cast, rng, bound=None):
         """Text of a Sequence: slots from CAST (a mapping), alternatives drawn by RNG. With BOUND, a dict, a rule that has
@@ -146,7 +147,7 @@ def tidy(text):
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" *\n *", "\n", text).strip()
     text = re.sub(r" ([.,!?;:])", r"\1", text)
-    text = re.sub(r"\b([Aa])ll two\b", lambda match: "B" * (match[1] == "A") + "b" * (match[1] == "a") + "oth", text)
+    text = re.sub(r"\b[Aa]ll two\b", "both", text)
     text = an(text)
     capital = lambda match: match[1] + match[2].upper()
     text = re.sub(r'(^"?|\n"?)([a-z])', capital, text)
@@ -222,7 +223,8 @@ def conjugate(phrase, irregular):
 
 def plural(noun):
     """ "foxes", "ponies", "mice", "lighthouse keepers". """
-    irregular = "mouse mice goose geese moose moose man men sheep sheep fish fish deer deer wolf wolves calf calves elf elves leaf leaves thief thieves child children"
+    irregular = ("mouse mice goose geese moose moose man men sheep sheep fish fish deer deer wolf wolves calf calves elf elves leaf leaves "
+                 "thief thieves child children")
     for one, many in zip(irregular.split()[::2], irregular.split()[1::2]):
         if noun.endswith(one):
             return noun[:-len(one)] + many
@@ -370,16 +372,19 @@ BOTH = set("""answer arch award back balance bank bare bargain bark bat battle b
 
 
 # What may stand before a sentence and is left out where it is told again.
-LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yesterday) (?!was|is)|(?:Suddenly|Then|One \w+|One \w+ \w+|Once upon a time|Long ago|That \w+|The next \w+|In the end), )+")
+LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yesterday) (?!was|is)|(?:Suddenly|Then|One \w+|One \w+ \w+|"
+                     r"Once upon a time|Long ago|That \w+|The next \w+|In the end), )+")
 
 # The words that have their capital only from the beginning of a sentence.
-STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody everyone
-             everything even few first for four from he her here his in inside it its many most near neither no nobody none not nothing of on once one only out
-             outside over she since so some somebody someone something that the their them there they this three through two under until
-             up very what with without""".split())
+STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody
+             everyone everything even few first for four from he her here his in inside it its many most near neither no nobody none not
+             nothing of on once one only out outside over she since so some somebody someone something that the their them there they this
+             three through two under until up very what with without""".split())
 
 # What is not told again as what once was.
-NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|While|Until)\b|\b(?:named [A-Z]\w*|called [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|[Tt]o(?:day|night|morrow))\b")
+NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|"
+                      r"While|Until)\b|\b(?:(?:named|called) [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|"
+                      r"[Tt]o(?:day|night|morrow))\b")
 
 
 class Nouns:
@@ -388,13 +393,16 @@ class Nouns:
     only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry."""
 
     def __init__(self, words):
-        kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns", "persons")
+        kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns",
+                 "persons")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
         self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
-        self.past = {"was", "were", "had", "did", "could", "would", *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
+        self.past = {"was", "were", "had", "did", "could", "would",
+                     *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
         self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
         self.animals = set(words["animals"])
-        self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"], *(place for _, place in words["places"])}
+        self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"],
+                          *(place for _, place in words["places"])}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
         verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
         self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
@@ -426,9 +434,9 @@ class Nouns:
         of what happens now. NAMES of somebody there may be nouns, too."""
         unspoken = re.sub(r'"[^"]*([^"])"', r'"\1"', text)                       # of what is said only the end: no sentence of it is the narrator's
         told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", unspoken)
-                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence) and not NOT_PAST.search(LEAD_IN.sub("", sentence))]
+                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence)]
         past = lambda sentence: any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))
-        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and past(sentence)]
+        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and not NOT_PAST.search(sentence) and past(sentence)]
         if not told:
             return None
         first, rest = told[-1].split(" ", 1)
@@ -581,7 +589,7 @@ class Cast(dict):
         if first == "a" and second.split(".")[0] in (*self, *self.characters):
             return f"a {self[second]}"
         if slot == "the nature":                                    # "a rainbow" that has been told of
-            return re.sub("^an? ", "the ", self["nature"])
+            return self.recalled("nature", "")
         if slot == "thing.adjective":
             return self.adjective
         if first == "thing":
@@ -728,7 +736,7 @@ def draw_hero(words, rng, characters):
 def entitle(words, rng, hero, share):
     """Give HERO, with the probability SHARE, a title, "Captain Flora"; whether that was done. Only where users name the hero: drawn at a low
     temperature, "Captain" would otherwise be likelier than any one of a thousand names, and all heroes captains."""
-    if not hero.name or hero.child or hero.kind.endswith(("boy", "girl")) or rng.random() >= share:
+    if not hero.name or hero.kind.endswith(("boy", "girl")) or rng.random() >= share:
         return False
     hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
     return True
@@ -778,6 +786,11 @@ class Tale:
     def answers(self, text, key):
         """Where TEXT has the last of the words of KEY, "after" or "near", that this tale is an answer to; -1 if it has none."""
         return max((match.end() for match in self.after[key].finditer(text)), default=-1) if self.after[key] else -1
+
+    @functools.cached_property
+    def body_text(self):
+        """Its body in one text, "x" for each slot."""
+        return " ".join(map(literal, self.body))
 
     def texts(self):
         """All slots of what follows an opening."""
@@ -1060,8 +1073,8 @@ class Story:
         if wish := self.wish(opening):
             cast["wish"] = wish
             threads.append((grammar.thread_on("wish", rng), cast))
-        told = " ".join(map(literal, self.tale.body))               # what the tale speaks of anyway is there, and not remembered
-        if passed := [phrase for phrase in seen if not re.search(rf"\b{re.escape(phrase.split(' ')[-1])}\b", told)]:
+        # What the tale speaks of anyway is there, and not remembered.
+        if passed := [phrase for phrase in seen if not re.search(rf"\b{re.escape(phrase.split(' ')[-1])}\b", self.tale.body_text)]:
             cast["seen"] = listed(passed, ",")
             threads.append((grammar.threads["noticed"], cast))
         if not self.own and rng.random() < 0.95 and cast["retold"] and not wish and "fact" not in self.tale.needs:
@@ -1098,12 +1111,13 @@ class Story:
                               self.begun[:max(0, self.begun.lower().find(noun.lower()))])
         held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
         strayed = re.search(rf"\b(?:lost .*{noun}|{noun} (?:\w+ ){{1,2}}(?:away|gone|lost|missing)|{noun} disappeared)\b", self.begun)
+        singular = article and forms.get(noun) == noun and noun not in words["nouns"] and noun not in words["foods"]
+        answered = opening.answered and not somewhere and (not being or strayed) and singular
         if (family or noun in nouns.animals) and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif "thing" in open_to and not family and (held and not being or opening.answered and not somewhere and (not being or strayed)
-                                                    and article and forms.get(noun) == noun and noun not in words["nouns"] + words["foods"]):
+        elif "thing" in open_to and not family and (held and not being or answered):
             self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
             self.adopted.add("thing")
         else:
@@ -1198,7 +1212,8 @@ def request(story):
         story.told += extra
         phrase = grammar.expand(phrase, of, rng)
         second = next((each for slot, each in extra if slot == "deed"), None)
-        if second and rng.random() < 0.7 and phrase.startswith(of.asked.get("hero", "\n")) and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase):
+        of_hero = phrase.startswith(of.asked.get("hero", "\n")) and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase)
+        if second and rng.random() < 0.7 and of_hero:
             phrase += " " + grammar.expand_rule("and deed", second, rng)
             extra.remove(("deed", second))
         topic, more = attach(phrase, rng.sample(extra, len(extra)), grammar, rng)
@@ -1223,11 +1238,11 @@ def attach(topic, extra, grammar, rng):
     fox who sings and a lantern" would be something else."""
     more = []
     clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
-    bare, used = topic, set()
+    used = set()
     for slot, cast in extra:
         whose = slot in ("trait", "deed", "fear")               # "a trip who is afraid": it must follow the hero
         if (f"with {slot}" in grammar.rules and slot not in used and (slot == "place" or not clause)
-                and (not whose or topic == bare == cast.asked.get("hero")) and rng.random() < 0.7):
+                and (not whose or not used and topic == cast.asked.get("hero")) and rng.random() < 0.7):
             used.add(slot)
             topic += " " + grammar.expand_rule(f"with {slot}", cast, rng)
         else:
@@ -1264,11 +1279,11 @@ def deed_topic(story):
     cast.verbs = conjugate(tidy("-" + grammar.expand(done, cast, rng))[1:], grammar.words["irregular verbs"])
     if "pair" in cast:
         cast.verbs = [re.sub(r"\b(his|her)\b", "their", re.sub(r"\b(him|her)self\b", "themselves", verb)) for verb in cast.verbs]
-    if grammar.held_out.refuses(cast.said(["hero", "deed"])) or "pair" in cast and cast.verbs[1].startswith("is "):
+    being = cast.verbs[1].startswith("is ")                     # not of two: "two foxes who be brave"
+    if grammar.held_out.refuses(cast.said(["hero", "deed"])) or "pair" in cast and being:
         return None
     story.did, story.done = True, roots(done) & {"thing", "place", "food"}
-    others = {"friend", "place"} & set(story.tale.needs) - story.done
-    others -= {"friend"} if cast.verbs[1].startswith("is ") else set()          # "two foxes who be brave"
+    others = ({"place"} if being else {"friend", "place"}) & set(story.tale.needs) - story.done
     asked = {"pair" if "pair" in cast else "hero", "deed"}
     return rng.choice([topic for topic in grammar.rules["topic"] if asked <= roots(topic) - PRONOUNS["he"].keys() <= asked | others
                        and ("friend" not in roots(topic) or literal(topic).startswith("x and x"))])
@@ -1394,10 +1409,11 @@ def questions(story):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
-    known = [("hero" if hero.name else "nameless", cast), ("not there", cast)]
+    nameless = {"hero": "nameless", "friend": "nameless friend"}
+    asked = lambda slot, each: nameless[slot] if slot in nameless and not each.characters[slot].name else slot
+    known = [(asked("hero", cast), cast), ("not there", cast)]
     members = dict.fromkeys([(slot, cast) for slot in story.tale.needs] + story.must)
-    known += [(slot if slot not in ("hero", "friend") or each.characters[slot].name else "nameless" + " friend" * (slot == "friend"), each)
-              for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
+    known += [(asked(slot, each), each) for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
     known += [("did", cast)] * 2 * story.did
     if "thing" in story.tale.needs:
         known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
@@ -1616,14 +1632,15 @@ def tell(grammar, rng, characters=None, asked=True):
     made-up nouns."""
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
-        of_fact = "clause" in slots and rng.random() < 0.75        # what is said of the hero is what the tale is about
+        of_clause = "clause" in slots
+        of_fact = of_clause and rng.random() < 0.75                # what is said of the hero is what the tale is about
         slots = [slot for slot in slots if not (of_fact and slot == "clause")]
         threads = [grammar.thread_on(slot, rng) for slot in slots]
         own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.9}     # in the tale; the thread is on another
         tale = rng.choice(grammar.fact_tales if of_fact else [tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
             extra = rng.choice(["thing", "friend", "place"]) if asked and not slots and rng.random() < 0.15 else None
-            pair = asked and "clause" not in slots and not of_fact and rng.random() < 0.12
+            pair = asked and not of_clause and rng.random() < 0.12
             return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25, pair=pair)
         except ValueError:
             continue

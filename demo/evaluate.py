@@ -20,7 +20,7 @@ from corpus import NUMBERS, read_held_out
 HERE = pathlib.Path(__file__).resolve().parent
 ENGINE = HERE.parent / "qwen3next"
 SECTIONS = ("requests", "openings", "more requests", "more openings", "sums", "questions", "followups", "turns")
-MOST = {"chat": 1000, "open": 1000}   # tokens; a text of so many has not ended by itself
+MOST = 1000   # tokens; a text of so many has not ended by itself
 STATISTICS = re.compile(r"\[prompt \d+ tokens.*?; answer (\d+) tokens, [^;]*(?:; (\d+) of (\d+) drafts right)?; context .*\]\n")
 
 # A refusal, in a way that fits any question that the model cannot answer.
@@ -57,7 +57,7 @@ def chats(pool, model, conversations, *options):
     """Answers to CONVERSATIONS, each (seed, system prompt or "", messages); many of them share a process, as new conversations."""
     def part(some):
         lines = [line for seed, system, turns in some for line in (f"/system {system}".strip(), f"/set seed {seed}", *turns)]
-        answers = iter(engine(model, "-m", "chat", "-n", MOST["chat"], *options, text="\n".join(lines) + "\n"))
+        answers = iter(engine(model, "-m", "chat", "-n", MOST, *options, text="\n".join(lines) + "\n"))
         return [[next(answers) for _ in turns] for _, _, turns in some]
     parts = pool.map(part, [conversations[i:i + 20] for i in range(0, len(conversations), 20)])
     return [answers for answered in parts for answers in answered]
@@ -65,7 +65,7 @@ def chats(pool, model, conversations, *options):
 
 def completions(pool, model, openings):
     """How the model goes on with OPENINGS, each (seed, text)."""
-    return list(pool.map(lambda o: engine(model, "-m", "generate", "-n", MOST["open"], "-s", o[0], "-i", o[1])[0], openings))
+    return list(pool.map(lambda o: engine(model, "-m", "generate", "-n", MOST, "-s", o[0], "-i", o[1])[0], openings))
 
 
 # 2. Measures of one text
@@ -195,7 +195,7 @@ def stories(report, pool, model, data, section, seed):
         between = all(pattern(word).search(middle) for word in wanted.split())
         scores = {"followed: all words matter": not idle, "followed, and in between": not idle and between,
                   "appears: all words": not missing, "names consistent": names_consistent(whole),
-                  "no repeated sentence": not repeated(whole), "ended by itself": answer.tokens < MOST["chat" if chat else "open"]}
+                  "no repeated sentence": not repeated(whole), "ended by itself": answer.tokens < MOST}
         for measure, good in scores.items():
             report.count(section, measure, good)
         report.count(section, f"followed, {'with' if unseen.search(asked) else 'without'} unseen words", not idle)

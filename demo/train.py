@@ -50,7 +50,7 @@ START = time.monotonic()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]      # the last ids of the vocabulary, in this order
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
          r"\s+(?!\S)|\s+")                                       # Qwen2's
-BEFORE_CAPITAL = r"[^\p{L}](?=\p{Lu})"
+BEFORE_CAPITAL = r"[^\p{L}](?=\p{Lu})"                           # in train_tokenizer alone
 HELD_OUT = 0.005                                                 # share of documents kept for validation
 MTP_WEIGHT, BALANCE_WEIGHT = 0.25, 0.01                          # of the two other losses
 EARLY, EARLY_WEIGHT = 100, 5                                     # so many first tokens of an answer count so much:
@@ -111,9 +111,8 @@ def train_tokenizer(path, vocab_size, sample):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     plain = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    words = [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(**plain)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words[0], pre_tokenizers.Split(Regex(BEFORE_CAPITAL), "isolated"), words[1]])
+    split, as_bytes = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(**plain)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split(SPLIT), split(BEFORE_CAPITAL), as_bytes])
     tokenizer.post_processor = processors.ByteLevel(**plain)
     tokenizer.decoder = decoders.ByteLevel(**plain)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
@@ -121,7 +120,7 @@ def train_tokenizer(path, vocab_size, sample):
     mark = re.compile("|".join(map(re.escape, SPECIAL)))
     parts = (part for document in documents(path, every) for part in mark.split("".join(document)))
     tokenizer.train_from_iterator(parts, trainer)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)          # as every Qwen tokenizer has it: the merges are enough
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split(SPLIT), as_bytes])     # Qwen's: the merges are enough
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
     return tokenizer
 

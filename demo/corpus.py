@@ -1652,15 +1652,14 @@ def continued(grammar, rng, named=False):
     while True:
         if rng.random() < 0.4:
             opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
-            tales = [opening.tale]
         else:
             opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
-            tales = answering(grammar, opening, rng)
-            opening.answered = bool(tales)
-            if not tales and rng.random() < 0.6:
-                tales = grammar.fact_tales
         if named and not isinstance(next(filter(None, opening.text)), Slot):
             continue
+        tales = [opening.tale] if opening.tale else answering(grammar, opening, rng)
+        opening.answered = bool(tales)
+        if not tales and rng.random() < 0.6:
+            tales = grammar.fact_tales
         try:
             return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):

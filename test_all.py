@@ -32,6 +32,7 @@ and the deliberate breaks at the end, which compile qwen3next.c into small progr
 """
 
 import atexit
+import collections
 import contextlib
 import copy
 import ctypes
@@ -6344,6 +6345,43 @@ def test_two_of_a_kind_are_asked_for():
             assert story.cast["pair"].lower() in asked.lower(), (story.cast["pair"], asked)
         elif "friend" in story.tale.needs and hero.kind not in ("boy", "girl"):
             assert hero.kind != friend.kind, story.text
+
+
+def test_a_kind_of_one_sex():
+    """A cow is she and a rooster he, alone, from a tale's own list, and of two of a kind."""
+    corpus, rng, seen = demo_module("corpus"), random.Random("sex"), collections.Counter()
+    for _ in range(400):
+        for one in corpus.draw_characters(grammar().words, rng, {"hero": ["cow", "rooster", "fox"]}).values():
+            assert corpus.SEX.get(one.kind, one.gender) == one.gender, (one.kind, one.gender)
+            seen[one.kind] += 1
+    assert seen["cow"] > 20 and seen["rooster"] > 20
+    words = {**grammar().words, "animals": ["cow", "rooster"]}
+    for _ in range(40):
+        one = corpus.draw_being(words, rng, (0, 0, 1, 0), 0)
+        assert corpus.SEX[one.kind] == one.gender
+
+
+def test_nothing_follows_an_end():
+    """Neither a thread's last line nor a last word on what was asked for stands behind "The end."."""
+    corpus, rng, ended = demo_module("corpus"), random.Random("end"), 0
+    for _ in range(300):
+        _, text = corpus.asked_for(corpus.tell(grammar(), rng))
+        assert not re.search(r"(?<![^.!?]\s)\b(The end|And then it was time (for bed|to sleep)|And that is the end of the story)\.\s+\S", text), text
+        ended += text.endswith("The end.")
+    assert ended
+
+
+def test_an_answer_is_that_of_the_remark(monkeypatch):
+    """What is said when a story was liked is not said when it was not."""
+    corpus, seen = demo_module("corpus"), set()
+    remarks = {name: [corpus.parse(name)] if name.rstrip("<>") in ("liked", "disliked", "why") else texts for name, texts in grammar().talk.remarks.items()}
+    monkeypatch.setattr(grammar().talk, "remarks", collections.defaultdict(list, remarks))
+    for i in range(300):
+        pieces = corpus.story_chat(grammar(), random.Random(i))
+        for user, answer in re.findall(r"(?i)(liked|disliked|why)>.*?(liked|disliked|why)<", str(pieces), re.S):
+            assert user.lower() == answer.lower(), pieces
+            seen.add(user.lower())
+    assert len(seen) == 3
 
 
 def test_two_deeds_and_three_of_a_kind():

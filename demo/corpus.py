@@ -133,13 +133,13 @@ class Grammar:
 SAID = (r"(said|asked|seemed|cried|called|shouted|whispered|laughed|answered|replied|yelled|sighed|sang|thought|wondered|added|begged|"
         r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
         r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
-        r"promised|warned|went|says|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
+        r"promised|warned|went|says|asks|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
 LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|onesie|ukul))"         # a vowel that sounds like a consonant
 
 
 def an(text):
     """TEXT with "an" where "a" stands before a vowel."""
-    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|hour\b|honest)(?!" + LIKE_YOU + ")", r"\1n ", text)
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|hour\b|honest|[Xx]-ray)(?!" + LIKE_YOU + ")", r"\1n ", text)
 
 
 def tidy(text):
@@ -153,8 +153,8 @@ def tidy(text):
     text = re.sub(r'(^"?|\n"?)([a-z])', capital, text)
     text = re.sub(r'([.!?] "?)([a-z])', capital, text)                     # He ran. she ran.
     text = re.sub(r'(\." "?)([a-z])', capital, text)                       # "I ran." she ran.
-    text = re.sub(r'([!?]" "?)(?!(?:[\w\']+ ){0,4}' + SAID + r'\b)([a-z])', lambda m: m[1] + m[3].upper(), text)
-    return re.sub(r'(\b' + SAID + r'(?: [\w\']+){0,4}, ")([a-z])', lambda m: m[0] if '," ' in before(m) else m[1] + m[3].upper(), text)
+    text = re.sub(r'([!?]" "?)(?!(?:[\w\'-]+ ){0,4}' + SAID + r'\b)([a-z])', lambda m: m[1] + m[3].upper(), text)
+    return re.sub(r'(\b' + SAID + r'(?: [\w\'-]+){0,4}, ")([a-z])', lambda m: m[0] if '," ' in before(m) else m[1] + m[3].upper(), text)
 
 
 def before(match):
@@ -257,8 +257,11 @@ NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|a
 
 
 def made_up_noun(words, rng):
-    """A noun that does not exist: "lantoose", "hedgephone", "plimo"."""
-    return made_up_name(rng).lower() if rng.random() < 0.35 else spliced(words, rng, ("animals", "things"))
+    """A noun that does not exist: "lantoose", "hedgephone", "plimo"; nor is it a word of any other sort, as "his" and "been"."""
+    while True:
+        noun = made_up_name(rng).lower() if rng.random() < 0.35 else spliced(words, rng, ("animals", "things"))
+        if noun not in UNNOTICED and noun not in STARTS and noun not in ("been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"):
+            return noun
 
 
 def spliced(words, rng, kinds):
@@ -333,6 +336,9 @@ NO_WISH = re.compile(r"\b(?:him|them|it|that|this|wait|believe|help|stop|tell|sa
 # What stands before a noun, perhaps with an adjective between.
 ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
 
+# How it was, and no event: "Mia loved to swim" is nothing that began one day.
+A_STATE = re.compile(r"(?:\S+ ){1,3}(?:always |never )?(?:loved|liked|hated|was|were|had|lived|knew|would|could|used|wanted)\b")
+
 # What stands before what somebody is, or would be: "to be a hero".
 IS_ONE = re.compile(r"(?i)\b(?:be|become|became|being) an? (?:[a-z-]+ )?$")
 
@@ -373,13 +379,16 @@ BOTH = set("""answer arch award back balance bank bare bargain bark bat battle b
 
 # What may stand before a sentence and is left out where it is told again.
 LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yesterday) (?!was|is)|(?:Suddenly|Then|One \w+|One \w+ \w+|"
-                     r"Once upon a time|Long ago|That \w+|The next \w+|In the end), )+")
+                     r"Once upon a time|Long ago|That \w+|The next \w+|In the end), |One (?:day|morning|evening|night) )+")
 
 # The words that have their capital only from the beginning of a sentence.
 STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody
              everyone everything even few first for four from he her here his in inside it its many most near neither no nobody none not
              nothing of on once one only out outside over she since so some somebody someone something that the their them there they this
              three through two under until up very what with without""".split())
+
+# An end that is none where more follows.
+ENDED = re.compile(r"\s+(?:The end|And then it was time (?:for bed|to sleep)|And that is the end of the story)\.$")
 
 # What is not told again as what once was.
 NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|"
@@ -622,16 +631,16 @@ class Cast(dict):
             cast.verbs = another.verbs
         return cast
 
-    def pair(self, more=False):
+    def pair(self, more=False, kin=True):
         """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names. With MORE
-        also for "three foxes" or "foxes", of which a third is only named."""
+        also for "three foxes" or "foxes", of which a third is only named; without KIN for no "two sisters", as where they only meet."""
         hero, friend = self.characters["hero"], self.characters["friend"]
-        if not (hero.name and friend.name) or friend.owner:
+        if not (hero.name and friend.name) or friend.owner or hero.kind in SEX and hero.gender != friend.gender:
             return
         friend.kind, friend.gender, kinds = hero.kind, hero.gender if hero.child else friend.gender, plural(hero.kind)
         if hero.child:
             sibling = {"boy": "brother", "girl": "sister"}[hero.kind]
-            kinds = self.rng.choice([kinds, plural(sibling), plural(sibling), "children", "friends", "little " + plural(sibling)])
+            kinds = self.rng.choice([kinds, "children", "friends"] + [plural(sibling), plural(sibling), "little " + plural(sibling)] * kin)
             friend.bond = sibling if sibling in kinds else "friend"
         self["pair"] = f"two {kinds}"
         if more and self.rng.random() < 0.4:
@@ -702,10 +711,17 @@ def draw_characters(words, rng, lists, hero=None):
                     continue
             elif role in lists:
                 one = Character(rng.choice(lists[role]), one.name, one.gender)
+                if SEX.get(one.kind, one.gender) != one.gender:
+                    continue
             if all((one.name is None or one.name != each.name) and one.kind != each.kind or
                    (one.name and each.name and one.name[:2] != each.name[:2]) for each in characters.values()):
                 characters[role] = one
     return characters
+
+
+# Kinds that are of one sex.
+SEX = dict.fromkeys("cow hen mare ewe doe nanny-goat".split() + ["queen bee"], "she") | \
+    dict.fromkeys("rooster cockerel bull ox ram stallion drake tomcat peacock gander".split(), "he")
 
 
 def draw_being(words, rng, shares, nameless):
@@ -718,6 +734,7 @@ def draw_being(words, rng, shares, nameless):
     kind = rng.choice(words[f"{gender} people"] if sort == "people" else words[sort])
     while kind in words["things"] and rng.random() < 0.6:           # a mug may be the hero, but who asks for a mug and a fox means the fox
         kind = rng.choice(words[sort])
+    gender = SEX.get(kind, gender)
     name = None if rng.random() < nameless else draw_name(words, rng, gender, 0.0 if sort == "people" else 0.5)
     return Character(kind, name, gender, adjective=adjective if " " not in kind else "")
 
@@ -973,7 +990,7 @@ class Story:
             hero, friend = (self.cast.characters[role] for role in ("hero", "friend"))
             self.titled = not (opening or characters) and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
             if opening.pair if opening else pair and not (characters or self.titled or "friend" in tale.lists) and "friend" in tale.needs:
-                self.cast.pair(more=not opening)
+                self.cast.pair(more=not opening, kin=not tale.introduces_friend)
             if invent:
                 self.cast.invent()
             if opening and opening.slots & opening.clashes(tale):
@@ -1041,7 +1058,7 @@ class Story:
         further = [cast[slot] for slot in FURTHER if slot in slots(opening.text)]
         noticed += [name for name in further if name not in " ".join(noticed).split()]
         if not self.own and rng.random() < 0.2:
-            known = [f"the {name}" for slot in ("thing", "hero") for name in cast.names(slot)[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
+            known = [f"the {name}" for name in cast.names("thing")[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
             if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
                 cast["again"] = rng.choice(nouns)
                 self.begun += " " + tidy(grammar.expand_rule("again", cast, rng))
@@ -1077,7 +1094,8 @@ class Story:
         if passed := [phrase for phrase in seen if not re.search(rf"\b{re.escape(phrase.split(' ')[-1])}\b", self.tale.body_text)]:
             cast["seen"] = listed(passed, ",")
             threads.append((grammar.threads["noticed"], cast))
-        if not self.own and rng.random() < 0.95 and cast["retold"] and not wish and "fact" not in self.tale.needs:
+        if not self.own and rng.random() < 0.95 and cast["retold"] and not A_STATE.match(cast["retold"]) \
+                and not wish and "fact" not in self.tale.needs:
             threads.append((grammar.threads["how-it-began"], cast))
         named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
         phrases = [each.recalled(slot, self.begun) for slot, each in named]
@@ -1173,6 +1191,7 @@ class Story:
             self.cast["kept"] = listed(list(dict.fromkeys([self.cast["hero in full"], *self.keep])), ",")
         last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and rng.random() < 0.97 else [])
         if last:
+            paragraphs[-1] = ENDED.sub("", paragraphs[-1])
             paragraphs.append(" ".join(last))
         self.length = len(tidy(begun))
         self.text = begun + rng.choice([" ", "\n\n"]) + "\n\n".join(paragraphs)
@@ -1261,7 +1280,7 @@ def in_order(story, topic, members, bare=False):
         name = f"echo {slot}"
         if name not in story.grammar.rules or bare and slot in ("hero", "friend", "thing"):
             text = "a " * (slot in ("thing", *each.characters)) + each.names(slot)[0]
-        elif slot == "place" and (slot, each) not in own:
+        elif slot == "place" and ((slot, each) not in own or not topic):
             text = f"the {each.names(slot)[0]}"
         else:
             text = story.grammar.expand_rule(name, each, story.rng)
@@ -1422,8 +1441,10 @@ def questions(story):
             pairs.append(tuple(grammar.expand(side, each, rng) for side in rng.choice(grammar.questions[name])))
     if hero.kind == friend.kind and "friend" in story.tale.needs:               # "What was the boy called?" could mean both
         pairs = [pair for pair in pairs if hero.kind not in pair[0] or any(one.name and one.name in pair[0] for one in (hero, friend))]
-    if hero.kind not in story.text:                             # only a request would have told it
-        pairs = [pair for pair in pairs if hero.kind not in pair[0] + pair[1]]
+    for one in (hero, friend):                                  # only a request would have told it
+        kind = re.compile(rf"\b{re.escape(one.kind)}\b")
+        if one.name and not kind.search(story.text):
+            pairs = [pair for pair in pairs if not kind.search(pair[0] + pair[1])]
     rng.shuffle(pairs)
     seen = set()
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
@@ -1639,7 +1660,7 @@ def tell(grammar, rng, characters=None, asked=True):
         own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.9}     # in the tale; the thread is on another
         tale = rng.choice(grammar.fact_tales if of_fact else [tale for tale in grammar.drawn if own <= set(tale.needs)])
         try:
-            extra = rng.choice(["thing", "friend", "place"]) if asked and not slots and rng.random() < 0.15 else None
+            extra = rng.choice(["thing", "place"]) if asked and not slots and rng.random() < 0.15 else None
             pair = asked and not of_clause and rng.random() < 0.12
             return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25, pair=pair)
         except ValueError:
@@ -1747,7 +1768,7 @@ def coda(story, text):
     if "friends" in topic and "friend" in story.tale.members:
         words.insert(0, grammar.expand_rule("coda friends", cast, rng))
     words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words
-    return text + rng.choice([" ", "\n\n"]) + tidy(" ".join(words)) if words else text
+    return ENDED.sub("", text) + rng.choice([" ", "\n\n"]) + tidy(" ".join(words)) if words else text
 
 
 def plain_story(grammar, rng):
@@ -1768,7 +1789,8 @@ def story_chat(grammar, rng):
     if rng.random() < 0.5:
         turns += questions(story)[:rng.choice([1, 1, 2, 3])]
         if rng.random() < 0.2:
-            turns.append(speaker.pair(*(grammar.talk.remarks[rng.choice(["liked", "disliked", "why"]) + side] for side in "><")))
+            kind = rng.choice(["liked", "disliked", "why"])
+            turns.append(speaker.pair(*(grammar.talk.remarks[kind + side] for side in "><")))
         if rng.random() < 0.3:
             turns.append(rng.choice([speaker.small_talk, speaker.fact, speaker.unknown, lambda: sum_turn(grammar, rng)])())
     while len(turns) < 9 and rng.random() < 0.3:

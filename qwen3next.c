@@ -8,7 +8,8 @@
  *     each layer:  x += mixer(norm(x));  x += mlp(norm(x))
  *     logits = lm_head . norm(x)                      norm(x) = x / rms(x) * (1 + w), rms(x) = sqrt(mean(x^2) + eps)
  *
- * Three of four mixers are a *Gated DeltaNet*, a linear attention whose memory is one matrix
+ * Three of four mixers (all such counts are those of the model with 80 billion parameters; -m inspect
+ * tells a checkpoint's own) are a *Gated DeltaNet*, a linear attention whose memory is one matrix
  * S[dk][dv] per value head, however long the text:
  *
  *     q, k, v, z = W x;  b, a = W_ba x;   q, k, v = silu(conv4(q, k, v))
@@ -374,12 +375,12 @@ static void str_add(Str *s, const void *bytes, size_t n)
         s->cap = (s->len + n + 1) * 2;
         s->data = grow(s->data, s->cap, 1);
     }
-    if (n) memmove(s->data + s->len, bytes, n); /* bytes may lie in the string itself */
+    if (n) memmove(s->data + s->len, bytes, n);
     s->len += n;
     s->data[s->len] = 0;
 }
 
-/* Make the string these n bytes. */
+/* Make the string these n bytes, which may lie in the string itself: then it need not grow. */
 static void str_set(Str *s, const void *bytes, size_t n) { s->len = 0; str_add(s, bytes, n); }
 
 /* A growable list of token ids. */
@@ -703,12 +704,15 @@ typedef struct {
     ActBlock *q;          /* [rows][blocks]; NULL when no matrix is quantized */
 } Acts;
 
+/* The model's sizes, by the names of its config.json; behind them the letters that shapes in this file are written with. */
 typedef struct {
-    int hidden_size, num_hidden_layers, vocab_size;
-    int num_attention_heads, num_key_value_heads, head_dim, rotary_dim;
-    int linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim;
-    int linear_conv_kernel_dim;
-    int num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size;
+    int hidden_size, num_hidden_layers, vocab_size;                              /* D, L, V */
+    int num_attention_heads, num_key_value_heads, head_dim, rotary_dim;          /* H, G, hd (hdp: up to whole tiles) */
+    int linear_num_key_heads, linear_num_value_heads;                            /* nk, nv */
+    int linear_key_head_dim, linear_value_head_dim;                              /* dk, dv (dvp: up to whole tiles) */
+    int linear_conv_kernel_dim;                                                  /* kernel, or taps */
+    int num_experts, num_experts_per_tok;                                        /* E, k */
+    int moe_intermediate_size, shared_expert_intermediate_size;                  /* I, Is */
     int intermediate_size; /* of the dense MLP layers, if any */
     int norm_topk_prob, max_position_embeddings;
     int tokenizer_size;    /* ids from here on are padding rows of the vocabulary: never sampled */
@@ -822,7 +826,7 @@ typedef struct {
     Tokens tokens;        /* fed to the model, in order */
     int ctx;              /* positions there is room for */
     KvType kv_type;       /* of keys and values */
-    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together */
+    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together; heads are kv_head bytes apart */
     uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE up][hd / 16 up][KV_RANGE][16 dims] */
     size_t kv_head;       /* bytes from head to head, in both; a layer has G heads */
     size_t kv_heads;      /* of all layers */
@@ -830,7 +834,7 @@ typedef struct {
     size_t kv_positions;  /* ctx, rounded up to whole ranges */
     float *recurrent;     /* all that cannot be cut back: S, conv, h, in one piece for snapshots */
     size_t recurrent_len; /* floats */
-    float *S;             /* [DeltaNet layer][nv][dv / 16][dk][16 columns] */
+    float *S;             /* [DeltaNet layer][nv][dv / 16 up][dk][16 columns] */
     float *conv;          /* [DeltaNet layer][kernel - 1][conv_dim]: the last raw inputs, oldest first */
     size_t S_layer, conv_layer; /* floats of one layer */
     float *h;             /* [D] the last token's row after the final norm: its logits can be made again */
@@ -845,19 +849,21 @@ typedef struct {
 /* A copy of a state's recurrent part at some length; keys and values need none. recurrent NULL: not taken, or dropped. */
 typedef struct { int n_tokens; float *recurrent; } Snapshot;
 
-/* Scratch for one forward of up to `batch` tokens. Memory is committed as far as it is used. */
+/* Scratch for one forward of n tokens: up to `batch` of a prompt, or up to MAX_TRIAL of a trial, if that is more. Memory is committed as
+ * far as it is used. */
 typedef struct {
     int batch;            /* tokens of a prompt read at a time */
     float *x;             /* [n][D] the residual stream, rows xn.ld apart */
     Acts xn;              /* [n][D] after a norm */
-    float *proj;          /* [rows][proj_ld] what the mixer's input projection made; then q, k and v are finished in place */
+    float *proj;          /* [rows][proj_ld] what the mixer's input projection made, of a DeltaNet q, k, v, z (rows: gdn_rows), of an
+                             attention q, gate, k, v (rows: n); then q, k and v are finished in place */
     size_t proj_ld;
     float *ba;            /* [rows][ba_ld] DeltaNet's b and a; rows: gdn_rows */
     size_t ba_ld;
     Acts mix;             /* [n][value_dim or H hd] the mixer's output before its last projection */
     float *out;           /* [n][D] what a mixer or MLP adds to x, rows xn.ld apart */
     float *rope;          /* [n][rotary_dim / 2][cos, sin] */
-    float *router;        /* [n][router_ld] router logits */
+    float *router;        /* [n][router_ld] router logits; then their probabilities, -1 for those chosen */
     size_t router_ld;
     int *top_expert;      /* [n][k] chosen experts, ascending */
     float *top_weight;    /* [n][k] */
@@ -939,6 +945,8 @@ struct Kernels {
                        const float *decay, const float *beta, float *o, int ldo);
 };
 
+/* Call fn(arg, item, thread) once for each item, in any order and on any thread; `thread` tells whose scratch it may use. Returns when all
+ * are done. */
 static void parallel_for(Pool *pool, int items, void (*fn)(void *arg, int item, int thread), void *arg);
 static int pool_threads(const Pool *pool);
 
@@ -1791,10 +1799,14 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
 
 /* ---- 7. Gated DeltaNet (arXiv 2412.06464) ----
  * Value head h takes its queries and keys from key head h / (nv / nk), so a key head serves nv / nk neighbours
- * (repeat_interleave). All heads are independent, and so are the columns of a head's state. */
+ * (repeat_interleave). All heads are independent, and so are the columns of a head's state.
+ *
+ * Read it first without drafts: then nothing is on trial and tape_len is 0, so rows = kept = stay = n. With drafts (10a) the tokens of a
+ * forward on trial may be taken back, but S cannot: such a forward works on a copy of S, its raw inputs go on a tape, and the next forward
+ * walks through as many of them first as were kept. */
 
 /* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of token t for
- * `count` channels from `first`; inputs before the batch come from the state. s: scratch [count] */
+ * `count` channels from `first`; inputs before row 0 come from the state. s: scratch [count] */
 static void conv_silu(const Pass *p, const float *conv_state, int first, int count, int t, float *out, float *s)
 {
     const Config *c = &p->e->model.config;
@@ -1890,7 +1902,9 @@ static void gdn_head(void *arg, int h, int thread)
         const float *v = w->proj + (size_t)t0 * w->proj_ld + 2 * c->key_dim + h * dv;
         size_t on = (size_t)stay * w->proj_ld; /* to the first row on trial */
         gdn_gates(p, h, t0, n, decay, beta);
-        /* S = decay S;  u = beta (v - S'k);  S = S + k u';  o = S'q, 16 columns at a time: FN(delta_rule) in section 15.
+        /* The delta rule, 16 columns j at a time (FN(delta_rule) in section 15); for each token, over all i < dk:
+         *     S[i][j] *= decay;              u[j] = beta (v[j] - sum of S[i][j] k[i])
+         *     S[i][j] += k[i] u[j];          o[j] = sum of S[i][j] q[i]
          * Columns from dv to dvp are computed from what lies behind the head's v, and read by nobody. */
         for (int col = 0; col < dvp; col += TILE) {
             float *s = S + col * dk;
@@ -2143,7 +2157,7 @@ static void attn_merge(float *o, Softmax *sm, const float *next, Softmax add, in
     *sm = (Softmax){m, sm->l * a + add.l * b};
 }
 
-/* mix = o / l . sigmoid(gate), for one row. s: scratch [hd] */
+/* mix = o / l * sigmoid(gate), for one row. s: scratch [hd] */
 static void attn_finish(const Pass *p, int g, int row, const float *o, float l, float *s)
 {
     const Config *c = &p->e->model.config;
@@ -2508,10 +2522,10 @@ static void mlp_block(Pass *p)
 
 /* ---- 10. Forward ---- */
 
-static size_t kv_bytes(const State *s, const Config *c, int n);
-static void mtp_fill(Engine *e);
+static size_t kv_bytes(const State *s, const Config *c, int n); /* section 11 */
+static void mtp_fill(Engine *e);                                /* section 10a, as the next */
 static void mtp_wait_item(void *arg, int t, int thread);
-static void trace_mixer(const Pass *p);
+static void trace_mixer(const Pass *p);                         /* what -m trace shows of a layer: section 19a, as the next */
 static void trace_layer(Pass *p);
 
 /* The embedding of token t opens its residual stream. */
@@ -2523,8 +2537,8 @@ static void embed_item(void *arg, int t, int thread)
     matrix_row(&m->embed_tokens, m->q4_levels, p->tokens[t], p->e->work.x + (size_t)t * p->e->work.xn.ld);
 }
 
-/* x += mixer(norm(x));  out = mlp(norm(x)): the MLP's part is added by the next norm, as that of the layer before (if
- * add_out) is by this one's first. */
+/* x += mixer(norm(x));  x += mlp(norm(x)). What is in work.out is always added to x by the norm that follows: a layer's first norm adds the
+ * MLP of the layer before, if there is one (add_out), its second norm the mixer. */
 static void decoder_layer(Pass *p, bool add_out)
 {
     const Work *w = &p->e->work;
@@ -3947,7 +3961,7 @@ static void pool_free(Pool *p)
     munmap(p, sizeof *p);
 }
 
-/* Call fn(arg, item, thread) for every item, spread over the pool; thread < pool_threads tells whose scratch to use. */
+/* Spread the items over the pool; thread < pool_threads. */
 static void parallel_for(Pool *p, int items, void (*fn)(void *arg, int item, int thread), void *arg)
 {
     if (p->n == 1 || items <= 1) {
@@ -7719,7 +7733,7 @@ static int plan_memory(Run *r)
     read_always_used(&e->model);
     if (a->memory ? a->verbose : !a->quiet)
         fprintf(stderr, "%s, %zu MB, does not fit into %s, %zu MB: %d of %d experts are kept in memory, others read from disk\n", a->model, file >> 20,
-                a->memory ? "--memory" : "what is free", (a->memory ? a->memory : available) >> 20, cache->n_slots, cache->n_layers * cache->num_experts);
+                a->memory ? "--memory" : "what is free", (size_t)((a->memory ? a->memory : available) >> 20), cache->n_slots, cache->n_layers * cache->num_experts);
     return large;
 }
 

@@ -256,11 +256,14 @@ def made_up_name(rng):
 NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|anus|peni|tit|fag|nig|sex|porn|crap|puss|bast|hore|damn")
 
 
+NO_NEW_NOUN = {"been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"}       # beside UNNOTICED and STARTS
+
+
 def made_up_noun(words, rng):
     """A noun that does not exist: "lantoose", "hedgephone", "plimo"; nor is it a word of any other sort, as "his" and "been"."""
     while True:
         noun = made_up_name(rng).lower() if rng.random() < 0.35 else spliced(words, rng, ("animals", "things"))
-        if noun not in UNNOTICED and noun not in STARTS and noun not in ("been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"):
+        if not any(noun in known for known in (UNNOTICED, STARTS, NO_NEW_NOUN)):
             return noun
 
 

@@ -638,7 +638,7 @@ class Cast(dict):
         """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names. With MORE
         also for "three foxes" or "foxes", of which a third is only named; without KIN for no "two sisters", as where they only meet."""
         hero, friend = self.characters["hero"], self.characters["friend"]
-        if not (hero.name and friend.name) or friend.owner or hero.kind in SEX and hero.gender != friend.gender:
+        if not may_be_two(hero, friend):
             return
         friend.kind, friend.gender, kinds = hero.kind, hero.gender if hero.child else friend.gender, plural(hero.kind)
         if hero.child:
@@ -727,6 +727,11 @@ SEX = dict.fromkeys("cow hen mare ewe doe nanny-goat".split() + ["queen bee"], "
     dict.fromkeys("rooster cockerel bull ox ram stallion drake tomcat peacock gander".split(), "he")
 
 
+def may_be_two(hero, friend):
+    """Whether FRIEND can become one of HERO's kind, so that they are "two foxes": both have names, and one sex where the kind has."""
+    return hero.name and friend.name and not friend.owner and (hero.kind not in SEX or hero.gender == friend.gender)
+
+
 def draw_being(words, rng, shares, nameless):
     """A Character by SHARES: weights of child, grown-up or role, animal, creature; without a name in NAMELESS of the last three."""
     gender = rng.choice(["he", "she"])
@@ -798,13 +803,14 @@ class Tale:
         self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
         self.ask, self.start, self.open, self.event, self.questions, self.body = [], [], [], [], [], []
         self.tells = []                             # phrases for what it is about, each of this tale alone: "something lost and found again"
-        self.after = {"after": None, "near": None}  # patterns of what it answers in a foreign beginning, surely or perhaps
+        # Patterns of a foreign beginning: what it answers there, surely or perhaps, and what tells already what `start` would tell.
+        self.after = {"after": None, "near": None, "told": None}
         self.does = []                              # parsed verb phrases for what the hero does in it: "lose a {thing.noun}"
         self.only_there = False                     # whether it goes on from no other
         self.deed_is = None                         # "wished" or "known": whether its hero would like to learn the deed, or does it
 
     def answers(self, text, key):
-        """Where TEXT has the last of the words of KEY, "after" or "near", that this tale is an answer to; -1 if it has none."""
+        """Where TEXT has the last of the words of KEY, a key of `after`; -1 if it has none."""
         return max((match.end() for match in self.after[key].finditer(text)), default=-1) if self.after[key] else -1
 
     @functools.cached_property
@@ -873,7 +879,7 @@ def read_tales(path, grammar):
                 setattr(tale, key, value.split())
             elif key == "thing is new":
                 tale.thing_is_new = True
-            elif key in ("after", "near"):
+            elif key in ("after", "near", "told"):
                 tale.after[key] = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
             elif key == "does":
                 tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
@@ -939,7 +945,7 @@ class Opening:
         if self.kind is None:
             while {"hero", "hero.kind"} <= set(slots(self.text)) and not characters["hero"].name:       # "a fox named the fox"
                 characters = draw_characters(words, rng, lists)
-            while self.pair and (not characters["hero"].name or not characters["friend"].name or characters["friend"].owner):
+            while self.pair and not may_be_two(characters["hero"], characters["friend"]):
                 characters = draw_characters(words, rng, {})
             entitle(words, rng, characters["hero"], 0.0 if self.pair else 0.12)
             return characters
@@ -1117,6 +1123,12 @@ class Story:
         match = None if {"deed", "job"} & opening.slots else re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
         return match[1] if match and not NO_WISH.search(match[1]) else None
 
+    def has_told(self, opening):
+        """Whether a foreign beginning has told already what the tale's start would tell as new, and of the tale's own thing: "Mia found a gem"."""
+        its_thing = "thing" in self.adopted | opening.slots - opening.clashes(self.tale)
+        unsaid = not any("thing" in roots(start) for start in self.tale.start)
+        return opening.answered and (its_thing or unsaid) and self.tale.answers(self.begun, "told") >= 0
+
     def adopts(self, phrase, opening):
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
         thing of a tale that answers the beginning may be any, also a goat that ran away, else what the hero has."""
@@ -1132,13 +1144,16 @@ class Story:
                               self.begun[:max(0, self.begun.lower().find(noun.lower()))])
         held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
         strayed = re.search(rf"\b(?:lost .*{noun}|{noun} (?:\w+ ){{1,2}}(?:away|gone|lost|missing)|{noun} disappeared)\b", self.begun)
-        singular = article and forms.get(noun) == noun and noun not in words["nouns"] and noun not in words["foods"]
+        one = forms.get(noun, noun) == noun and not (noun.endswith("s") and noun[:-1] in forms)
+        singular = article and one and noun in forms and noun not in words["nouns"] and noun not in words["foods"]
         answered = opening.answered and not somewhere and (not being or strayed) and singular
+        at, event = self.at(phrase), self.tale.answers(self.begun, "after")
+        its_sort = "thing" not in self.tale.lists or forms.get(noun, noun) in self.tale.lists["thing"] or event >= 0 and -len(phrase) - 8 < at - event < 8
         if (family or noun in nouns.animals) and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif "thing" in open_to and not family and (held and not being or answered):
+        elif "thing" in open_to and its_sort and not family and (held and one and not being or answered):
             self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
             self.adopted.add("thing")
         else:
@@ -1149,7 +1164,7 @@ class Story:
         """Let the tale happen where a foreign beginning does: "in the forest"."""
         if "place" in opening.slots or "place" in self.tale.lists:
             return
-        where = r"\b(?i:in|at|on|to|near|behind|under|inside|into|from|of) (?:the|a|an|his|her|their|my|our|your|[A-Z]\w+'s) ((?:[a-z]+ )?[a-z]+)\b"
+        where = r"\b(?i:in|at|on|to|near|behind|under|inside|outside|into|from|of|beside|by|through|around|across|along|over) (?:the|a|an|his|her|their|my|our|your|[A-Z]\w+'s) ((?:[a-z]+ )?[a-z]+)\b"
         for place in re.findall(where, self.begun):
             known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0], place.split()[-1])]
             if known and known[0][1] not in (self.cast.thing, self.opened.thing):
@@ -1172,7 +1187,7 @@ class Story:
             bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
             bridge.append(grammar.expand_rule("tells", self.cast, rng))
             gap = rng.choice([" ", "\n\n"])
-            if not self.own:                            # a tale's own beginning leads to its body
+            if not (self.own or self.has_told(opening)):
                 bridge.append(expand(tale.start))
             begun = [self.begun + gap + " ".join(bridge)]
         elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):

@@ -864,22 +864,25 @@ Everyone was happy, and they sat together and looked at the stars.
 
 @pytest.mark.skipif(not DEMO.exists(), reason="no demo checkpoint yet")
 def test_demo_checkpoint_quantized_and_in_transformers(report):
-    """The demo as shipped (q8) and stored again as q4, against transformers in float32 on the demo's weights. The
-    texts are stories that the demo tells itself at temperature 1, which are its held-out text's equal in kind, each to its end;
-    the request before them does not count, as the demo never learned to continue one."""
-    prompt = engine(DEMO, "-m", "tokenize", "--ids", "-i", "<|im_start|>user\nTell me a story about a rabbit and a "
-                    "key.<|im_end|>\n<|im_start|>assistant\n").split()
+    """The demo as shipped (q8) and stored again as q4, against transformers in float32 on the demo's weights: stories and answers in
+    fresh documents of the kind that it was trained on. What is only read, a request, does not count, as it never learned to continue one."""
+    corpus, rng, documents = demo_module("corpus"), random.Random("quantized"), []
+    while len(documents) < 30:
+        document = corpus.document(grammar(), rng)
+        documents += [document] if len(document) > 1 else []
     model = dequantized_model(DEMO)
     paths = {"q8": DEMO, "q4": export(save(model, WORK / "hf" / "demo"), WORK / "demo-q4.bin", "--type", "q4")}
     kl, tokens = dict.fromkeys(paths, 0.0), 0
-    for seed in 1, 2, 3, 4:
-        story = engine(DEMO, "--ids", "-i", spaced(map(int, prompt)), "-t", 1, "-p", 1, "-k", 0, "-s", seed, "-n", 600).split()
-        assert len(story) > 100
-        ids, told = [int(word) for word in prompt + story], slice(len(prompt) - 1, None)
+    for document in documents:
+        pieces = [[int(word) for word in engine(DEMO, "-m", "tokenize", "--ids", "-i", piece).split()] for piece in document]
+        ids = [token for piece in pieces for token in piece]
+        learned = np.array([number % 2 == 1 for number, piece in enumerate(pieces) for _ in piece])
+        told = np.flatnonzero(learned[1:])                        # the positions whose next token is learned
         reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()[told]
         for name, path in paths.items():
-            kl[name] += mean_kl(reference, engine_logits(path, ids)[told]) * len(reference)
-        tokens += len(reference)
+            kl[name] += mean_kl(reference, engine_logits(path, ids)[told]) * len(told)
+        tokens += len(told)
+    assert tokens > 5000
     kl = {name: total / tokens for name, total in kl.items()}
     report(f"demo: KL of q8 {kl['q8']:.1e}, of q4 {kl['q4']:.1e} over {tokens} tokens")
     assert kl["q8"] < 1e-4 and kl["q4"] < 2e-3

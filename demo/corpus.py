@@ -1125,9 +1125,19 @@ class Story:
 
     def has_told(self, opening):
         """Whether a foreign beginning has told already what the tale's start would tell as new, and of the tale's own thing: "Mia found a gem"."""
-        its_thing = "thing" in self.adopted | opening.slots - opening.clashes(self.tale)
+        event = self.tale.answers(self.begun, "told")
+        if not opening.answered or event < 0:
+            return False
+        its_thing = "thing" in self.adopted | opening.slots - opening.clashes(self.tale) and self.is_of(event, self.cast.thing)
         unsaid = not any("thing" in roots(start) for start in self.tale.start)
-        return opening.answered and (its_thing or unsaid) and self.tale.answers(self.begun, "told") >= 0
+        return its_thing or unsaid
+
+    def is_of(self, event, thing):
+        """Whether the words that end at EVENT in `begun` may be of THING: in its sentence, or behind it in one that says "it"."""
+        at = self.at(f"the {thing}")
+        between, last = self.begun[min(at, event):max(at, event)], re.split(r"[.!?]\W+", self.begun[:event])[-1]
+        sentence = last + re.match("[^.!?]*", self.begun[event:])[0]
+        return not re.search(r"[.!?]\W", between) or at < event and bool(re.search(r"\b(?:it|them|they|one)\b", sentence))
 
     def adopts(self, phrase, opening):
         """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
@@ -1819,14 +1829,14 @@ def story_chat(grammar, rng):
 
 def begun(grammar, rng):
     """A request or a beginning, in a chat or alone, and only the first words of its story: a tenth of the tokens for all that there is to
-    learn of requests, above all to copy any word from anywhere; every second time the first sentence alone, with other words. What is read
+    learn of requests, above all to copy any word from anywhere; mostly the first sentence alone, with other words. What is read
     last, nothing, keeps the end of the document from being learned."""
     speaker = Speaker(grammar, rng)
-    story = continued(grammar, rng, named=rng.random() < 0.4) if rng.random() < 0.5 else tell(grammar, rng)
+    story = continued(grammar, rng, named=rng.random() < 0.4) if rng.random() < 0.6 else tell(grammar, rng)
     alone = story.foreign and rng.random() < 0.7
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
-    if rng.random() < 0.5:
+    if rng.random() < (0.7 if story.foreign else 0.5):         # the same few thousand beginnings would be known by heart, not copied
         asked, text = reworded(asked, text[:ends[0]], grammar, rng)
     else:
         length = story.length - len(story.begun) if story.foreign else ends[1]
@@ -1842,8 +1852,8 @@ FRAME = set("""about after again also although always because been before began 
 
 
 def reworded(asked, text, grammar, rng):
-    """ASKED and TEXT with other words for one or two that they share, mostly such as there are not, and other names for some names: "a fox
-    named Pip" -> "a plimo named Omar"."""
+    """ASKED and TEXT with other words for one to four that they share, nouns mostly with other nouns, the rest with words that there are not,
+    and other names for some names: "a fox named Pip" -> "a plimo named Omar"."""
     shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
     names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME}
     words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)} - FRAME
@@ -1851,9 +1861,11 @@ def reworded(asked, text, grammar, rng):
         if rng.random() < 0.7:
             other = rng.choice(grammar.words[rng.choice(["he names", "she names", "pet names"])]) if rng.random() < 0.6 else made_up_name(rng)
             asked, text = (re.sub(rf"\b{word}\b", other, each) for each in (asked, text))
-    for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 1, 2]))):
-        noun = word in grammar.nouns.forms and rng.random() < 0.4
-        other = rng.choice(grammar.words[rng.choice(["animals", "things", "nouns"])]) if noun else made_up_name(rng).lower()
+    for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 2, 3, 4]))):
+        noun = word in grammar.nouns.forms and rng.random() < 0.7
+        other = rng.choice(grammar.words[rng.choice(["animals", "things", "things", "nouns", "he people"])]) if noun else made_up_name(rng).lower()
+        if noun and grammar.nouns.forms[word] != word:
+            other = plural(other)
         with_article = lambda match: an(f"{match[1]} {other}")
         asked, text = (re.sub(rf"\b{word}\b", other, re.sub(rf"\b([Aa])n? {word}\b", with_article, each)) for each in (asked, text))
     return asked, text
@@ -1914,7 +1926,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
+KINDS = {plain_story: 0.16, story_chat: 0.30, begun: 0.35, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
 
 
 def document(grammar, rng):

@@ -6278,6 +6278,23 @@ def test_what_a_beginning_has_told_is_not_told_as_new(monkeypatch):
             assert first.startswith(("a ", "his ")) or role in tale.lists, (tale.name, first)
 
 
+def test_other_nouns_in_a_beginning():
+    """Nouns that are no member's are exchanged, everywhere, with the article that the new ones need; names and the tale's own words are not."""
+    corpus, articles = demo_module("corpus"), set()
+    for i in range(40):
+        rng = random.Random(f"other {i}")
+        opening = corpus.Opening(["any"], corpus.parse("{hero} saw a ladder, a walnut, and a beaver by the gate.")).drawn(grammar(), rng)
+        story = corpus.with_other_nouns(corpus.Story(grammar(), grammar().tales["cannot-wait"], rng, opening=opening))
+        found = re.match(r"(.+) saw (an?) (.+), (an?) (.+), and (an?) (.+) by the ([^.]+)\.", story.begun)
+        assert story.text.startswith(story.begun) and str(story.cast.characters["hero"]).lower() == found[1].lower(), story.begun
+        new = {old: noun for noun, old in zip(found.group(3, 5, 7, 8), ("ladder", "walnut", "beaver", "gate")) if noun != old}
+        assert 2 <= len(new) <= 3 and all(noun in story.text[len(story.begun):] for noun in new.values()), (new, story.text)
+        assert not any(re.search(rf"\b{old}\b", story.text) for old in new if old not in new.values()), story.text
+        articles |= {(article, noun[0] in "aeiou") for article, noun in zip(found.group(2, 4, 6), found.group(3, 5, 7))
+                     if not re.match("uni|use|uku|hour|one|eu|x-ray", noun)}
+    assert articles == {("a", False), ("an", True)}
+
+
 def test_a_tale_takes_only_a_thing_of_its_sort():
     """No hat is planted, unless the beginning says that it was."""
     corpus = demo_module("corpus")

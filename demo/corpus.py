@@ -1710,9 +1710,10 @@ def continued(grammar, rng, named=False):
         if not tales and rng.random() < 0.6:
             tales = grammar.fact_tales
         try:
-            return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
+            story = Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
             continue
+        return story if story.own or rng.random() < 0.6 else with_other_nouns(story)
 
 
 def beginning_of(tale, grammar, rng):
@@ -1863,12 +1864,39 @@ def reworded(asked, text, grammar, rng):
             asked, text = (re.sub(rf"\b{word}\b", other, each) for each in (asked, text))
     for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 2, 3, 4]))):
         noun = word in grammar.nouns.forms and rng.random() < 0.7
-        other = rng.choice(grammar.words[rng.choice(["animals", "things", "things", "nouns", "he people"])]) if noun else made_up_name(rng).lower()
-        if noun and grammar.nouns.forms[word] != word:
-            other = plural(other)
-        with_article = lambda match: an(f"{match[1]} {other}")
-        asked, text = (re.sub(rf"\b{word}\b", other, re.sub(rf"\b([Aa])n? {word}\b", with_article, each)) for each in (asked, text))
+        other = another_noun(word, grammar, rng) if noun else made_up_name(rng).lower()
+        asked, text = exchanged(asked, word, other), exchanged(text, word, other)
     return asked, text
+
+
+def another_noun(noun, grammar, rng):
+    """A noun in the place of NOUN, in the plural if that is."""
+    other = rng.choice(grammar.words[rng.choice(["animals", "things", "things", "nouns", "he people"])])
+    return plural(other) if grammar.nouns.forms[noun] != noun else other
+
+
+def exchanged(text, word, other):
+    """TEXT with OTHER for the whole word WORD, and the article that it needs."""
+    text = re.sub(rf"\b([Aa])n? {word}\b", lambda match: an(f"{match[1]} {other}"), text)
+    return re.sub(rf"\b{word}\b", other, text)
+
+
+def with_other_nouns(story):
+    """Exchange up to three nouns of STORY's foreign beginning, wherever it says them, for others; none that are the tale's or a member's, too.
+    The same few thousand beginnings would else be known by heart, and what they speak of would not be copied."""
+    grammar, rng = story.grammar, story.rng
+    own = " ".join([story.tale.body_text, *map(literal, story.tale.start), *(name for cast in (story.cast, story.opened)
+                    for slot in ("hero", "friend", "helper", "other", "thing", "place", "food", "fear", "job") for name in cast.names(slot) if name)])
+    known = {grammar.nouns.forms.get(word, word) for word in re.findall("[a-z]+", own.lower())} | FRAME
+    nouns = {word for word in re.findall(r"(?<![-'])\b[a-z]{4,}\b(?![-'])", story.begun)
+             if word in grammar.nouns.forms and grammar.nouns.forms[word] not in known and word not in grammar.nouns.doubtful
+             and not {word} & {*grammar.words["he family"], *grammar.words["she family"]}}
+    for noun in rng.sample(sorted(nouns), min(len(nouns), 3)):
+        other = another_noun(noun, grammar, rng)
+        first, rest = (exchanged(text, noun, other) for text in (story.text[:story.length], story.text[story.length:]))
+        story.begun, story.text, story.length = exchanged(story.begun, noun, other), first + rest, len(first)
+        story.keep = [exchanged(phrase, noun, other) for phrase in story.keep]
+    return story
 
 
 def second_story(story, speaker):

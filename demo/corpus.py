@@ -1158,12 +1158,13 @@ class Story:
         singular = article and one and noun in forms and noun not in words["nouns"] and noun not in words["foods"]
         answered = opening.answered and not somewhere and (not being or strayed) and singular
         at, event = self.at(phrase), self.tale.answers(self.begun, "after")
-        its_sort = "thing" not in self.tale.lists or forms.get(noun, noun) in self.tale.lists["thing"] or event >= 0 and -len(phrase) - 8 < at - event < 8
+        on_list = forms.get(noun, noun) in self.tale.lists.get("thing", ())
+        its_sort = on_list or "thing" not in self.tale.lists or event >= 0 and -len(phrase) - 8 < at - event < 8
         if (family or noun in nouns.animals) and "friend" in open_to:
             gender = family or self.rng.choice(["he", "she"])
             self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
             self.adopted.add("friend")
-        elif "thing" in open_to and its_sort and not family and (held and one and not being or answered):
+        elif "thing" in open_to and its_sort and not family and (held and one and not being and (on_list or not somewhere) or answered):
             self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
             self.adopted.add("thing")
         else:
@@ -1896,6 +1897,8 @@ def with_other_nouns(story):
         first, rest = (exchanged(text, noun, other) for text in (story.text[:story.length], story.text[story.length:]))
         story.begun, story.text, story.length = exchanged(story.begun, noun, other), first + rest, len(first)
         story.keep = [exchanged(phrase, noun, other) for phrase in story.keep]
+        for cast in (story.cast, story.opened):
+            cast.update({slot: exchanged(cast[slot], noun, other) for slot in ("seen", "retold", "wish", "fact", "kept") if cast.get(slot)})
     return story
 
 

@@ -866,25 +866,27 @@ Everyone was happy, and they sat together and looked at the stars.
 def test_demo_checkpoint_quantized_and_in_transformers(report):
     """The demo as shipped (q8) and stored again as q4, against transformers in float32 on the demo's weights. The
     texts are stories that the demo tells at the settings that it ships with; the request before them does not count, as the demo never learned
-    to continue one. Each story has its mean, and the median of these is what is bounded: where a senseless word was drawn, anything may follow,
-    and four such tokens in a row can be nine tenths of a mean over thousands."""
+    to continue one. Of q8 the mean over all tokens is bounded; of q4, here made of q8, the median of the stories' means: where a senseless word was
+    drawn, anything may follow, and four such tokens in a row can be nine tenths of a mean over thousands."""
     model = dequantized_model(DEMO)
     paths = {"q8": DEMO, "q4": export(save(model, WORK / "hf" / "demo"), WORK / "demo-q4.bin", "--type", "q4")}
-    kl, tokens = {name: [] for name in paths}, 0
+    prompts = [engine(DEMO, "-m", "tokenize", "--ids", "-i", f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n").split() for asked in (
+        "Tell me a story about a rabbit and a key.", "Tell me a story about a girl who is afraid of the dark.", "A bear, a boat and the moon.",
+        "Write a story about two mice who share a cheese.")]
+    kl, tokens = {name: [] for name in paths}, []
     for seed in range(1, 25):
-        asked = ("Tell me a story about a rabbit and a key.", "Tell me a story about a girl who is afraid of the dark.", "A bear, a boat and the moon.",
-                 "Write a story about two mice who share a cheese.")[seed % 4]
-        prompt = engine(DEMO, "-m", "tokenize", "--ids", "-i", f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n").split()
+        prompt = prompts[seed % 4]
         story = engine(DEMO, "--ids", "-i", spaced(map(int, prompt)), "-s", seed, "-n", 700).split()
         assert len(story) > 100
         ids, told = [int(word) for word in prompt + story], slice(len(prompt) - 1, None)
         reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()[told]
-        tokens += len(reference)
+        tokens.append(len(reference))
         for name, path in paths.items():
             kl[name].append(mean_kl(reference, engine_logits(path, ids)[told]))
     for name in paths:
-        report(f"demo: KL of {name}: median of 24 stories {np.median(kl[name]):.1e}, largest {max(kl[name]):.1e}, over {tokens} tokens")
-    assert np.median(kl["q8"]) < 1e-4 and np.median(kl["q4"]) < 2e-3
+        report(f"demo: KL of {name}: mean {np.average(kl[name], weights=tokens):.1e} over {sum(tokens)} tokens; of the 24 stories the median "
+               f"{np.median(kl[name]):.1e}, the largest {max(kl[name]):.1e}")
+    assert np.average(kl["q8"], weights=tokens) < 1e-4 and np.median(kl["q4"]) < 2e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -6250,8 +6252,8 @@ def test_two_cows_in_a_beginning(monkeypatch):
         hero, friend = (story.opened.characters[role] for role in ("hero", "friend"))
         assert hero.kind == friend.kind and corpus.SEX.get(hero.kind, hero.gender) == hero.gender, story.begun
         if hero.kind in corpus.SEX:
-            seen[hero.kind] += friend.gender == hero.gender
             assert friend.gender == hero.gender, story.begun
+            seen[hero.kind] += 1
     assert seen.keys() == {"cow", "rooster"}
 
 
@@ -6435,10 +6437,10 @@ def test_a_kind_of_one_sex():
 def test_nothing_follows_an_end():
     """Neither a thread's last line nor a last word on what was asked for stands behind "The end."."""
     corpus, rng, ended = demo_module("corpus"), random.Random("end"), 0
-    for _ in range(1200):
+    for _ in range(2400):
         _, text = corpus.asked_for(corpus.tell(grammar(), rng))
         assert not re.search(r"(?<![^.!?]\s)\b(The end|And then it was time (for bed|to sleep)|And that is the end of the story)\.\s+\S", text), text
-        ended += bool(corpus.ENDED.search(text))
+        ended += text.endswith("The end.")
     assert ended
 
 

@@ -1889,9 +1889,9 @@ def with_other_nouns(story):
     own = " ".join([story.tale.body_text, *map(literal, story.tale.start), *(name for cast in (story.cast, story.opened)
                     for slot in ("hero", "friend", "helper", "other", "thing", "place", "food", "fear", "job") for name in cast.names(slot) if name)])
     known = {grammar.nouns.forms.get(word, word) for word in re.findall("[a-z]+", own.lower())} | FRAME
+    family = {*grammar.words["he family"], *grammar.words["she family"]}
     nouns = {word for word in re.findall(r"(?<![-'])\b[a-z]{4,}\b(?![-'])", story.begun)
-             if word in grammar.nouns.forms and grammar.nouns.forms[word] not in known and word not in grammar.nouns.doubtful
-             and not {word} & {*grammar.words["he family"], *grammar.words["she family"]}}
+             if word in grammar.nouns.forms and grammar.nouns.forms[word] not in known and word not in grammar.nouns.doubtful | family}
     for noun in rng.sample(sorted(nouns), min(len(nouns), 3)):
         other = another_noun(noun, grammar, rng)
         first, rest = (exchanged(text, noun, other) for text in (story.text[:story.length], story.text[story.length:]))

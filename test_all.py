@@ -6260,16 +6260,15 @@ def test_two_cows_in_a_beginning(monkeypatch):
 def test_what_a_beginning_has_told_is_not_told_as_new(monkeypatch):
     """A tale's start is left out if the beginning has told its event, of the tale's own thing; and only then."""
     corpus, tale = demo_module("corpus"), grammar().tales["found-and-returned"]
-    monkeypatch.setattr(tale, "start", [corpus.parse("It is told as new, of the {thing}.")])
+    monkeypatch.setattr(tale, "start", [corpus.parse("It is told as new.")])
     for text, told in {"One day {hero} found a spoon {at place}.": True, "A spoon was lying {at place}, and {hero} had time.": False,
-                       "{hero} had a spoon. One day {he} found a place where nobody was.": False,
-                       "A spoon lay in the grass, and {hero} picked it up.": True}.items():
+                       "{hero} found out that nobody was {at place}.": False}.items():
         for i in range(5):
             rng = random.Random(f"told {i}")
             opening = corpus.Opening(["any"], corpus.parse(text)).drawn(grammar(), rng)
             opening.answered = True
             story = corpus.Story(grammar(), tale, rng, opening=opening)
-            assert ("It is told as new" not in story.text) == told, story.text
+            assert ("It is told as new." not in story.text) == told, story.text
     tales = [tale for tale in grammar().plain_tales if tale.after["told"]]
     assert len(tales) > 20 and all(tale.start and (tale.after["after"] or tale.after["near"]) for tale in tales)
     for tale in tales:                                          # whom the body names as known, a start may not have introduced
@@ -6277,23 +6276,6 @@ def test_what_a_beginning_has_told_is_not_told_as_new(monkeypatch):
         for role in "friend", "helper", "other":
             first = next((slot for slot in body if slot.split(" ")[-1].split(".")[0] == role), f"a {role}")
             assert first.startswith(("a ", "his ")) or role in tale.lists, (tale.name, first)
-
-
-def test_other_nouns_in_a_beginning():
-    """Nouns that are no member's are exchanged, everywhere, with the article that the new ones need; names and the tale's own words are not."""
-    corpus, articles = demo_module("corpus"), set()
-    for i in range(40):
-        rng = random.Random(f"other {i}")
-        opening = corpus.Opening(["any"], corpus.parse("{hero} saw a ladder, a walnut, and a beaver by the gate.")).drawn(grammar(), rng)
-        story = corpus.with_other_nouns(corpus.Story(grammar(), grammar().tales["cannot-wait"], rng, opening=opening))
-        found = re.match(r"(.+) saw (an?) (.+), (an?) (.+), and (an?) (.+) by the ([^.]+)\.", story.begun)
-        assert story.text.startswith(story.begun) and str(story.cast.characters["hero"]).lower() == found[1].lower(), story.begun
-        new = {old: noun for noun, old in zip(found.group(3, 5, 7, 8), ("ladder", "walnut", "beaver", "gate")) if noun != old}
-        assert 2 <= len(new) <= 3 and all(noun in story.text[len(story.begun):] for noun in new.values()), (new, story.text)
-        assert not any(re.search(rf"\b{old}\b", story.text) for old in new if old not in new.values()), story.text
-        articles |= {(article, noun[0] in "aeiou") for article, noun in zip(found.group(2, 4, 6), found.group(3, 5, 7))
-                     if not re.match("uni|use|uku|hour|one|eu|x-ray", noun)}
-    assert articles == {("a", False), ("an", True)}
 
 
 def test_a_tale_takes_only_a_thing_of_its_sort():

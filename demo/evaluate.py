@@ -20,7 +20,7 @@ from corpus import NUMBERS, read_held_out
 HERE = pathlib.Path(__file__).resolve().parent
 ENGINE = HERE.parent / "qwen3next"
 SECTIONS = ("requests", "openings", "more requests", "more openings", "third requests", "third openings",
-            "sums", "questions", "followups", "turns")
+            "fourth requests", "fourth openings", "sums", "questions", "followups", "turns")
 MOST = 1000   # tokens; a text of so many has not ended by itself
 STATISTICS = re.compile(r"\[prompt \d+ tokens.*?; answer (\d+) tokens, [^;]*(?:; (\d+) of (\d+) drafts right)?; context .*\]\n")
 
@@ -175,7 +175,7 @@ class Report:
 
     def table(self):
         for (section, measure), values in self.shares.items():
-            print(f"{section:14} {measure:30} {sum(values):6} of {len(values):5}  {100 * sum(values) / len(values):6.1f} %")
+            print(f"{section:15} {measure:30} {sum(values):6} of {len(values):5}  {100 * sum(values) / len(values):6.1f} %")
 
 
 def stories(report, pool, model, data, section, seed):

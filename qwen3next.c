@@ -428,7 +428,7 @@ static float f16_to_float(uint16_t h)
     return h & 0x8000 ? -f : f;
 }
 
-/* Nearest f16, ties to even; beyond the range, the largest finite value. */
+/* Nearest f16, ties to even; beyond the range, and of NaN, the largest finite value. */
 static uint16_t float_to_f16(float f)
 {
     uint32_t bits, sign;
@@ -863,7 +863,7 @@ typedef struct {
     Acts mix;             /* [n][value_dim or H hd] the mixer's output before its last projection */
     float *out;           /* [n][D] what a mixer or MLP adds to x, rows xn.ld apart */
     float *rope;          /* [n][rotary_dim / 2][cos, sin] */
-    float *router;        /* [n][router_ld] router logits; then their probabilities, -1 for those chosen */
+    float *router;        /* [n][router_ld] router logits; then their probabilities, -1 for those chosen, so that each is chosen once */
     size_t router_ld;
     int *top_expert;      /* [n][k] chosen experts, ascending */
     float *top_weight;    /* [n][k] */
@@ -1486,7 +1486,7 @@ static void bind_head(Reader *r, Model *m)
     }
 }
 
-/* The hash of a checkpoint: of all up to the first tensor, and of the first 64 bytes of each. Damage further on in the
+/* The hash of a checkpoint: of all between the header and the first tensor, and of the first 64 bytes of each. Damage further on in the
  * weights goes unseen: reading them all would take longer than the first answer. */
 static uint64_t directory_hash(const Reader *r)
 {
@@ -1502,7 +1502,7 @@ static uint64_t directory_hash(const Reader *r)
     return fnv1a(r->file.data + 64, first - 64, FNV_BASIS) ^ tensors;
 }
 
-/* Open a checkpoint: afterwards every pointer of the model points into the mapping and is safe to follow. */
+/* Open a checkpoint: afterwards every tensor's pointer points into the mapping and is safe to follow. */
 static Model open_model(const char *path)
 {
     Reader r = open_reader(path);
@@ -1591,7 +1591,7 @@ static void silu(const Kernels *kn, float *x, float *s, int n)
     for (int i = 0; i < n; i++) x[i] *= s[i];
 }
 
-/* log(1 + e^x), guarded where e^x would overflow. */
+/* log(1 + e^x); beyond 20 that is x itself (PyTorch's threshold). */
 static float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 
 /* x = softmax(x) */
@@ -1801,9 +1801,9 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
  * Value head h takes its queries and keys from key head h / (nv / nk), so a key head serves nv / nk neighbours
  * (repeat_interleave). All heads are independent, and so are the columns of a head's state.
  *
- * Read it first without drafts: then nothing is on trial and tape_len is 0, so rows = kept = stay = n. With drafts (10a) the tokens of a
- * forward on trial may be taken back, but S cannot: such a forward works on a copy of S, its raw inputs go on a tape, and the next forward
- * walks through as many of them first as were kept. */
+ * Read it first without drafts: then nothing is on trial and tape_len is 0, so rows = kept = p->n, and stay = n in every chunk. With
+ * drafts (10a) the tokens of a forward on trial may be taken back, but S cannot: such a forward works on a copy of S, its raw inputs
+ * go on a tape, and the next forward walks through as many of them first as were kept. */
 
 /* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of token t for
  * `count` channels from `first`; inputs before row 0 come from the state. s: scratch [count] */
@@ -2288,7 +2288,7 @@ static void attn_mixer(Pass *p)
 /* ---- 9. Mixture of experts ----
  * Prefill turns "the experts of a token" into "the tokens of an expert", so that weights come from memory once a batch.
  * Who stays in which cache: in `matmul` a few rows of activations (L1) meet a few tiles (L2); in `ffn_up_item` two tiles
- * stay while all the expert's rows pass; in `ffn_down_item` an item owns some output rows and walks through all experts,
+ * stay while up to FFN_CHUNK of the expert's rows pass; in `ffn_down_item` an item owns some output rows and walks through all experts,
  * so that no two threads ever add to the same number and the order of the sum is fixed. While the last rows use a tile,
  * the next one is fetched: with few tokens an expert, prefill would else often wait for memory. */
 
@@ -3462,8 +3462,8 @@ static int added_token_at(const Tokenizer *t, const uint8_t *s, const char *trus
     return -1;
 }
 
-/* Whether so many bytes of text make more than `room` tokens for sure, which then need not be found: NFC makes at least a third. */
-static bool text_too_long(const Tokenizer *t, size_t bytes, int room) { return bytes / 3 / t->longest > (size_t)max_int(room, 0); }
+/* Whether so many bytes of text make more than `room` tokens for sure, which then need not be found: NFC keeps more than a quarter. */
+static bool text_too_long(const Tokenizer *t, size_t bytes, int room) { return bytes / 4 / t->longest > (size_t)max_int(room, 0); }
 
 enum { MAX_TRIES = 16 }; /* characters that one takes in: Hangul's take 2 */
 
@@ -3999,7 +3999,7 @@ enum {
 /* Room for one expert's weights. */
 typedef struct Slot {
     int expert;               /* layer * num_experts + its number; -1: empty */
-    uint64_t needed;          /* until this fetch is over it stays */
+    uint64_t needed;          /* number of the last fetch that uses it: may be emptied when `fetch` is beyond */
     atomic_int left[2];       /* requests for each part not yet answered: readers count down */
 } Slot;
 
@@ -4026,7 +4026,7 @@ struct ExpertCache {
     int64_t job_head, job_tail, max_jobs; /* the first of them and the one after the last, counted on */
     size_t job_done;          /* bytes of the first one that have been asked for */
     bool quit;
-    pthread_mutex_t mutex;    /* of jobs, job_*, quit; all else is the main thread's alone */
+    pthread_mutex_t mutex;    /* of jobs, job_*, quit, slots' `expert`; all else is the main thread's alone */
     pthread_cond_t more, done; /* jobs; a part that has arrived */
     pthread_t reader[READERS];
     int64_t wanted, missing;  /* experts used, and experts that were read, in vain too */
@@ -4199,12 +4199,13 @@ static void experts_wait(ExpertCache *c, const Ffn *f, int part)
     pthread_mutex_unlock(&c->mutex);
 }
 
-/* Called between forwards, when nothing is in use: slots at the end make way, down to the least there must be. */
+/* Called between forwards, when nothing is in use: slots at the end make way, down to the least there must be. Nor is the fetch to come
+ * waited for, for which a forward that was stopped may have asked ahead. */
 static void experts_make_way(ExpertCache *c, size_t bytes)
 {
     if (!c->room || (size_t)c->n_slots * c->slot_bytes + bytes <= c->room) return;
     pthread_mutex_lock(&c->mutex);
-    c->fetch++;
+    c->fetch += 2;
     for (; c->n_slots > c->least && (size_t)c->n_slots * c->slot_bytes + bytes > c->room; c->n_slots--) {
         Slot *s = &c->slot[c->n_slots - 1];
         if (c->n_used < c->n_slots) continue; /* was never filled */
@@ -5568,7 +5569,7 @@ static void answer(Conversation *c, Printer *printer, bool fresh)
 }
 
 /* ---- 17b. Saved conversations ----
- * A header, then pieces, each padded to 8 bytes: tokens; keys and values, head by head; scales; recurrent state; system
+ * A header, then pieces, each padded to 8 bytes: tokens; head by head keys, values, and their scales (q8); recurrent state; system
  * prompt; turns with their snapshots. README describes it. Loading goes through a file twice: once to check everything,
  * then to take it over, so that a bad file changes nothing. */
 
@@ -6848,7 +6849,7 @@ typedef struct Trace {
     int from;                     /* the first token of the batch that is looked at, ... */
     int row;                      /* ... and the one whose logits are row 0 of work.logits */
     float *weights;               /* [threads][weights_len] attention of one head */
-    size_t weights_len;           /* the prompt, rounded up to whole tiles */
+    size_t weights_len;           /* the prompt or head_dim, the larger, rounded up to whole tiles */
 } Trace;
 
 /* sqrt(sum x^2) */
@@ -6884,7 +6885,7 @@ static void view_linear(const Pass *p, int t, LayerView *v)
     for (int h = 0; h < v->heads; h++) gdn_gates(p, h, p->e->state.tape_len + t, 1, &v->a[h], &v->b[h]);
 }
 
-/* An attention's part. s: scratch [weights_len, or more: head_dim] */
+/* An attention's part. s: scratch [weights_len] */
 static void view_attention(const Pass *p, int t, LayerView *v, float *s)
 {
     const Config *c = &p->e->model.config;

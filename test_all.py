@@ -4220,6 +4220,20 @@ def test_drafts_and_saved_texts_with_experts_from_disk(weights):
         assert first + engine(model, "--ids", "--load", file, "-n", 25).split() == wanted
 
 
+def test_stopped_while_reading_ahead():
+    """A forward that is stopped has asked for the next layer's experts, in vain; their slots make way all the same for the keys and values of
+    a longer text. In a copy that lets them with --memory, too, and that is interrupted before the first prompt's third layer."""
+    program = compile_copy("stopped while reading ahead", [
+        ("cache->room = a->memory ? 0 : keep - fixed;", "cache->room = keep - fixed;"),
+        ("if (kind == STOPPABLE && interrupted) return false;",
+         "static bool once; if (kind == STOPPABLE && i == 2 && n > 99 && !once) return interrupted = once = true, false;")])
+    file = DEMO.stat().st_size
+    memory = least_memory(DEMO) + (file - least_memory(DEMO)) // 7
+    messages = f"{'one two three ' * 60}\n/system {'one two three ' * 300}\nHello\n".encode()
+    result = run(program, DEMO, "-m", "chat", "-s", 1, "-n", 2, "--memory", memory, "-j", 1, stdin=messages)
+    assert result.returncode == 0 and result.stderr.count(b"stopped before the answer") == 1 and result.stderr.count(b"answer 2 tokens") == 1, result.stderr
+
+
 def test_no_more_is_read_than_is_missing(report):
     """-v: every expert is read once or not at all, however large the cache; with more memory, less is read."""
     model, found = model_of_large_experts(), []

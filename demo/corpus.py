@@ -77,8 +77,12 @@ class Grammar:
         self.words = read_words(folder / "words.txt")
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
         self.threads, self.questions = {}, collections.defaultdict(list)
-        for path in sorted((folder / "tales").glob("*.txt")):
+        if not (paths := sorted((folder / "tales").glob("*.txt"))):
+            raise ValueError(f"{folder / 'tales'}: no tales there")
+        for path in paths:
             read_tales(path, self)
+        if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells)]:
+            raise ValueError(f"tale {idle[0]}: wanted needs, tells and a body")
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
         often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
         self.fact_tales = [tale for tale in self.tales.values() if "fact" in tale.needs]
@@ -278,16 +282,20 @@ def spliced(words, rng, kinds):
 
 def read_held_out(path):
     """The sections of heldout.txt: {name: [line, ...]}, lines split at bars into their fields; [turns] is a list of conversations, each a
-    list of lines."""
+    list of lines. Raises ValueError for a line without fields or a section that is not there."""
     sections, name = {}, None
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.startswith("["):
             name = line.strip("[]")
             sections[name] = [[]] if name == "turns" else []
+        elif line and not line.startswith("#") and (name is None or name not in ("words", "turns") and "|" not in line):
+            raise ValueError(f"{path.name}:{number}: wanted a section in brackets, then lines of fields divided by |, found {line[:40]!r}")
         elif name == "turns":
             sections[name][-1:] = [sections[name][-1] + [line]] if line else [sections[name][-1], []]
         elif line and not line.startswith("#"):
             sections[name].append([field.strip() for field in re.split(r"\|+", line)])
+    if missing := {"words", "requests", "more requests", "turns"} - sections.keys():
+        raise ValueError(f"{path.name}: no section [{min(missing)}]")
     sections["turns"] = [turns for turns in sections["turns"] if turns]
     return sections
 

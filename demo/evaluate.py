@@ -279,5 +279,10 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError as error:
-        sys.exit(f"evaluate.py: standard output: {error.strerror}")
+        sys.stdout.flush()
+    except OSError as error:
+        sys.exit(f"evaluate.py: {error.filename or 'output'}: {error.strerror}")
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: interrupted")

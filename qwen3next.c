@@ -1801,7 +1801,7 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
  * Value head h takes its queries and keys from key head h / (nv / nk), so a key head serves nv / nk neighbours
  * (repeat_interleave). All heads are independent, and so are the columns of a head's state.
  *
- * Read it first without drafts: then nothing is on trial and tape_len is 0, so rows = kept = p->n, and stay = n in every chunk. With
+ * Read it first without drafts: then nothing is on trial and tape_len is 0, so rows = kept = p->n, and all of every chunk stays. With
  * drafts (10a) the tokens of a forward on trial may be taken back, but S cannot: such a forward works on a copy of S, its raw inputs
  * go on a tape, and the next forward walks through as many of them first as were kept. */
 
@@ -1897,11 +1897,11 @@ static void gdn_head(void *arg, int h, int thread)
     float *o = thread_scratch(w, thread); /* [GDN_CHUNK][dvp] */
     float *decay = o + GDN_CHUNK * dvp, *beta = decay + GDN_CHUNK, *tmp = beta + GDN_CHUNK, *trial = tmp + 2 * dvp;
     for (int t0 = 0; t0 < rows; t0 += GDN_CHUNK) {
-        int n = min_int(GDN_CHUNK, rows - t0), stay = max_int(0, min_int(n, kept - t0));
+        int chunk = min_int(GDN_CHUNK, rows - t0), stay = max_int(0, min_int(chunk, kept - t0));
         const float *q = w->proj + (size_t)t0 * w->proj_ld + kh * dk, *k = q + c->key_dim;
         const float *v = w->proj + (size_t)t0 * w->proj_ld + 2 * c->key_dim + h * dv;
         size_t on = (size_t)stay * w->proj_ld; /* to the first row on trial */
-        gdn_gates(p, h, t0, n, decay, beta);
+        gdn_gates(p, h, t0, chunk, decay, beta);
         /* The delta rule, 16 columns j at a time (FN(delta_rule) in section 15); for each token, over all i < dk:
          *     S[i][j] *= decay;              u[j] = beta (v[j] - sum of S[i][j] k[i])
          *     S[i][j] += k[i] u[j];          o[j] = sum of S[i][j] q[i]
@@ -1909,12 +1909,12 @@ static void gdn_head(void *arg, int h, int thread)
         for (int col = 0; col < dvp; col += TILE) {
             float *s = S + col * dk;
             if (stay) e->kernels->delta_rule(s, dk, stay, q, k, v + col, w->proj_ld, decay, beta, o + col, dvp);
-            if (stay == n) continue;
+            if (stay == chunk) continue;
             memcpy(trial, s, (size_t)dk * TILE * sizeof *s); /* the others see a copy, which is forgotten */
-            e->kernels->delta_rule(trial, dk, n - stay, q + on, k + on, v + on + col, w->proj_ld, decay + stay,
+            e->kernels->delta_rule(trial, dk, chunk - stay, q + on, k + on, v + on + col, w->proj_ld, decay + stay,
                                    beta + stay, o + stay * dvp + col, dvp);
         }
-        for (int t = max_int(0, e->state.tape_len - t0); t < n; t++) {
+        for (int t = max_int(0, e->state.tape_len - t0); t < chunk; t++) {
             size_t token = (size_t)(t0 + t - e->state.tape_len);
             const float *z = w->proj + (size_t)(t0 + t) * w->proj_ld + c->conv_dim + h * dv;
             gated_norm(p, w->mix.f + token * w->mix.ld + h * dv, o + t * dvp, z, tmp);
@@ -2712,8 +2712,8 @@ static int shortlist_guess(Engine *e, const Shortlist *list, double *p)
     return list->tile[best / TILE] * TILE + best % TILE;
 }
 
-/* Run the head for the i-th token after those fed, i < MAX_TRIAL: `token`, after i guesses. Afterwards row 0 of work.xn
- * holds y, to guess the next token by. This leaves nothing behind: keys and values will be overwritten. */
+/* Run the head for the token that stands i < MAX_TRIAL places behind the first not yet fed: `token`, that one itself (i = 0) or the
+ * i-th guess. Afterwards row 0 of work.xn holds y, to guess the next token by. This leaves nothing behind: keys and values will be overwritten. */
 static void mtp_step(Engine *e, int token, int i)
 {
     const Model *m = &e->model;
@@ -4199,13 +4199,12 @@ static void experts_wait(ExpertCache *c, const Ffn *f, int part)
     pthread_mutex_unlock(&c->mutex);
 }
 
-/* Called between forwards, when nothing is in use: slots at the end make way, down to the least there must be. Nor is the fetch to come
- * waited for, for which a forward that was stopped may have asked ahead. */
+/* Called between forwards, when nothing is in use: slots at the end make way, down to the least there must be. */
 static void experts_make_way(ExpertCache *c, size_t bytes)
 {
     if (!c->room || (size_t)c->n_slots * c->slot_bytes + bytes <= c->room) return;
     pthread_mutex_lock(&c->mutex);
-    c->fetch += 2;
+    c->fetch += 2; /* also past the one that a forward which was then stopped has read ahead for */
     for (; c->n_slots > c->least && (size_t)c->n_slots * c->slot_bytes + bytes > c->room; c->n_slots--) {
         Slot *s = &c->slot[c->n_slots - 1];
         if (c->n_used < c->n_slots) continue; /* was never filled */

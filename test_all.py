@@ -4227,10 +4227,8 @@ def test_stopped_while_reading_ahead():
         ("cache->room = a->memory ? 0 : keep - fixed;", "cache->room = keep - fixed;"),
         ("if (kind == STOPPABLE && interrupted) return false;",
          "static bool once; if (kind == STOPPABLE && i == 2 && n > 99 && !once) return interrupted = once = true, false;")])
-    file = DEMO.stat().st_size
-    memory = least_memory(DEMO) + (file - least_memory(DEMO)) // 7
     messages = f"{'one two three ' * 60}\n/system {'one two three ' * 300}\nHello\n".encode()
-    result = run(program, DEMO, "-m", "chat", "-s", 1, "-n", 2, "--memory", memory, "-j", 1, stdin=messages)
+    result = run(program, DEMO, "-m", "chat", "-s", 1, "-n", 2, "--memory", memories(DEMO)[1], "-j", 1, stdin=messages)
     assert result.returncode == 0 and result.stderr.count(b"stopped before the answer") == 1 and result.stderr.count(b"answer 2 tokens") == 1, result.stderr
 
 

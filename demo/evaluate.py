@@ -254,11 +254,10 @@ def main():
     args = parser.parse_args()
     if not ENGINE.exists():
         sys.exit(f"evaluate.py: {ENGINE}: not there; `make` builds it")
-    try:
-        samples = open(args.samples, "w") if args.samples else None
-    except OSError as error:
-        sys.exit(f"evaluate.py: {error.filename}: {error.strerror}")
+    samples = open(args.samples, "w") if args.samples else None
     data, report, seed = read_held_out(HERE / "heldout.txt"), Report(), 1000 * args.seed
+    if missing := set(args.only) - {"sums"} - data.keys():
+        raise ValueError(f"heldout.txt: no section [{min(missing)}]")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for section in args.only:
             if section.endswith(("requests", "openings")):

@@ -737,7 +737,7 @@ typedef struct { /* Gated DeltaNet */
 
 typedef struct { /* gated attention */
     Matrix qgkv_proj;       /* [2 H hd + 2 G hd][D]: all queries, all gates, all keys, all values */
-    const float *qgkv_bias; /* [same rows] or NULL */
+    const float *qgkv_bias; /* [2 H hd + 2 G hd] or NULL */
     const float *q_norm, *k_norm; /* [hd], zero-centred */
     Matrix o_proj;          /* [D][H hd] */
     const float *o_bias;    /* [D] or NULL */
@@ -843,7 +843,7 @@ typedef struct {
     size_t tape_row;      /* floats of one row */
     int tape_len;
     bool mtp;             /* the head's keys and values are kept too, to draft with */
-    int mtp_len;          /* positions they are there for; those up to tokens.len wait in work.pair */
+    int mtp_len;          /* how many positions have them; the rows of the later ones wait in work.pair for their next token */
 } State;
 
 /* A copy of a state's recurrent part at some length; keys and values need none. recurrent NULL: not taken, or dropped. */
@@ -1676,7 +1676,7 @@ typedef struct {
     size_t first;         /* row of x to begin with */
     float *y;             /* [n][ld], ld a multiple of TILE */
     size_t ld;
-    const float *bias;    /* [rows] or NULL */
+    const float *bias;    /* [rows] of the matrix in its order, or NULL; always NULL with `tiles` */
     const int *tiles;     /* [rows / TILE] which tiles of the matrix y is to have, or NULL: as they come */
 } Matmul;
 
@@ -2419,6 +2419,7 @@ static void ffn_down_item(void *arg, int item, int thread)
     const Engine *e = p->e;
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
+    /* All networks of a layer are cut like the first: an item's rows of the sum are its own. */
     int each = item_tiles(e, w->ffn->down), tile0 = item * each, tile1 = min_int(tile0 + each, row_tiles(w->ffn->down));
     for (int t = 0; t < p->n && w->ffn_from == 0; t++)
         memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));

@@ -6142,7 +6142,7 @@ static bool chat_turn(Conversation *c, const Str *text)
     chat_encode(c, text, &m);
     int take = m.turn.len + m.cue.len, left = s->ctx - s->tokens.len;
     if (take >= left) {
-        warn("context full: this turn takes %d tokens, %d of %d are free (/clear starts anew)", take, left, s->ctx);
+        warn("context full: this turn takes %d tokens and an answer one more, %d of %d are free (/clear starts anew)", take, left, s->ctx);
         if (s->tokens.len != length) restore_here(c, &before);
     } else {
         if (s->tokens.len != length) { /* what lay behind is about to be replaced: there is no way back to it */

@@ -6600,8 +6600,8 @@ def test_training_of_the_demo(tmp_path):
     base = [sys.executable, ROOT / "demo" / "train.py", "--work", work, "--steps", 3, "--batch", 2, "--row", 128, "--device", "cpu",
             "--set", *(f"{name}={size}" for name, size in TINY_DEMO.items())]
     for wrong, words in ('"text"', b"wanted a list of strings"), ("[]", b"wanted a list of strings"), ('["", 1]', b"wanted a list of strings"), \
-            ("{no", b"documents.jsonl: wanted JSON"):
-        (work / "documents.jsonl").write_text(wrong + "\n")
+            ("{no", b"documents.jsonl: wanted JSON"), ('["\udcff"]', b"documents.jsonl: wanted JSON"):
+        (work / "documents.jsonl").write_bytes(wrong.encode(errors="surrogateescape") + b"\n")
         result = run(*base)
         assert result.returncode == 1 and words in result.stderr and b"Traceback" not in result.stderr, result.stderr
     (work / "documents.jsonl").write_text("".join(json.dumps(pieces) + "\n" for pieces in documents))
@@ -6611,6 +6611,11 @@ def test_training_of_the_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run(*base, "--lr", 1e-4)
     assert result.returncode == 1 and b"another run" in result.stderr
+    whole = (work / "rows.npy").read_bytes()
+    (work / "rows.npy").write_bytes(whole[:-1])
+    result = run(*base)
+    assert result.returncode == 1 and b"rows.npy: no rows, or not the whole" in result.stderr and result.stderr.count(b"\n") == 1, result.stderr
+    (work / "rows.npy").write_bytes(whole)
     for wrong, words in ((["--set", "hidden_size=x"], b"hidden_size=x"), (["--set", "vocab_size=40000"], b"vocab_size"), (["--steps", 0], b"--steps"),
                          (["--set", "vocab_size=10"], b"vocab_size"), (["--lr", -1], b"--lr"), (["--seconds", "nan"], b"--seconds"),
                          (["--work", tmp_path / "none"], b"documents.jsonl")):

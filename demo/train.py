@@ -84,12 +84,12 @@ def older(path, source):
 
 
 def documents(path, every=1):
-    """The documents in documents.jsonl, [str] each, or every n-th of them. Raises ValueError for another line."""
-    with open(path, encoding="utf-8") as lines:
+    """The documents in documents.jsonl, [str] each, or every n-th of them. Raises ValueError for another line, or for bytes that are no UTF-8."""
+    with open(path, "rb") as lines:
         for line in itertools.islice(lines, 0, None, every):
             try:
                 document = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: wanted JSON in each line, found {line[:60]!r}: {error}") from None
             if not (isinstance(document, list) and document and all(isinstance(piece, str) for piece in document)):
                 raise ValueError(f"{path}: wanted a list of strings in each line, found {line[:60]!r}")
@@ -173,6 +173,14 @@ def save_rows(path, rows):
     """np.save under just this name: it would put .npy behind one that does not end so."""
     with open(path, "wb") as file:
         np.save(file, rows)
+
+
+def read_rows(path):
+    """The int16 rows at PATH; ends the program when they are not there, or not the whole of them."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError, OSError) as error:
+        sys.exit(f"train.py: {path}: no rows, or not the whole of them (remove it, and they are made again): {error}")
 
 
 def make_rows(work, tokenizer, longest, seed):
@@ -440,7 +448,7 @@ def size(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent / "build" / "demo",
                         help="folder for all files (build/demo)")
     parser.add_argument("--steps", type=int, default=9500, help="steps of the whole training (9500)")
@@ -509,7 +517,7 @@ def main():
     if args.prepare_only:
         return
 
-    args.rows = zlib.crc32(np.load(work / "rows.npy", mmap_mode="r"))
+    args.rows = zlib.crc32(read_rows(work / "rows.npy"))
     torch.manual_seed(args.seed)
     try:
         state = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else None
@@ -538,7 +546,7 @@ def main():
     if args.compile:                                   # one graph for each kind of layer, used by all of them
         DecoderLayer.forward = torch.compile(DecoderLayer.forward, dynamic=False)
 
-    on_device = lambda name: torch.from_numpy(np.load(work / name)).to(args.device)
+    on_device = lambda name: torch.from_numpy(read_rows(work / name)).to(args.device)
     held_out = on_device("held-out.npy")
     if held_out.shape[1] != args.row + 1:
         sys.exit(f"train.py: {work / 'rows.npy'}: rows are not of --row {args.row} tokens")

@@ -84,12 +84,12 @@ def older(path, source):
 
 
 def documents(path, every=1):
-    """The documents in documents.jsonl, [str] each, or every n-th of them. Raises ValueError for another line, or for bytes that are no UTF-8."""
+    """The documents in documents.jsonl, [str] each, or every n-th of them. Raises ValueError for another line, or one that is no UTF-8."""
     with open(path, "rb") as lines:
         for line in itertools.islice(lines, 0, None, every):
             try:
-                document = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                document = json.loads(line.decode())
+            except ValueError as error:
                 raise ValueError(f"{path}: wanted JSON in each line, found {line[:60]!r}: {error}") from None
             if not (isinstance(document, list) and document and all(isinstance(piece, str) for piece in document)):
                 raise ValueError(f"{path}: wanted a list of strings in each line, found {line[:60]!r}")
@@ -176,11 +176,11 @@ def save_rows(path, rows):
 
 
 def read_rows(path):
-    """The int16 rows at PATH; ends the program when they are not there, or not the whole of them."""
+    """The int16 rows of rows.npy or held-out.npy at PATH. Raises ValueError for other files, and for what is cut off."""
     try:
         return np.load(path)
-    except (ValueError, EOFError, OSError) as error:
-        sys.exit(f"train.py: {path}: no rows, or not the whole of them (remove it, and they are made again): {error}")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: no rows, or not the whole of them (remove rows.npy to make both files anew): {error}") from None
 
 
 def make_rows(work, tokenizer, longest, seed):
@@ -517,7 +517,8 @@ def main():
     if args.prepare_only:
         return
 
-    args.rows = zlib.crc32(read_rows(work / "rows.npy"))
+    rows, held_out = (read_rows(work / name) for name in ("rows.npy", "held-out.npy"))
+    args.rows = zlib.crc32(rows)
     torch.manual_seed(args.seed)
     try:
         state = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else None
@@ -546,15 +547,14 @@ def main():
     if args.compile:                                   # one graph for each kind of layer, used by all of them
         DecoderLayer.forward = torch.compile(DecoderLayer.forward, dynamic=False)
 
-    on_device = lambda name: torch.from_numpy(read_rows(work / name)).to(args.device)
-    held_out = on_device("held-out.npy")
+    on_device = lambda some: torch.from_numpy(some).to(args.device)
     if held_out.shape[1] != args.row + 1:
         sys.exit(f"train.py: {work / 'rows.npy'}: rows are not of --row {args.row} tokens")
     if not args.export_only:
         save = lambda step: save_state(path, args, model, optimizer, step)
-        step = train(args, model, optimizer, step, on_device("rows.npy"), save)
+        step = train(args, model, optimizer, step, on_device(rows), save)
     if step >= args.steps or args.export_only:
-        values = validate(args, model, held_out)
+        values = validate(args, model, on_device(held_out))
         say("held out: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         export(work / "hf", model, tokenizer)
         say(f"wrote {work / 'hf'}")

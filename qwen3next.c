@@ -1702,6 +1702,14 @@ static int matrix_items(const Engine *e, const Matrix *m)
     return (row_tiles(m) + each - 1) / each;
 }
 
+/* The tiles of one item: *first to *end - 1. */
+static void item_range(const Engine *e, const Matrix *m, int item, int *first, int *end)
+{
+    int each = item_tiles(e, m);
+    *first = item * each;
+    *end = min_int(*first + each, row_tiles(m));
+}
+
 /* Rows for the next tile call when `left` are to go: the fewest calls, of about equal size. */
 static int next_rows(const Kernels *kn, int left)
 {
@@ -1715,7 +1723,8 @@ static void matmul_item(void *arg, int item, int thread)
     (void)thread;
     const Matmul *m = arg;
     const Kernels *kn = m->e->kernels;
-    int each = item_tiles(m->e, m->w), tile0 = item * each, tile1 = min_int(tile0 + each, row_tiles(m->w));
+    int tile0, tile1;
+    item_range(m->e, m->w, item, &tile0, &tile1);
     for (int t0 = 0, n; t0 < m->n; t0 += n) { /* rows outside: they stay in L1, the tiles in L2 */
         n = next_rows(kn, m->n - t0);
         const void *x[MAX_ROWS];
@@ -2420,7 +2429,8 @@ static void ffn_down_item(void *arg, int item, int thread)
     const Work *w = &e->work;
     const Kernels *kn = e->kernels;
     /* All networks of a layer are cut like the first: an item's rows of the sum are its own. */
-    int each = item_tiles(e, w->ffn->down), tile0 = item * each, tile1 = min_int(tile0 + each, row_tiles(w->ffn->down));
+    int tile0, tile1;
+    item_range(e, w->ffn->down, item, &tile0, &tile1);
     for (int t = 0; t < p->n && w->ffn_from == 0; t++)
         memset(w->out + (size_t)t * w->xn.ld + tile0 * TILE, 0, (size_t)((tile1 - tile0) * TILE) * sizeof(float));
     for (const Ffn *f = w->ffn + w->ffn_from; f < w->ffn + w->ffn_to; f++) {

@@ -6341,7 +6341,7 @@ def test_two_of_a_kind_are_asked_for():
         if "pair" in story.cast:
             pairs += 1
             assert story.cast["pair"].lower() in asked.lower(), (story.cast["pair"], asked)
-        elif "friend" in story.tale.needs and hero.kind not in ("boy", "girl"):
+        elif "friend" in story.tale.needs and hero.kind not in ("boy", "girl") and story.tale.name not in grammar().shorts:    # that say so
             assert hero.kind != friend.kind, story.text
 
 

@@ -6111,7 +6111,7 @@ def test_documents_of_the_corpus():
             assert all(piece.endswith("<|im_start|>assistant\n") for piece in pieces[::2]), pieces      # read; what follows is learned
             assert all(re.fullmatch(r"(?s)(?:(?!<\|).)+<\|im_end\|>", piece) for piece in pieces[1::2]), pieces
         else:
-            assert len(pieces) == 2 + begun and len(pieces[0].split()) < 100 and len(text.split()) > (5 if begun else 80), pieces
+            assert len(pieces) == 2 + begun and len(pieces[0].split()) < 100 and len(text.split()) > (5 if begun else 100), pieces
         bare = re.sub(r"<\|im_(start|end)\|>", "", text)
         assert not re.search(r"[{}|<>]", bare) and "  " not in bare, text
         assert not grammar().held_out.words & set(re.findall("[a-z]+", text.lower())), text
@@ -6141,7 +6141,7 @@ def test_tales_tell_what_was_asked_for(name):
     assert named > 8 * len(tale.needs) / 2, f"{named} of {8 * len(tale.needs)}"
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"^thread (\S+)", (ROOT / "demo" / "tales" / "threads.txt").read_text(), re.M)) - {"noticed", "wish-of-a-beginning", "how-it-began"}))
 def test_threads_run_through_the_story(name):
     """What a thread is on must be asked for, and is named in the story's last paragraph."""
     corpus, thread, woven, asked = demo_module("corpus"), grammar().threads[name], 0, 0
@@ -6211,58 +6211,102 @@ def test_titles_are_for_names_that_a_user_gives():
     assert titles > 3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "demo" / "tales").glob("short*.txt")), ids=lambda path: path.stem)
-def test_short_tales_go_on_from_their_beginnings(path):
-    """Each of them behind each of its beginnings: it parses, says nothing twice, all who and what the beginning has a slot for come again in it,
-    the last time in its second half, and it is asked for by what is in it."""
-    corpus, missed, told = demo_module("corpus"), [], 0
-    for name in re.findall(r"^short (\S+)", path.read_text(), re.M):
-        short = grammar().shorts[name]
-        assert len(short.begin) >= 2 and 60 < len(corpus.literal([" ", *sum(short.then, [])]).split()) < 250, name
-        for i in range(6):
-            rng = random.Random(f"test {name} {i}")
-            story = corpus.ShortStory(grammar(), short, rng, continues=True)
-            rest = story.text[len(story.begun):]
-            assert story.text.startswith(story.begun) and not re.search(r"[{}|<>()]|  ", story.text), story.text
-            for slot in short.needs:
-                told += 1
-                half = rest[len(rest) * 2 // 5:].lower()
-                if any(word in story.begun for word in story.cast.names(slot)) and not any(word.lower() in half for word in story.cast.names(slot)):
-                    missed.append((name, slot, story.text))
-        for i in range(3):
-            story = corpus.ShortStory(grammar(), short, random.Random(f"asked {name} {i}"), continues=False)
-            asked, text = corpus.asked_for(story)
-            assert not re.search(r"[{}|<>()]", asked + text) and asked and story.text in text, (asked, text)
-            assert all(question and answer for question, answer in corpus.questions(story))
-    assert told and len(missed) < 0.06 * told, missed[:5]
+def test_foreign_beginnings_are_kept():
+    """The members of a foreign beginning and the nouns it speaks of come again in the rest."""
+    corpus, kept, twice = demo_module("corpus"), [], []
+    for i in range(60):
+        story = corpus.continued(grammar(), random.Random(f"test {i}"))
+        assert story.text.startswith(story.begun) and corpus.repeats(story.text) is None
+        kept += [any(word in story.text[len(story.begun):] for word in cast.names(slot) if word)
+                 for thread, cast in story.threads for slot in thread.needs]
+        twice += [story.text[len(story.begun):].count(phrase.split()[-1]) > 1 for phrase in story.keep]
+    assert len(kept) > 20 and sum(kept) > 0.95 * len(kept), (sum(kept), len(kept))
+    assert len(twice) > 60 and sum(twice) > 0.9 * len(twice), (sum(twice), len(twice))
 
 
-def test_people_of_short_tales():
-    """No two of them share the beginning of a name, or the kind where one has none; a kind of one sex has its pronoun."""
-    corpus, rng = demo_module("corpus"), random.Random("people")
-    for _ in range(600):
-        story = corpus.continued(grammar(), rng)
-        people = [story.cast.characters[role] for role in corpus.ROLES]
-        for one, other in itertools.combinations(people, 2):
-            assert one.name[:2] != other.name[:2] if one.name and other.name else one.kind != other.kind, story.text
-        assert all(corpus.SEX.get(one.kind, one.gender) == one.gender for one in people)
-        assert all(one.gender == {"boy": "he", "girl": "she", "queen": "she", "king": "he"}.get(one.kind, one.gender) for one in people)
+def test_a_wish_of_a_beginning_comes_true():
+    """What the hero wants to do, or cannot, is found, unless it is another's or a way of speaking, and is what the story ends with."""
+    corpus = demo_module("corpus")
+    for text, wanted in {"{hero} wanted to row to the island. It was late.": "row to the island", "The {hero.kind} could not whistle.": "whistle",
+                         "{he} had always wanted to paint the moon, but it was too far away.": "paint the moon", "{hero} could not believe it.": None,
+                         "{hero}'s mother wanted to read.": None, "When {hero} wanted to pay, the shop was gone.": None,
+                         "{hero} wanted to {deed}.": None}.items():
+        for i in range(4):
+            opening = corpus.Opening(["any"], corpus.parse(text))
+            story = corpus.Story(grammar(), grammar().tales["learn-badly"], random.Random(f"test {i}"), opening=opening)
+            assert story.wish(opening) == wanted, story.begun
+            if wanted:
+                assert f"the wish to {wanted}" in story.keep and story.text.count(wanted) > 3, story.text
 
 
-def test_a_noun_of_a_beginning_that_is_exchanged():
-    """It is another throughout, with the right article, also as a plural; what is said of in no beginning stays."""
-    corpus, seen = demo_module("corpus"), set()
-    for i in range(200):
-        begun, then = corpus.exchanged(["Mia saw a drum.", "The drum was a drum among drums, near a lamp."], grammar(), random.Random(i))
-        noun = re.fullmatch(r"Mia saw an? (.+)\.", begun)[1]
-        article = corpus.an(f"a {noun}")
-        assert (begun, then) == (f"Mia saw {article}.", f"The {noun} was {article} among {corpus.plural(noun)}, near a lamp.")
-        seen.add(noun)
-    assert "drum" in seen and len(seen) > 10
+def test_two_of_a_kind_in_a_beginning():
+    """Hero and friend are of one kind and get names, in the beginning or behind it."""
+    corpus = demo_module("corpus")
+    openings = [opening for opening in grammar().own_openings if opening.pair]
+    assert len(openings) > 15 and any(opening.nameless for opening in openings) and not all(opening.nameless for opening in openings)
+    for i in range(40):
+        opening, rng = openings[i % len(openings)], random.Random(f"test {i}")
+        drawn = opening.drawn(grammar(), rng)
+        assert (drawn.pair, drawn.nameless) == (opening.pair, opening.nameless) and "friend" in drawn.slots
+        story = corpus.Story(grammar(), grammar().tales["shares-thing"], rng, opening=drawn)
+        hero, friend = (story.opened.characters[role] for role in ("hero", "friend"))
+        assert hero.kind == friend.kind and story.opened["pair"].startswith("two ")
+        assert hero.name in story.text and friend.name in story.text, story.text
+
+
+def test_two_cows_in_a_beginning(monkeypatch):
+    """Of a kind of one sex there are two only if both are of it; another hero or friend is drawn, and the beginning has its pair."""
+    corpus = demo_module("corpus")
+    monkeypatch.setitem(grammar().words, "animals", ["cow", "rooster"])
+    opening, seen = corpus.Opening(["any"], corpus.parse("{pair}, {hero} and {friend}, were going {to place}.")), collections.Counter()
+    for i in range(150):
+        story = corpus.Story(grammar(), grammar().tales["shares-thing"], random.Random(f"cows {i}"), opening=opening)
+        hero, friend = (story.opened.characters[role] for role in ("hero", "friend"))
+        assert hero.kind == friend.kind and corpus.SEX.get(hero.kind, hero.gender) == hero.gender, story.begun
+        if hero.kind in corpus.SEX:
+            assert friend.gender == hero.gender, story.begun
+            seen[hero.kind] += 1
+    assert seen.keys() == {"cow", "rooster"}
+
+
+def test_what_a_beginning_has_told_is_not_told_as_new(monkeypatch):
+    """A tale's start is left out if the beginning has told its event, of the tale's own thing; and only then."""
+    corpus, tale = demo_module("corpus"), grammar().tales["found-and-returned"]
+    monkeypatch.setattr(tale, "start", [corpus.parse("It is told as new.")])
+    for text, told in {"One day {hero} found a spoon {at place}.": True, "A spoon was lying {at place}, and {hero} had time.": False,
+                       "{hero} found out that nobody was {at place}.": False}.items():
+        for i in range(5):
+            rng = random.Random(f"told {i}")
+            opening = corpus.Opening(["any"], corpus.parse(text)).drawn(grammar(), rng)
+            opening.answered = True
+            story = corpus.Story(grammar(), tale, rng, opening=opening)
+            assert ("It is told as new." not in story.text) == told, story.text
+    tales = [tale for tale in grammar().plain_tales if tale.after["told"]]
+    assert len(tales) > 20 and all(tale.start and (tale.after["after"] or tale.after["near"]) for tale in tales)
+    for tale in tales:                                          # whom the body names as known, a start may not have introduced
+        body = [slot for paragraph in tale.body for slot in corpus.slots(paragraph)]
+        for role in "friend", "helper", "other":
+            first = next((slot for slot in body if slot.split(" ")[-1].split(".")[0] == role), f"a {role}")
+            assert first.startswith(("a ", "his ")) or role in tale.lists, (tale.name, first)
+
+
+def test_a_tale_takes_only_a_thing_of_its_sort():
+    """No hat is planted, unless the beginning says that it was."""
+    corpus = demo_module("corpus")
+    for name, text, thing in (("growing-plant", "Nobody was to pick the grapes in the garden. {hero} had one in {his} hat.", None),
+                              ("growing-plant", "{hero} had a tulip, and the garden was empty.", "tulip"),
+                              ("growing-plant", "{hero} planted a key by the wall.", "key"), ("growing-plant", "{hero} planted flowers.", None),
+                              ("broken-thing", "{hero} had a ladder. The oven was broken.", "oven"),
+                              ("sailing-to", "{hero} was at sea, and {he} had a spoon.", None)):
+        rng = random.Random(f"sort {text}")
+        opening = corpus.Opening(["any"], corpus.parse(text)).drawn(grammar(), rng)
+        opening.answered = True
+        story = corpus.Story(grammar(), grammar().tales[name], rng, opening=opening)
+        assert (story.cast.thing if "thing" in story.adopted else None) == thing, story.text[:300]
 
 
 def test_each_tale_says_what_it_tells_of():
-    """In words of its own alone, behind what was asked for."""
+    """In words of its own alone, behind what was asked for or begun; and it has beginnings of its own to be gone on with."""
     corpus, tales = demo_module("corpus"), list(grammar().tales.values())
     phrases = [phrase for tale in tales for phrase in tale.tells]
     assert len(set(phrases)) == len(phrases) >= 2 * len(tales)
@@ -6270,18 +6314,43 @@ def test_each_tale_says_what_it_tells_of():
         rng = random.Random(f"test {tale.name}")
         text = corpus.asked_for(corpus.Story(grammar(), tale, rng))[1]
         assert any(phrase in text[:250] for phrase in tale.tells), text[:250]
+        if "fact" in tale.needs:                                # of whatever is said; it begins with that
+            continue
+        opening = corpus.beginning_of(tale, grammar(), rng)
+        story = corpus.Story(grammar(), tale, rng, opening=opening)
+        assert opening.tale is tale and story.cast is story.opened and story.text.startswith(story.begun)
+        assert any(phrase in story.text[len(story.begun):] for phrase in tale.tells), story.text
+
+
+def test_what_a_beginning_tells_is_told_again():
+    """Its last sentence in the past, as it stands behind "when": no speech, no question, nothing of today; names keep their capital."""
+    nouns = grammar().nouns
+    for text, wanted in {"The bell on the ferry would not ring.": "the bell on the ferry would not ring",
+                         "Once upon a time, there was a hen. Then Dot found a blue egg.": "Dot found a blue egg",
+                         'Suddenly, Captain Bo saw two eyes. "Who is there?" he asked.': "Captain Bo saw two eyes",
+                         'A cat sat on the stove. "Stay. The wolf was here." "No," said Bo.': "a cat sat on the stove",
+                         '"Stay. The wolf was here." Then Pip ran to the mill.': "Pip ran to the mill",
+                         "Snow was coming down on Oslo.": "snow was coming down on Oslo",
+                         "I was seven. My cat ran away. Who knew where? She is gone today.": None}.items():
+        assert nouns.retold(text) == wanted, text
+    assert nouns.retold("Snow was coming down on Oslo.", ["Snow"]) == "Snow was coming down on Oslo"
 
 
 def test_what_no_tale_is_of_is_told_as_a_fact():
-    """A clause of the request is what a tale of a fact turns on: there several times, to the end."""
+    """A clause of the request, or a beginning's last sentence, is what a tale of a fact turns on: there several times, to the end."""
     corpus = demo_module("corpus")
     for clause, wanted in {"who glows in the dark": "Pip glows in the dark", "whose hat is gone": "Pip's hat is gone", "that rolls home": "Pip rolls home",
                            "that nobody feeds": None, "that the king forgot": None}.items():
         assert corpus.fact(clause, "Pip") == wanted
+    opening = corpus.Opening(["any"], corpus.parse("{hero} had six goats. The bell on the ferry would not ring."))
     for tale in grammar().fact_tales:
         story = corpus.Story(grammar(), tale, random.Random(f"fact {tale.name}"))
         request, topic = corpus.request(story)
         assert story.cast["clause"] in topic and story.text.count(story.cast["fact"]) > 2 and story.cast["fact"] in story.text[len(story.text) * 2 // 3:]
+        story = corpus.Story(grammar(), tale, random.Random(f"fact {tale.name}"), opening=opening)
+        assert story.text.count("the bell on the ferry would not ring") > 2
+    with pytest.raises(ValueError, match="tells no fact"):
+        corpus.Story(grammar(), tale, random.Random(1), opening=corpus.Opening(["any"], corpus.parse("{hero} is here today.")))
 
 
 def test_a_deed_is_asked_for_as_the_tale_has_it():
@@ -6341,7 +6410,7 @@ def test_two_of_a_kind_are_asked_for():
         if "pair" in story.cast:
             pairs += 1
             assert story.cast["pair"].lower() in asked.lower(), (story.cast["pair"], asked)
-        elif "friend" in story.tale.needs and hero.kind not in ("boy", "girl") and story.tale.name not in grammar().shorts:    # that say so
+        elif "friend" in story.tale.needs and hero.kind not in ("boy", "girl"):
             assert hero.kind != friend.kind, story.text
 
 
@@ -6362,10 +6431,10 @@ def test_a_kind_of_one_sex():
 def test_nothing_follows_an_end():
     """Neither a thread's last line nor a last word on what was asked for stands behind "The end."."""
     corpus, rng, ended = demo_module("corpus"), random.Random("end"), 0
-    for _ in range(1600):
+    for _ in range(2400):
         _, text = corpus.asked_for(corpus.tell(grammar(), rng))
         assert not re.search(r"(?<![^.!?]\s)\b(The end|And then it was time (for bed|to sleep)|And that is the end of the story)\.\s+\S", text), text
-        ended += corpus.tell(grammar(), rng, asked=False).text.endswith("The end.")
+        ended += text.endswith("The end.")
     assert ended
 
 
@@ -6385,7 +6454,7 @@ def test_an_answer_is_that_of_the_remark(monkeypatch):
 def test_two_deeds_and_three_of_a_kind():
     """The second deed of a request is its story's own thread, and of three the third is named."""
     corpus, rng, second, three = demo_module("corpus"), random.Random("two deeds"), 0, 0
-    for _ in range(700):
+    for _ in range(400):
         story = corpus.tell(grammar(), rng)
         request, topic = corpus.request(story)
         for slot, cast in story.must:
@@ -6398,15 +6467,52 @@ def test_two_deeds_and_three_of_a_kind():
     assert second and three
 
 
+def test_what_a_beginning_speaks_of():
+    """Nouns in their order, once each: known ones without an article, plurals, two in a row; what is a verb as well only behind one."""
+    nouns = grammar().nouns
+    for text, wanted in {"Pip had a red kite and three coins.": ["the red kite", "the coins"],
+                         "It was raining. Mia saw honey, and a bear saw Mia.": ["the rain", "the honey", "the bear"],
+                         "The school bell rang. Tom took his hat and ran.": ["the school bell", "his hat"],
+                         "Mom can drum in her kitchen. The drum was old.": ["Mom", "her kitchen", "the drum"],
+                         "Then he fell. It was well past four o'clock.": [],
+                         "A plimo was in the garden.": ["the plimo", "the garden"],
+                         "Mr. Finch had a dog, and the dog was called Salt.": ["Mr. Finch", "the dog"]}.items():
+        assert nouns.noticed(text, set()) == wanted, text
+    assert nouns.noticed("A fox and two owls found a kite.", {"kite", "owl"}) == ["the fox"]
+
+
+def test_tales_answer_a_beginning():
+    """Whose goat has run away looks for it; a tale that is fit for one kind of beginning only is told after no other."""
+    corpus, words = demo_module("corpus"), {}
+    for tale in grammar().tales.values():
+        for key, pattern in tale.after.items():
+            if pattern:
+                words[tale.name, key] = pattern
+    assert len(words) > 80
+    opening = corpus.Opening(["any"], corpus.parse("{hero}'s goat (had run away|was gone) again."))
+    answered = 0
+    for i in range(40):
+        rng = random.Random(f"test {i}")
+        drawn = opening.drawn(grammar(), rng)
+        assert not any(isinstance(piece, corpus.Choice) for piece in drawn.text)
+        tales = corpus.answering(grammar(), drawn, rng)
+        assert {tale.name for tale in tales} <= {"lost-thing", "borrowed-thing"}
+        answered += bool(tales)
+        if tales:
+            drawn.answered = True
+            story = corpus.Story(grammar(), tales[0], rng, opening=drawn)
+            assert story.cast.thing == "goat" and story.text.count("goat") > 3, story.text
+        else:
+            assert not any(tale.only_there for tale in corpus.fitting(grammar(), drawn, rng))
+    assert 25 < answered < 40
+
+
 def test_wrong_lines_of_the_tales_are_named(tmp_path):
     """A slip in a file of tales ends in one line with the file, the line's number and what is wrong with it."""
     shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*.bin", "__pycache__"))
     for text, wanted in {"does: hop": "aa.txt:1: stands in no tale: 'does: hop'", "tale a\ndoes: lose (a": "aa.txt:2: a parenthesis is not closed",
-                         "tale a\nhum: hop": "aa.txt:2: not understood: 'hum: hop'", "tale a\n\ntale a": "aa.txt:3: a second tale named a", "short a\nhum? hop": "short-aa.txt:2: not understood: 'hum? hop'",
-                         "short a\nbegin: A (b": "short-aa.txt:2: a parenthesis is not closed", "short a\nbegin: A.\n": "short-aa.txt:4: short a, before this line: wanted begin, ask and then"}.items():
-        for old in (tmp_path / "demo" / "tales").glob("*aa.txt"):
-            old.unlink()
-        (tmp_path / "demo" / "tales" / wanted.split(":")[0]).write_text(text + "\n")
+                         "tale a\nhum: hop": "aa.txt:2: not understood: 'hum: hop'", "tale a\n\ntale a": "aa.txt:3: a second tale named a"}.items():
+        (tmp_path / "demo" / "tales" / "aa.txt").write_text(text + "\n")
         done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists()

@@ -14,7 +14,6 @@ import argparse
 import collections
 import copy
 import functools
-import itertools
 import json
 import multiprocessing
 import pathlib
@@ -76,14 +75,15 @@ class Grammar:
 
     def __init__(self, folder=HERE):
         self.words = read_words(folder / "words.txt")
-        self.rules, self.tales, self.talk = collections.defaultdict(list), {}, Talk()
-        self.threads, self.questions, self.shorts = {}, collections.defaultdict(list), {}
+        self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
+        self.threads, self.questions = {}, collections.defaultdict(list)
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
-            (read_shorts if path.name.startswith("short") else read_tales)(path, self)
+            read_tales(path, self)
         if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells)]:
             raise ValueError(f"tale {idle[0]}: wanted needs, tells and a body")
+        self.own_openings = [opening for opening in self.openings if opening.kind is None]
         often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
         self.fact_tales = [tale for tale in self.tales.values() if "fact" in tale.needs]
         self.plain_tales = [tale for tale in self.tales.values() if "fact" not in tale.needs]
@@ -91,7 +91,7 @@ class Grammar:
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
-        self.sort_of = {noun: sort for sort in ("things", "animals") for noun in self.words[sort] if noun.isalpha()}
+        self.nouns = Nouns(self.words)
         done = {literal(phrase) for tale in self.tales.values() for phrase in tale.does}     # what a tale is of is not to be learned as a deed
         self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in done]
         self.words["deeds with things"] = [verb for verb in self.words["deeds with things"] if f"{verb} a x" not in done]
@@ -100,9 +100,10 @@ class Grammar:
         for tale in self.tales.values():
             self.held_out.remove_from(tale.lists)
 
-    def thread_on(self, slot, rng):
-        """A Thread that begins with SLOT."""
-        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot])
+    def thread_on(self, slot, rng, alone=False):
+        """A Thread that begins with SLOT; ALONE: and is on nothing else."""
+        lonely = lambda thread: not thread.needs[1:] and thread.name != "wished-for"     # that is of what the hero has not got
+        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and (not alone or lonely(thread))])
 
     def expand(self, sequence, cast, rng, bound=None):
         """Text of a Sequence: slots from CAST (a mapping), alternatives drawn by RNG. With BOUND, a dict, a rule that has
@@ -136,8 +137,7 @@ class Grammar:
 SAID = (r"(said|asked|seemed|cried|called|shouted|whispered|laughed|answered|replied|yelled|sighed|sang|thought|wondered|added|begged|"
         r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
         r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
-        r"promised|warned|went|says|buzzed|squealed|screamed|hissed|quacked|purred|neighed|moaned|grunted|rumbled|squawked|clucked|"
-        r"chattered|yawned|pleaded|insisted|howled|whined|breathed|peeped|cooed|stammered|screeched|wheezed|creaked|crackled|tooted|twittered|asks|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
+        r"promised|warned|went|says|asks|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
 LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|onesie|ukul))"         # a vowel that sounds like a consonant
 
 
@@ -260,14 +260,14 @@ def made_up_name(rng):
 NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|anus|peni|tit|fag|nig|sex|porn|crap|puss|bast|hore|damn")
 
 
-NO_NEW_NOUN = {"been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"}       # beside STARTS
+NO_NEW_NOUN = {"been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"}       # beside UNNOTICED and STARTS
 
 
 def made_up_noun(words, rng):
     """A noun that does not exist: "lantoose", "hedgephone", "plimo"; nor is it a word of any other sort, as "his" and "been"."""
     while True:
         noun = made_up_name(rng).lower() if rng.random() < 0.35 else spliced(words, rng, ("animals", "things"))
-        if noun not in STARTS | NO_NEW_NOUN:
+        if not any(noun in known for known in (UNNOTICED, STARTS, NO_NEW_NOUN)):
             return noun
 
 
@@ -327,8 +327,70 @@ class HeldOut:
         return any(n > 1 for n in count.values())
 
 
-# An end that is none where more follows.
-ENDED = re.compile(r"\s+(?:The end|And then it was time (?:for bed|to sleep)|And that is the end of the story)\.$")
+# 4. What a foreign beginning speaks of
+
+# What somebody there has or finds.
+HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
+
+# What "a ..." introduces there, whatever it is, up to a word that cannot be part of it.
+NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) ((?:[a-z]+ ){0,2}?)([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
+                      r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b|'s\b)")
+
+# Somebody who is called so.
+CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
+
+# What somebody wishes for, "wanted to go swimming", up to where the wish ends; but not what is of somebody else, or just a way of speaking.
+WISHES = r"(?:(?:wanted|wished|longed|hoped|decided|tried|planned|had always wanted) (?:so much )?to|could not|couldn't)"
+PHRASE = r"((?:[a-z'-]+ ){0,6}?[a-z'-]+)(?=[.;!?]|,? (?:and|but|so|because|for|until|when|while|if) )"
+NO_WISH = re.compile(r"\b(?:him|them|it|that|this|wait|believe|help|stop|tell|say|know|remember|forget|understand|be|even|any\w*)\b")
+
+# What stands before a noun, perhaps with an adjective between.
+ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
+
+# How it was, and no event: "Mia loved to swim" is nothing that began one day.
+A_STATE = re.compile(r"(?:\S+ ){1,3}(?:always |never )?(?:loved|liked|hated|was|were|had|lived|knew|would|could|used|wanted)\b")
+
+# What stands before what somebody is, or would be: "to be a hero".
+IS_ONE = re.compile(r"(?i)\b(?:be|become|became|being) an? (?:[a-z-]+ )?$")
+
+# What a story has without being of it.
+UNNOTICED = set("""afternoon again age ago alone anymore anything arm arms around asked autumn away back bad before began beginning
+                best big bit bottom came case center century cold corner cough day days down ear ears edge end ends evening
+                everything everywhere eyes face fall fast feet felt few first five foot found four friend friends fright front
+                full good got great ground hair hand hands happy head heart her here high him his home hour hours hurry idea
+                inside kind knew land lap last left leg legs let life liked line list little lived long longer look looked lot
+                lots loud loved low made make many matter middle minute minutes moment months mood more morning most mouth much
+                name names nap new next nice night nobody nose not nothing now number off old once one ones only other others
+                out outside own pair part people person piece place play played pretty problem put quarter quiet ran reason rest
+                right room sad said sake same sat saw second short show side sigh size slow small smile soft somebody someone
+                something sort sorts sound sounds spring start starts state stood story then there thing things third thought
+                three tight time times today together told tomorrow too took top tried tummy turn two very walk walked wanted
+                warm way ways week weeks went while wish world year years yesterday young""".split())
+
+# Nouns that are something else as often.
+BOTH = set("""answer arch award back balance bank bare bargain bark bat battle beam bear beat block blow board book boot border
+               bottle box brush bubble bug button cage calm camp can card chalk change charm chase cheer chip chorus circle claw
+               close cloud coat code cold color comb cook cool copy cough count cover crack crawl crew cross crowd cry cup curl
+               current curse cut dam dance dark date doctor dream dress drop drum duck dust escape exam face fall farm fast fear
+               fight fine fire fish fit flash flat fly fun glow glue gold grow guard guide hail hand handle harvest hatch head
+               heap heel help hide hollow home hook hope hose host howl hug hunt ice iron itch jail jam joke judge juice jump kick
+               kind kiss knit knock knot label land lap last laugh leaf leak lecture lie lift light like line list litter lock
+               long loop lump mail march mark mask match mean mess milk mind mine mint mist mistake model mop nail name nap nest
+               net note oil order pack page pail pain paint pan paper park patch pedal pet pin pine pit plain plan plant plate
+               play plot pocket point poison polish pool port post pot powder power prank present press print promise pump quarrel
+               question queue race rail report rescue rest reward rhyme ride ring roar rock rope round row ruin rule rumor rush
+               safe sail sand saw scar score scratch seal seat second shade shake shape sharp shell shelter shine ship shiver
+               shock shop short shout show shower shutter sign signal silver sink skate sled slide slope smell smile smoke snack
+               sneeze snore sound spare spark spell spill splash spot spring sprout squash squeak stage stain stall stamp steam
+               step stick still sting stitch stone store storm story stretch surf surface swallow swap swing table tail tap task
+               taste team tear test thread tie tin toast top touch trace track trade train trap treat tremble trick trip trouble
+               tube tune turn twin view visit voice walk warning watch wave weed well whisper whistle will wind winner wish wonder
+               work wound wreck wrinkle yard""".split())
+
+
+# What may stand before a sentence and is left out where it is told again.
+LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yesterday) (?!was|is)|(?:Suddenly|Then|One \w+|One \w+ \w+|"
+                     r"Once upon a time|Long ago|That \w+|The next \w+|In the end), |One (?:day|morning|evening|night) )+")
 
 # The words that have their capital only from the beginning of a sentence.
 STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody
@@ -336,8 +398,104 @@ STARTS = set("""a above across after all along an another any around at behind b
              nothing of on once one only out outside over she since so some somebody someone something that the their them there they this
              three through two under until up very what with without""".split())
 
+# An end that is none where more follows.
+ENDED = re.compile(r"\s+(?:The end|And then it was time (?:for bed|to sleep)|And that is the end of the story)\.$")
 
-# 4. The cast of a story
+# What is not told again as what once was.
+NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|"
+                      r"While|Until)\b|\b(?:(?:named|called) [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|"
+                      r"[Tt]o(?:day|night|morrow))\b")
+
+
+class Nouns:
+    """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
+    turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
+    only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry."""
+
+    def __init__(self, words):
+        kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns",
+                 "persons")
+        known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
+        self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
+        self.past = {"was", "were", "had", "did", "could", "would",
+                     *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
+        self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
+        self.animals = set(words["animals"])
+        self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"],
+                          *(place for _, place in words["places"])}
+        self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
+        verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
+        self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
+
+    def noticed(self, text, members):
+        """What TEXT speaks of, in its order, once each and with an article: ["the tiger", "his mom", "Grandpa", "the red kite"]; not what is
+        one of the words MEMBERS."""
+        phrases = {}
+        for place, phrase in sorted(self.found(text).items()):
+            noun = re.sub("^(his|her|the) ", "", phrase.lower())
+            if not members & {*noun.split(), self.forms.get(noun)} and not IS_ONE.search(text[:place]):
+                adjective = self.adjective(text[:place]) if phrase.startswith("the ") else ""
+                phrases.setdefault(self.forms.get(noun, noun), f"the {adjective} {phrase[4:]}" if adjective else phrase)
+        return list(phrases.values())
+
+    def adjective(self, text):
+        """The adjective with which TEXT ends, "" if it does not."""
+        last = re.search(r"([a-z-]+) $", text)
+        return last[1] if last and last[1] in self.adjectives else ""
+
+    def parted(self, phrase):
+        """(article, adjective, noun) of what noticed found: ("the", "red", "kite"), ("", "", "Grandpa")."""
+        article, noun = phrase.split(" ", 1) if " " in phrase else ("", phrase)
+        adjective, _, rest = noun.partition(" ")
+        return (article, adjective, rest) if rest and adjective in self.adjectives and noun not in self.forms else (article, "", noun)
+
+    def retold(self, text, names=()):
+        """The last sentence of TEXT as it may follow "it all began when", or None: "the bell would not ring". None of a question, of speech, or
+        of what happens now. NAMES of somebody there may be nouns, too."""
+        unspoken = re.sub(r'"[^"]*([^"])"', r'"\1"', text)                       # of what is said only the end: no sentence of it is the narrator's
+        told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", unspoken)
+                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence)]
+        past = lambda sentence: any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))
+        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and not NOT_PAST.search(sentence) and past(sentence)]
+        if not told:
+            return None
+        first, rest = told[-1].split(" ", 1)
+        small = first.lower() in STARTS or first.lower() in self.forms and first not in names and rest[0].islower()
+        return f"{first.lower() if small else first} {rest}"
+
+    def found(self, text):
+        """{place in TEXT: phrase} of all nouns there."""
+        found = {match.start(2): f"the {match[2]}" for match in NEW_NOUN.finditer(text)
+                 if not re.search("(ed|est|ly)$", match[2]) and match[2] not in self.never and not self.forms.keys() & set(match[1].split())}
+        found |= {match.start(): f"the {match[1].lower()}" for match in re.finditer(r"\b([Rr]ain|[Ss]now)(?:ing|ed)\b", text)}
+        words, last = [match.span() for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)], -1
+        for i, (start, _) in enumerate(words):
+            end = self.end_of_noun(text, words[i:i + 4])
+            if end is not None and start > last:
+                found = {at: phrase for at, phrase in found.items() if not start <= at < end}
+                whose = re.search(r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
+                found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
+                last = end
+        called = list(CALLED.finditer(text))                                    # "Mr. Finch" is no finch
+        found = {at: phrase for at, phrase in found.items() if not any(match.start() <= at < match.end() for match in called)}
+        return found | {match.start(): match[0] for match in called}
+
+    def end_of_noun(self, text, words):
+        """Where the noun ends that begins with the first of WORDS, [(start, end)] in TEXT, or None; two in a row are one: "school bell"."""
+        before, part = text[:words[0][0]], lambda i, j: text[words[i][0]:words[j - 1][1]].lower()
+        n = next((n for n in (3, 2, 1) if n <= len(words) and part(0, n) in self.forms), 0)
+        if text[words[0][0]].isupper() and not re.search(r'(^|[.!?]"?\s+|")"?$', before):
+            return None                                                         # a name: "his dog Salt"
+        if not n or before[-1:] == "'" or part(0, n) in self.doubtful and not ARTICLE.search(before):
+            return None
+        if n < len(words) and part(n, n + 1) in self.forms and text[words[n - 1][1]:words[n][0]] == " ":
+            n += self.forms[part(0, n)] == part(0, n) and part(0, n) not in self.animals
+        if n == 1 and part(0, 1) in self.doubtful and len(words) > 1 and part(1, 2) in self.adjectives:
+            return None                                                         # "the dark green ribbons"
+        return words[n - 1][1]
+
+
+# 5. The cast of a story
 
 PRONOUNS = {"he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
             "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"}}
@@ -484,9 +642,9 @@ class Cast(dict):
             cast.verbs = another.verbs
         return cast
 
-    def pair(self, kin=True):
-        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters", or for "three foxes" or "foxes", of
-        which a third is only named; only when both have names. Without KIN for no "two sisters", as where they only meet."""
+    def pair(self, more=False, kin=True):
+        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names. With MORE
+        also for "three foxes" or "foxes", of which a third is only named; without KIN for no "two sisters", as where they only meet."""
         hero, friend = self.characters["hero"], self.characters["friend"]
         if not may_be_two(hero, friend):
             return
@@ -496,7 +654,7 @@ class Cast(dict):
             kinds = self.rng.choice([kinds, "children", "friends"] + [plural(sibling), plural(sibling), "little " + plural(sibling)] * kin)
             friend.bond = sibling if sibling in kinds else "friend"
         self["pair"] = f"two {kinds}"
-        if self.rng.random() < 0.4:
+        if more and self.rng.random() < 0.4:
             self["pair"] = self.rng.choice([f"three {kinds}", f"three {kinds}", kinds])
             self["third"] = self.rng.choice([name for name in self.grammar.words["pet names"] if name not in (hero.name, friend.name)])
 
@@ -643,22 +801,30 @@ def draw_helper(words, rng, characters):
     return Character(rng.choice(words["helpers"]), None, rng.choice(["he", "she"]))
 
 
-# 5. Tales
+# 6. Tales
 
 class Tale:
     """What tales/*.txt says of one tale; all texts parsed."""
 
     def __init__(self, name):
         self.name, self.needs, self.about, self.lists = name, [], [], {}
-        self.ask, self.start, self.open, self.questions, self.body = [], [], [], [], []
+        self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
+        self.ask, self.start, self.open, self.event, self.questions, self.body = [], [], [], [], [], []
         self.tells = []                             # phrases for what it is about, each of this tale alone: "something lost and found again"
-        self.after = None                           # a pattern of what is said of a hero, which is told by this tale and no tale of a fact
+        # Patterns of a foreign beginning: what it answers there, surely or perhaps, and what tells already what `start` would tell.
+        self.after = {"after": None, "near": None, "told": None}
         self.does = []                              # parsed verb phrases for what the hero does in it: "lose a {thing.noun}"
+        self.only_there = False                     # whether it goes on from no other
         self.deed_is = None                         # "wished" or "known": whether its hero would like to learn the deed, or does it
 
-    def answers(self, text):
-        """Whether TEXT has a word of `after`."""
-        return bool(self.after and self.after.search(text))
+    def answers(self, text, key):
+        """Where TEXT has the last of the words of KEY, a key of `after`; -1 if it has none."""
+        return max((match.end() for match in self.after[key].finditer(text)), default=-1) if self.after[key] else -1
+
+    @functools.cached_property
+    def body_text(self):
+        """Its body in one text, "x" for each slot."""
+        return " ".join(map(literal, self.body))
 
     def texts(self):
         """All slots of what follows an opening."""
@@ -667,6 +833,12 @@ class Tale:
     @functools.cached_property
     def introduces_friend(self):
         return "a friend" in self.texts()
+
+    @functools.cached_property
+    def brings(self):
+        """The members that it introduces or chooses itself, so that no foreign opening may give them to it."""
+        return ({"friend"} if self.introduces_friend or "friend" in self.lists else set()) | (
+            {"thing"} if self.thing_is_new or "thing" in self.lists else set())
 
     @functools.cached_property
     def members(self):
@@ -697,6 +869,8 @@ def read_tales(path, grammar):
                     body = None
             if key.startswith("rule "):
                 grammar.rules[key[5:].strip()].append(parse(value))
+            elif key.startswith("opening "):
+                grammar.openings.append(Opening(key.split()[1:], parse(value)))
             elif line.startswith(("tale ", "thread ")):
                 sort, name = line.split(maxsplit=1)
                 known, make = (grammar.tales, Tale) if sort == "tale" else (grammar.threads, Thread)
@@ -711,15 +885,19 @@ def read_tales(path, grammar):
                 body = []
             elif key in ("needs", "about"):
                 setattr(tale, key, value.split())
-            elif key == "after":
-                tale.after = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
+            elif key == "thing is new":
+                tale.thing_is_new = True
+            elif key in ("after", "near", "told"):
+                tale.after[key] = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
             elif key == "does":
                 tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
             elif key == "tells":
                 tale.tells += [phrase.strip() for phrase in value.split(";")]
             elif key == "deed is" and value in ("wished", "known"):
                 tale.deed_is = value
-            elif key in ("ask", "start", "open") or key in ("first", "middle", "last") and isinstance(tale, Thread):
+            elif key == "only there":
+                tale.only_there = True
+            elif key in ("ask", "start", "open", "event") or key in ("first", "middle", "last") and isinstance(tale, Thread):
                 getattr(tale, key).append(parse(value))
             elif key == "q" or key.startswith("q "):
                 questions = tale.questions if key == "q" else grammar.questions[key[2:]]
@@ -733,65 +911,63 @@ def read_tales(path, grammar):
             raise ValueError(f"{path.name}:{number}: {error}") from None
 
 
-class Short:
-    """A short tale, of nothing but its beginning: `begin` [Sequence], ways in which a user may write that; `then`, the paragraphs with which
-    each of them goes on; `ask`, what completes "Tell me a story about"; `lists` {slot: [what it may be, ...]}, for hero, friend and other the
-    kinds."""
+class Opening:
+    """A beginning that stands in no tale: `text` with the slots it uses, `gender` and `kind` of its hero (None: anybody),
+    `friend` its friend's gender or None, `pair` whether hero and friend are two of a kind, `nameless` whether it does not even name them.
+    `tale`: the Tale that it leads to, where it is one of that tale's own beginnings, told as if a user had written it."""
 
-    def __init__(self, name):
-        self.name, self.begin, self.ask, self.then, self.lists = name, [], [], [], {}
-        self.about, self.does, self.questions, self.deed_is = [], [], [], None      # as of a Tale that has none
+    def __init__(self, head, text, tale=None):
+        named, self.text, self.tale = roots(text), text, tale
+        self.gender, self.kind, self.friend = (head + [None, None])[:3]
+        self.pair, self.nameless = "pair" in named, "pair" in named and "hero" not in named
+        self.answered = tale is not None            # whether a tale was chosen for what it speaks of, so that its thing is the tale's
+        self.slots = named & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"} | ({"friend"} if self.pair else set())
 
-    @functools.cached_property
-    def needs(self):
-        """What matters in it: those of its people and lists whom a beginning may name."""
-        named = {slot for text in self.begin for slot in roots(text)} - PRONOUNS["he"].keys()
-        return [slot for slot in (*ROLES, *self.lists) if slot in named]
-
-    @property
-    def members(self):
-        """Slots of all who have a part in it."""
-        return self.lists.keys()
+    def drawn(self, grammar, rng):
+        """This opening with its alternatives drawn: only its slots are open."""
+        return Opening([self.gender, self.kind, self.friend], settled(grammar, self.text, rng), self.tale)
 
     @functools.cached_property
-    def says(self):
-        """All slots of its texts, in their forms."""
-        return {slot for text in (*self.begin, *self.then, *self.ask) for slot in slots(text)}
+    def speaks_of(self):
+        """The members that are no slots of it, but that it gives to a tale: {"thing"} for "She had a red ball"."""
+        return {"thing"} if re.search(HOLDS + " an? ", literal(self.text)) else set()
+
+    def members(self, cast):
+        """The words for those of CAST whom it names."""
+        says_kind = self.kind or {"a hero", "hero.kind"} & set(slots(self.text))
+        names = cast.said(sorted(self.slots - {"clause"})) + (cast.said(["hero"]) if says_kind else [str(cast.characters["hero"])])
+        return {word.lower() for name in names for word in name.split()}
+
+    def brought_by(self, tale):
+        """The members that TALE brings itself: of one that answers this opening all but the thing, which is the opening's."""
+        return set() if self.tale else tale.brings - ({"thing"} if self.answered else set())
+
+    def clashes(self, tale):
+        """The members that TALE brings itself, so that those of this opening must be others."""
+        return self.brought_by(tale) & (self.slots | self.speaks_of)
+
+    def characters(self, grammar, rng, lists):
+        """Characters for the cast, hero and friend as the text has them; with names where it says both name and
+        kind, as in "a fox named Pip"."""
+        words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
+        if self.kind is None:
+            while {"hero", "hero.kind"} <= set(slots(self.text)) and not characters["hero"].name:       # "a fox named the fox"
+                characters = draw_characters(words, rng, lists)
+            while self.pair and not may_be_two(characters["hero"], characters["friend"]):
+                characters = draw_characters(words, rng, {})
+            entitle(words, rng, characters["hero"], 0.0 if self.pair else 0.12)
+            return characters
+        kind = rng.choice(words["animals"]) if self.kind == "animal" else self.kind.replace("-", " ")
+        characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
+        if self.friend:
+            characters["friend"] = Character({"he": "boy", "she": "girl"}[self.friend], draw_name(words, rng, self.friend, 0.0), self.friend)
+        for one in characters.values():
+            one.owner = one.owner and characters["hero"]
+        return characters
 
 
-ROLES = ("hero", "friend", "other")
-
-
-def read_shorts(path, grammar):
-    """Add the short tales of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
-    short, then = None, None
-    for number, line in enumerate([*path.read_text().splitlines(), "short"], 1):
-        key, colon, value = (part.strip() for part in line.partition(":"))
-        try:
-            if line.startswith("#"):
-                continue
-            if line.split(" ")[0] == "short":
-                if then is not None:
-                    short.then = [parse(" ".join(paragraph.split("\n"))) for paragraph in re.split(r"\n\s*\n", "\n".join(then).strip())]
-                if short and not (short.begin and short.ask and short.then):
-                    raise ValueError(f"short {short.name}, before this line: wanted begin, ask and then")
-                name, then = line[6:].strip(), None
-                if name in grammar.shorts:
-                    raise ValueError(f"a second short named {name}")
-                if name:
-                    short = grammar.shorts[name] = Short(name)
-            elif then is not None:
-                then.append(line)
-            elif colon and short and key == "then":
-                then = [value]
-            elif colon and short and key in ("begin", "ask"):
-                getattr(short, key).append(parse(value))
-            elif colon and short and re.fullmatch(r"[a-z]+\d?", key):
-                short.lists[key] = [entry.strip() for entry in value.split(",") if entry.strip()]
-            elif line.strip():
-                raise ValueError(f"not understood: {line[:60]!r}")
-        except ValueError as error:
-            raise ValueError(f"{path.name}:{number}: {error}") from None
+# The slots for who is named in a beginning and is neither hero nor friend.
+FURTHER = ("name", "user", "made-up name")
 
 
 def fact(clause, hero):
@@ -815,26 +991,33 @@ class Story:
     Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `did` whether
     it asked for the tale by what the hero does, `done` the members that this deed named ("lose a kite"); `titled` whether the hero's
     name must be named, too.
-    `continues` whether it goes on from a beginning that a user has written, `begun` (else "")."""
+    `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
+    text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases."""
 
-    def __init__(self, grammar, tale, rng, characters=None, threads=(), extra=None, invent=False, pair=False):
+    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False, pair=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
         second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up; with PAIR hero and friend are two of
         a kind, where they can. Raises ValueError after 50 tries."""
-        self.grammar, self.tale, self.rng, self.continues, self.begun, self.done, self.did = grammar, tale, rng, False, "", set(), False
+        self.grammar, self.tale, self.rng, self.foreign, self.done, text = grammar, tale, rng, opening is not None, set(), ""
+        self.own, self.did = opening is not None and opening.tale is tale, False
         for _ in range(50):
-            self.cast = Cast(grammar, tale, rng, characters)
+            if opening:
+                characters = opening.characters(grammar, rng, tale.lists)
+            self.cast = self.opened = Cast(grammar, tale, rng, characters)
             hero, friend = (self.cast.characters[role] for role in ("hero", "friend"))
-            self.titled = not characters and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
-            if pair and not (characters or self.titled or "friend" in tale.lists) and "friend" in tale.needs:
-                self.cast.pair(kin=not tale.introduces_friend)
+            self.titled = not (opening or characters) and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
+            if opening.pair if opening else pair and not (characters or self.titled or "friend" in tale.lists) and "friend" in tale.needs:
+                self.cast.pair(more=not opening, kin=not tale.introduces_friend)
             if invent:
                 self.cast.invent()
+            if opening and opening.slots & opening.clashes(tale):
+                self.cast = self.opened.other(opening.slots & opening.clashes(tale))
+            self.adopted = set()
             self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
-            self.threads = self.weave(threads)
+            self.threads = self.take_up(opening) if opening else self.weave(threads)
             self.extra = [(extra, self.cast.other({extra}))] if extra and tale.start else []
-            if "fact" in tale.needs:
-                self.cast["clause"] = self.other_clause()
+            if "fact" in tale.needs and not opening:
+                self.cast["clause"] = self.foreign_clause()
                 self.cast["fact"] = fact(self.cast["clause"], self.cast["hero"])
                 self.must.append(("clause", self.cast))
             self.must += [(slot, self.cast) for slot, _ in self.extra if slot in tale.needs and (slot, self.cast) not in self.must]
@@ -843,11 +1026,11 @@ class Story:
             if grammar.held_out.refuses(said):
                 characters = None
                 continue
-            self.tell()
-            self.text = tidy(self.text)
-            if not repeats(self.text):
+            self.tell(opening)
+            self.text = text = tidy(self.text)
+            if not repeats(text):
                 return
-        raise ValueError(f"tale {tale.name}: always repeats a sentence, or is held out")
+        raise ValueError(f"tale {tale.name}: always repeats {repeats(text)!r}, or is held out")
 
     def weave(self, threads):
         """[(Thread, cast)] for those of THREADS that the tale can take up: on a member that it lacks, or on a second friend or thing. Then
@@ -856,7 +1039,7 @@ class Story:
         for thread in threads if self.tale.start else ():
             slot = thread.needs[0]
             if slot == "clause":
-                self.cast["clause"] = self.other_clause()
+                self.cast["clause"] = self.foreign_clause()
             if not used & set(thread.needs):
                 woven.append((thread, self.cast.other({"deed"}) if slot == "deed" else self.cast))
                 used |= set(thread.needs)
@@ -870,23 +1053,152 @@ class Story:
         """A text of RULE on the hero and on things that are not of this story: "who glows in the dark"."""
         return tidy("-" + self.grammar.expand_rule(rule, Cast(self.grammar, None, self.rng, self.cast.characters), self.rng))[1:]
 
-    def other_clause(self):
+    def foreign_clause(self):
         """A clause on the hero that no other tale answers: "who gets stuck" is not told of in passing. In a tale of a fact, one that tells it."""
         for _ in range(50):
             clause = self.clause(self.rng.choice(["clause", "clause", "clause", "past clause"]))
-            owners = [tale for tale in self.grammar.plain_tales if tale.answers(clause)]
+            owners = [tale for tale in self.grammar.plain_tales if tale.answers(clause, "after") >= 0]
             if (not owners or self.tale in owners) and ("fact" not in self.tale.needs or fact(clause, "")):
                 return clause
         raise ValueError(f"tale {self.tale.name}: no clause for it")
 
-    def tell(self):
+    def begin(self, opening):
+        """Expand OPENING into `begun`, now and then with a word more on what it speaks of; which is returned, as Nouns.noticed gives it."""
+        cast, rng, grammar = self.opened, self.rng, self.grammar
+        if "clause" in opening.slots:
+            cast["clause"] = self.clause("past clause")
+        self.begun = tidy(grammar.expand(opening.text, cast, rng))
+        noticed = grammar.nouns.noticed(self.begun.replace(cast.get("clause", "\n"), ""), opening.members(cast))
+        retold = grammar.nouns.retold(self.begun, [one.name for one in cast.characters.values()])
+        cast["retold"] = retold and re.sub("^they ", f"{cast['hero']} and {cast['friend']} " if "friend" in opening.slots else "they ",
+                                           re.sub(f"^{cast['he']} ", f"{cast['hero']} ", retold))
+        further = [cast[slot] for slot in FURTHER if slot in slots(opening.text)]
+        noticed += [name for name in further if name not in " ".join(noticed).split()]
+        if not self.own and rng.random() < 0.2:
+            known = [f"the {name}" for name in cast.names("thing")[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
+            if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
+                cast["again"] = rng.choice(nouns)
+                self.begun += " " + tidy(grammar.expand_rule("again", cast, rng))
+        return noticed
+
+    def at(self, phrase):
+        """Where `begun` has the noun of PHRASE, "the red kite", first, or the verb of "the wish to swim"."""
+        wish = phrase.removeprefix("the wish to ")
+        return self.begun.lower().find((wish if wish != phrase else re.sub(r"^(?:.*'s|[^ ]+) (?=.)", "", phrase)).lower())
+
+    def take_up(self, opening):
+        """Begin with OPENING, foreign to the tale, and `keep` all that it names, in its order: as the tale's own thing, friend and place where
+        it can, first of all what stands next to the word that the tale answers; else in threads, [(Thread, cast)]. The cast's slot "kept"
+        lists it."""
+        seen, cast, rng, grammar = self.begin(opening), self.opened, self.rng, self.grammar
+        if "fact" in self.tale.needs:
+            if not cast["retold"]:
+                raise ValueError(f"tale {self.tale.name}: {self.begun!r} tells no fact")
+            self.cast["fact"] = re.sub(r"\bhad (?=[a-z]+ed\b)", "", cast["retold"])
+        event = max(self.tale.answers(self.begun, "after"), self.tale.answers(self.begun, "near")) if opening.answered else 0
+        if not self.own:
+            for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
+                if self.adopts(phrase, opening):
+                    seen.remove(phrase)
+            self.adopts_place(opening)
+        seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][-6:]
+        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
+        threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
+        if wish := self.wish(opening):
+            cast["wish"] = wish
+            threads.append((grammar.thread_on("wish", rng), cast))
+        # What the tale speaks of anyway is there, and not remembered.
+        if passed := [phrase for phrase in seen if not re.search(rf"\b{re.escape(phrase.split(' ')[-1])}\b", self.tale.body_text)]:
+            cast["seen"] = listed(passed, ",")
+            threads.append((grammar.threads["noticed"], cast))
+        if not self.own and rng.random() < 0.95 and cast["retold"] and not A_STATE.match(cast["retold"]) \
+                and not wish and "fact" not in self.tale.needs:
+            threads.append((grammar.threads["how-it-began"], cast))
+        named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
+        phrases = [each.recalled(slot, self.begun) for slot, each in named]
+        phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen
+                    if not wish or phrase.split(" ")[-1] not in wish] + [f"the wish to {wish}"] * bool(wish)
+        self.keep = sorted(dict.fromkeys(phrases), key=self.at)
+        self.cast["hero in full"] = cast.recalled("clause" if "clause" in opening.slots else "hero", self.begun)
+        self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
+        return threads
+
+    def wish(self, opening):
+        """What the hero wants to do, or cannot, in a beginning that has no slot for it: "go swimming"; None if it does not say."""
+        hero = self.opened.characters["hero"]
+        alone = "friend" not in opening.slots and not opening.friend
+        who = "|".join([re.escape(hero.name or hero.kind), rf"[Tt]he (?:[a-z]+ )?{re.escape(hero.kind)}", *[hero.gender, hero.gender.title()] * alone])
+        match = None if {"deed", "job"} & opening.slots else re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
+        return match[1] if match and not NO_WISH.search(match[1]) else None
+
+    def has_told(self, opening):
+        """Whether a foreign beginning has told already what the tale's start would tell as new, and of the tale's own thing: "Mia found a gem"."""
+        its_thing = "thing" in self.adopted | opening.slots - opening.clashes(self.tale)
+        unsaid = not any("thing" in roots(start) for start in self.tale.start)
+        return opening.answered and (its_thing or unsaid) and self.tale.answers(self.begun, "told") >= 0
+
+    def adopts(self, phrase, opening):
+        """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
+        thing of a tale that answers the beginning may be any, also a goat that ran away, else what the hero has."""
+        words, nouns, forms = self.grammar.words, self.grammar.nouns, self.grammar.nouns.forms
+        article, adjective, noun = nouns.parted(phrase)
+        open_to = self.tale.members - opening.brought_by(self.tale) - opening.slots - self.adopted
+        family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
+        being = family or forms.get(noun, noun) in nouns.animals
+        if (noun in nouns.no_things and noun not in self.tale.lists.get("thing", ()) or noun in words["creatures"] and noun not in words["things"]
+                or re.search(rf"\bhad (?:none|no {re.escape(noun)})\b", self.begun)):
+            return False
+        somewhere = re.search(r"(?i)\b(?:in|on|under|at|near|behind|into|from|to|by|over|through) (?:the|an?|his|her) (?:[a-z]+ )?$",
+                              self.begun[:max(0, self.begun.lower().find(noun.lower()))])
+        held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
+        strayed = re.search(rf"\b(?:lost .*{noun}|{noun} (?:\w+ ){{1,2}}(?:away|gone|lost|missing)|{noun} disappeared)\b", self.begun)
+        one = forms.get(noun, noun) == noun and not (noun.endswith("s") and noun[:-1] in forms)
+        singular = article and one and noun in forms and noun not in words["nouns"] and noun not in words["foods"]
+        answered = opening.answered and not somewhere and (not being or strayed) and singular
+        at, event = self.at(phrase), self.tale.answers(self.begun, "after")
+        its_sort = "thing" not in self.tale.lists or forms.get(noun, noun) in self.tale.lists["thing"] or event >= 0 and -len(phrase) - 8 < at - event < 8
+        if (family or noun in nouns.animals) and "friend" in open_to:
+            gender = family or self.rng.choice(["he", "she"])
+            self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
+            self.adopted.add("friend")
+        elif "thing" in open_to and its_sort and not family and (held and one and not being or answered):
+            self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
+            self.adopted.add("thing")
+        else:
+            return False
+        return True
+
+    def adopts_place(self, opening):
+        """Let the tale happen where a foreign beginning does: "in the forest"."""
+        if "place" in opening.slots or "place" in self.tale.lists:
+            return
+        where = r"\b(?i:in|at|on|to|near|behind|under|inside|outside|into|from|of|beside|by|through|around|across|along|over) (?:the|a|an|his|her|their|my|our|your|[A-Z]\w+'s) ((?:[a-z]+ )?[a-z]+)\b"
+        for place in re.findall(where, self.begun):
+            known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0], place.split()[-1])]
+            if known and known[0][1] not in (self.cast.thing, self.opened.thing):
+                self.cast.place = known[0]
+                self.adopted.add("place")
+                return
+
+    def tell(self, opening):
         """Make `text` of an opening, the tale's body, and what the threads put between."""
         grammar, tale, rng = self.grammar, self.tale, self.rng
         expand = lambda texts: grammar.expand(rng.choice(texts), self.cast, rng)
         self.cast["tells"] = rng.choice(tale.tells)
         beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
                                if getattr(thread, place)]
-        if tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
+        if opening:
+            hero = self.opened.characters["hero"]
+            unnamed = hero.name and not opening.nameless and hero.name.split()[-1] not in self.begun
+            bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
+            bridge += [f"The name of the {hero.kind} was {hero.name}."] * bool(unnamed)
+            bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
+            bridge.append(grammar.expand_rule("tells", self.cast, rng))
+            gap = rng.choice([" ", "\n\n"])
+            if not (self.own or self.has_told(opening)):
+                bridge.append(expand(tale.start))
+            begun = [self.begun + gap + " ".join(bridge)]
+        elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
             begun = [expand(tale.open)]
         else:
             begun = [grammar.expand_rule("intro", self.cast, rng), *beats("first"), expand(tale.start)]
@@ -901,7 +1213,9 @@ class Story:
                 at, half = free.pop(rng.randrange(len(free))), (len(thread.middle) + 1) // 2
                 lines = thread.middle[:half] if at < len(paragraphs) // 2 else thread.middle[-half:]    # so none is told early and late
                 paragraphs[at] += " " + grammar.expand(rng.choice(lines), cast, rng)
-        last = beats("last")
+        if opening:
+            self.cast["kept"] = listed(list(dict.fromkeys([self.cast["hero in full"], *self.keep])), ",")
+        last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and rng.random() < 0.97 else [])
         if last:
             paragraphs[-1] = ENDED.sub("", paragraphs[-1])
             paragraphs.append(" ".join(last))
@@ -917,115 +1231,7 @@ class Story:
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
 
 
-class ShortStory(Story):
-    """A short tale told: behind a beginning that a user has written, or, asked for, with one of its own."""
-
-    def __init__(self, grammar, short, rng, continues, named=False):
-        """Draw until no sentence occurs twice and the held-out requests stay fresh; NAMED: with a beginning whose first word is a slot. Raises
-        ValueError after 50 tries, IndexError where no beginning is."""
-        self.grammar, self.tale, self.rng, self.continues = grammar, short, rng, continues
-        self.did, self.done, self.titled, self.threads, self.extra, self.must, self.told = False, set(), False, [], [], [], []
-        begins = [text for text in short.begin if not named or isinstance(text[0], Slot)]
-        for _ in range(50):
-            self.cast = self.draw_cast()
-            begun = self.begin(rng.choice(begins))
-            then = [tidy(grammar.expand(paragraph, self.cast, rng)) for paragraph in short.then]
-            if continues:
-                begun, *then = exchanged([begun, *then], grammar, rng)
-            self.text = begun + rng.choice([" ", " ", "\n\n"]) + "\n\n".join(then)
-            self.begun, self.length = begun if continues else "", len(begun) + len(then[0]) // 2
-            if not repeats(self.text) and not grammar.held_out.refuses(self.cast.said(short.needs)):
-                return
-        raise ValueError(f"short {short.name}: always repeats {repeats(self.text)!r}, or is held out")
-
-    def begin(self, text):
-        """The beginning TEXT told; one that does not say what its hero is begins with that, always in answer to a request."""
-        grammar, rng = self.grammar, self.rng
-        begun = grammar.expand(text, self.cast, rng)
-        told_by_one = re.search(r"\b(I|[Mm]y|[Ww]e|[Oo]ur)\b", re.sub(r'"[^"]*"', "", begun))             # "my friend Pip": who tells it is no Pip
-        if not told_by_one and "hero" in self.tale.lists and "a hero" not in slots(text) and rng.random() < (0.25 if self.continues else 1):
-            begun = grammar.expand_rule("meet", self.cast, rng) + " " + begun
-        return tidy(begun)
-
-    def draw_cast(self):
-        """A Cast of the short tale: its people of the kinds that it names, no two alike, and an entry of each of its lists, or another."""
-        alike = lambda one, other: one.name[:2] == other.name[:2] if one.name and other.name else one.kind == other.kind
-        for _ in range(1000):
-            people = [self.draw_person(role) for role in ROLES]
-            if not any(alike(one, other) for one, other in itertools.combinations(people, 2)):
-                break
-        else:
-            raise ValueError(f"short {self.tale.name}: hero, friend and other are always alike")
-        characters = dict(zip(ROLES, people))
-        characters["helper"] = draw_helper(self.grammar.words, self.rng, characters)        # of a later story about the same hero
-        cast = Cast(self.grammar, None, self.rng, characters)
-        cast.adjective = ""
-        for slot, entries in self.tale.lists.items():
-            if slot not in ROLES:
-                cast[slot] = self.another(slot, entries) if self.rng.random() < 0.12 else self.rng.choice(entries)
-        cast.thing = cast.get("thing", cast.thing)
-        return cast
-
-    def another(self, slot, entries):
-        """What stands in none of the ENTRIES of SLOT, or in no language, so that any word may come: a thing, an animal, or a place of the same
-        preposition; else one of them."""
-        words, rng = self.grammar.words, self.rng
-        sort, prepositions = slot.rstrip("0123456789"), {preposition for preposition, place in self.grammar.words["places"] if place in entries}
-        if any(entry.endswith("s") for entry in entries) or sort not in ("thing", "toy", "animal", "place"):
-            return rng.choice(entries)
-        if sort == "place":
-            return rng.choice([place for preposition, place in words["places"] if prepositions == {preposition}] or entries)
-        if rng.random() < 0.4:
-            return made_up_noun(words, rng)
-        return rng.choice([noun for noun in words["animals" if sort == "animal" else "things"] if not noun.endswith("s")])
-
-    def draw_person(self, role):
-        """A Character for ROLE, of one of its kinds, of which "any", "child" and "animal" stand for many; a hero who may be several animals is
-        now and then another one. With a name, mostly, and always where the tale says the kind besides."""
-        words, rng, kinds = self.grammar.words, self.rng, self.tale.lists.get(role, ["any"])
-        kind = rng.choice(kinds)
-        if role == "hero" and len(kinds) > 1 and set(kinds) <= set(words["animals"]) and rng.random() < 0.2:
-            kind = "animal"
-        if kind == "any":
-            kind = rng.choice(["child", "child", "animal", "animal", "creature"])
-        kind = rng.choice({"child": ["boy", "girl"], "animal": words["animals"], "creature": words["creatures"]}.get(kind, [kind]))
-        sexes = [sex for sex in PRONOUNS if kind in (*words[f"{sex} people"], *words[f"{sex} family"])]       # boys and girls are among them
-        gender = SEX.get(kind) or rng.choice(sexes or list(PRONOUNS))
-        named = kind in ("boy", "girl") or f"{role}.kind" in self.tale.says or rng.random() < 0.85
-        return Character(kind, draw_name(words, rng, gender, 0.0 if sexes else 0.4) if named else None, gender)
-
-    def asked_for(self):
-        """(a request for it, its text), which first says what it is about, and at times last."""
-        cast, rng = self.cast, self.rng
-        cast.asking, cast.asked = self.text, {}
-        try:
-            topic = tidy("-" + self.grammar.expand(rng.choice(self.tale.ask), cast, rng))[1:]
-            listed = [slot for slot in self.tale.needs if self.matters(slot)]
-            if rng.random() < 0.25 and listed:
-                asked, _ = by_words(self)
-            else:
-                asked = informal(tidy(ask(self, topic)[0]), rng)
-        finally:
-            cast.asking = None
-        cast["topic"], cast["kept"] = topic, re.sub("^an? ", "the ", topic)
-        end = rng.choice([" ", "\n\n"]) + tidy(self.grammar.expand_rule("closing short", cast, rng)) if rng.random() < 0.2 else ""
-        return asked, tidy(self.grammar.expand_rule("echo", cast, rng)) + " " + self.text + end
-
-def exchanged(parts, grammar, rng):
-    """The PARTS of a story, [beginning, paragraph, ...], in which now and then a noun of the beginning that comes again is another of its list,
-    throughout: so that a noun is copied from the beginning, not known by heart."""
-    words = lambda text: set(re.findall(r"(?<![-'])\b[a-z]{3,}\b(?!['-])", text))
-    alone = set(re.findall(r"\b(?:an?|the|his|her|my|our|their) ([a-z]+)(?=[.,!?;]| (?:in|on|at|of|and|to|from|was|is|that|had|would|could)\b)", parts[0]))
-    for noun in sorted(alone & words(" ".join(parts[1:])) & grammar.sort_of.keys()):
-        other = rng.choice(grammar.words[grammar.sort_of[noun]])
-        if rng.random() < 0.1 and not words(other) & words(" ".join(parts)):
-            for old, new in (rf"\b([Aa])n? {noun}\b", rf"\1 {other}"), (rf"\b{noun}\b", other), (rf"\b{plural(noun)}\b", plural(other)):
-                parts = [re.sub(old, new, part) for part in parts]
-            parts = [an(part) for part in parts]
-    return parts
-
-
-# 6. Requests for a story, and questions about it
+# 7. Requests for a story, and questions about it
 
 def request(story):
     """(what a user says to get STORY, its topic): the tale's own phrase, a thread's or a general one, and all else that must be named
@@ -1180,8 +1386,16 @@ def ask(story, topic):
         if rng.random() < 0.15 and re.fullmatch(rf"an? (little )?{re.escape(hero.kind)}", clause[1]):
             return grammar.expand_rule("ask for one", cast, rng), False
         return grammar.expand_rule("ask scene", cast, rng), False
-    about_any = [rule for rule in grammar.rules["ask story"] if "hero" in story.tale.members or "hero" not in roots(rule)]     # "I like bears"
-    return grammar.expand(rng.choice(about_any), cast, rng), False
+    return grammar.expand_rule("ask story", cast, rng), False
+
+
+def settled(grammar, text, rng):
+    """A parsed TEXT with its alternatives and rules drawn: a Sequence of str and Slot."""
+    out = Sequence()
+    for piece in text:
+        out += (settled(grammar, rng.choice(piece), rng) if isinstance(piece, Choice)
+                else settled(grammar, rng.choice(grammar.rules[piece]), rng) if isinstance(piece, Rule) else [piece])
+    return out
 
 
 def literal(text):
@@ -1242,12 +1456,11 @@ def questions(story):
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     nameless = {"hero": "nameless", "friend": "nameless friend"}
     asked = lambda slot, each: nameless[slot] if slot in nameless and not each.characters[slot].name else slot
-    known = [("not there", cast)] + [(asked("hero", cast), cast)] * ("hero" in story.tale.members)
-    needs = [slot for slot in story.tale.needs if slot != "place" or not isinstance(story, ShortStory)]     # there it is no place to be at
-    members = dict.fromkeys([(slot, cast) for slot in needs] + story.must)
+    known = [(asked("hero", cast), cast), ("not there", cast)]
+    members = dict.fromkeys([(slot, cast) for slot in story.tale.needs] + story.must)
     known += [(asked(slot, each), each) for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
     known += [("did", cast)] * 2 * story.did
-    if "thing" in needs:
+    if "thing" in story.tale.needs:
         known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
     for name, each in known * 2:
         if name in grammar.questions and not (name == "not there" and cast["animal"] in story.text):
@@ -1263,7 +1476,7 @@ def questions(story):
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
 
 
-# 7. Talk: greetings, facts, what it does not know, names and moods
+# 8. Talk: greetings, facts, what it does not know, names and moods
 
 class Facts:
     """Pairs of one kind: `pairs` [(X, Y)], `ask` and `say` texts in which X and Y stand for a pair's sides."""
@@ -1447,7 +1660,7 @@ class Speaker:
         return joint.join(filter(None, [word(first), answer] if self.rng.random() < 0.5 else [answer, word(last)]))
 
 
-# 8. Documents
+# 9. Documents
 
 # A document is a list of strings, by turns such as are only read (a question) and such as are learned (its answer); together they are
 # its text.
@@ -1461,15 +1674,9 @@ def chat(turns, system=None):
     return pieces
 
 
-# How many of the stories that are asked for are short ones.
-SHORT = 0.45
-
-
 def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
-    made-up nouns, or is a short one."""
-    if asked and characters is None and grammar.shorts and rng.random() < SHORT:
-        return short_told(grammar, rng, continues=False)
+    made-up nouns."""
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -1486,25 +1693,60 @@ def tell(grammar, rng, characters=None, asked=True):
             continue
 
 
-def short_told(grammar, rng, continues, named=False):
-    """A ShortStory of any short tale."""
-    shorts = list(grammar.shorts.values())
+def continued(grammar, rng, named=False):
+    """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own. NAMED: one whose
+    first word is a slot."""
     while True:
+        if rng.random() < 0.4:
+            opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
+        else:
+            opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
+        if named and not isinstance(next(filter(None, opening.text)), Slot):
+            continue
+        tales = [opening.tale] if opening.tale else answering(grammar, opening, rng)
+        opening.answered = bool(tales)
+        if not tales and rng.random() < 0.6:
+            tales = grammar.fact_tales
         try:
-            return ShortStory(grammar, rng.choice(shorts), rng, continues, named)
+            return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
             continue
 
 
-def continued(grammar, rng, named=False):
-    """A story that goes on from a beginning; NAMED: from one whose first word is a slot."""
-    return short_told(grammar, rng, continues=True, named=named)
+def beginning_of(tale, grammar, rng):
+    """An Opening that leads to TALE: one of its own, or an introduction of the hero and a start, or one as plain people write it."""
+    texts = [rng.choice(tale.open or tale.event)]
+    texts += [Sequence([Rule("intro"), " ", *rng.choice(tale.start)])] if tale.start else []
+    texts += [Sequence([Rule("met"), " ", *rng.choice(tale.event)])] * 2 if tale.event else []
+    return Opening(["any"], rng.choice(texts), tale).drawn(grammar, rng)
+
+
+def answering(grammar, opening, rng):
+    """The tales whose words ("gone", "stuck") OPENING has last, [] if none has any, and in one of ten."""
+    text, brought = literal(opening.text), opening.slots | {"food"}
+    tales = [tale for tale in grammar.plain_tales if tale.start and {slot for slot in tale.needs if slot in SPECIAL} <= brought]
+    for key in "after", "near":
+        at = {tale.name: tale.answers(text, key) for tale in tales}
+        last = max(at.values())
+        if last >= 0:
+            return [tale for tale in tales if at[tale.name] == last] if rng.random() < 0.9 else []
+    return []
+
+
+def fitting(grammar, opening, rng):
+    """The tales that have parts for all that OPENING gives them, or at least for its slots."""
+    fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
+                                  and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
+    spoken = {grammar.nouns.parted(phrase)[2] for phrase in grammar.nouns.noticed(literal(opening.text), set())}
+    given = opening.speaks_of | ({"thing"} if spoken & set(grammar.words["things"]) else set())
+    tales = [tale for tale in grammar.plain_tales if tale.start and not tale.only_there]
+    return next(filter(None, ([tale for tale in tales if fits(tale, members)] for members in (opening.slots | given, opening.slots, set()))))
 
 
 def story_turn(story, speaker):
     """(what the user asks, the story): by topic, by words, or by a beginning to be continued."""
     grammar, rng = story.grammar, story.rng
-    if story.continues:
+    if story.foreign:
         story.cast["opening"] = story.begun
         return tidy(grammar.expand_rule("ask continue", story.cast, rng)), speaker.coat(story.text[len(story.begun):].lstrip(), story=True)
     asked, text = asked_for(story)
@@ -1516,8 +1758,6 @@ def story_turn(story, speaker):
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
     names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
-    if isinstance(story, ShortStory):
-        return story.asked_for()
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
@@ -1558,22 +1798,19 @@ def coda(story, text):
 
 
 def plain_story(grammar, rng):
-    """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is mostly only read; a tale
-    that is no short one begins here as from nothing; now and then a story says first what it is about."""
-    kind = rng.random()
-    if kind < 0.1:
+    """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is only read, but half of those
+    that lead to a tale of ours, which are told as from "Once upon a time"; so is now and then a story that says first what it is about."""
+    if rng.random() < 0.1:
         return ["", asked_for(tell(grammar, rng))[1]]
-    if kind < 0.3:
-        return ["", tell(grammar, rng, asked=False).text]
     story = continued(grammar, rng)
-    begun = "" if rng.random() < 0.2 else story.begun
+    begun = "" if story.own and rng.random() < 0.5 else story.begun
     return [begun, story.text[len(begun):]]
 
 
 def story_chat(grammar, rng):
     """One request and its story; often questions about it, and sometimes a second story, or more."""
     speaker = Speaker(grammar, rng)
-    story = (continued if rng.random() < 0.22 else tell)(grammar, rng)
+    story = (continued if rng.random() < 0.16 else tell)(grammar, rng)
     turns = [story_turn(story, speaker)]
     if rng.random() < 0.5:
         turns += questions(story)[:rng.choice([1, 1, 2, 3])]
@@ -1594,14 +1831,13 @@ def begun(grammar, rng):
     last, nothing, keeps the end of the document from being learned."""
     speaker = Speaker(grammar, rng)
     story = continued(grammar, rng, named=rng.random() < 0.4) if rng.random() < 0.5 else tell(grammar, rng)
-    alone = story.continues and rng.random() < 0.7
-    asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.continues else asked_for(story)
+    alone = story.foreign and rng.random() < 0.7
+    asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
     if rng.random() < 0.5:
-        first = next((end for end in ends if len(text[:end].split()) > 4), ends[-1])
-        asked, text = reworded(asked, text[:first], grammar, rng)
+        asked, text = reworded(asked, text[:ends[0]], grammar, rng)
     else:
-        length = story.length - len(story.begun) if story.continues else ends[1]
+        length = story.length - len(story.begun) if story.foreign else ends[1]
         text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     return [asked if alone else f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", text, ""]
 
@@ -1624,7 +1860,7 @@ def reworded(asked, text, grammar, rng):
             other = rng.choice(grammar.words[rng.choice(["he names", "she names", "pet names"])]) if rng.random() < 0.6 else made_up_name(rng)
             asked, text = (re.sub(rf"\b{word}\b", other, each) for each in (asked, text))
     for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 1, 2]))):
-        noun = word in grammar.sort_of and rng.random() < 0.4
+        noun = word in grammar.nouns.forms and rng.random() < 0.4
         other = rng.choice(grammar.words[rng.choice(["animals", "things", "nouns"])]) if noun else made_up_name(rng).lower()
         with_article = lambda match: an(f"{match[1]} {other}")
         asked, text = (re.sub(rf"\b{word}\b", other, re.sub(rf"\b([Aa])n? {word}\b", with_article, each)) for each in (asked, text))
@@ -1634,7 +1870,7 @@ def reworded(asked, text, grammar, rng):
 def second_story(story, speaker):
     """((request, text), Story) of another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
     grammar, rng = story.grammar, story.rng
-    kind = rng.choice(["again", "again", "new", "new", "more"] if "hero" in story.tale.members else ["new", "more"])
+    kind = rng.choice(["again", "again", "new", "new", "more"])
     if kind == "new":
         other = tell(grammar, rng)
         return story_turn(other, speaker), other
@@ -1686,7 +1922,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.25, story_chat: 0.29, begun: 0.27, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
+KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
 
 
 def document(grammar, rng):
@@ -1697,7 +1933,7 @@ def document(grammar, rng):
             return pieces
 
 
-# 9. The command line
+# 10. The command line
 
 def write_part(arguments):
     """COUNT documents from SEED as JSON lines: one process's share."""
@@ -1753,6 +1989,8 @@ def check(grammar, count=60):
             try:
                 story = Story(grammar, tale, rng)
                 request(story), questions(story)
+                if "fact" not in tale.needs:
+                    Story(grammar, tale, rng, opening=beginning_of(tale, grammar, rng))
             except (ValueError, KeyError, IndexError) as error:
                 failed[str(error)] += 1
                 continue
@@ -1767,7 +2005,7 @@ def check(grammar, count=60):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=700_000)
+    parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))

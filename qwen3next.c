@@ -31,15 +31,16 @@
  *     p = softmax(W_router x);   mlp = sum over the top 10 of p_e / (their sum) FFN_e(x) + sigmoid(w x) FFN_shared(x)
  *     FFN(x) = W_down (silu(W_gate x) * W_up x)
  *
- * Map. Parts I and II are the model: read them in order and stop there if you like.
+ * Map. Parts I and II are the model. For a first reading take 3, 4, 6 to 10, then `int8_rows` and `delta_rule` in 15; 1, 2, 5 and 11 can
+ * wait, and so can 10a (drafts).
  *
  *     I    1 platform   2 utilities   3 structs   4 kernel interface   5 checkpoint
  *     II   6 small blocks   7 Gated DeltaNet   8 gated attention   9 mixture of experts
  *          10 forward, 10a multi-token prediction   11 state
  *     III  12 tokenizer   13 sampler
  *     IV   14 threads, 14a experts from disk   15 kernels (compiled once for each instruction set)
- *     V    16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat   19 other modes, 19a trace
- *          20 benchmark   21 command line   22 Windows   23 fuzzing
+ *     V    15a what all modes share   16 chat template   17 generate, 17a conversations, 17b saved ones   18 chat
+ *          19 other modes, 19a trace   20 benchmark   21 command line   22 Windows   23 fuzzing
  *
  * Rules of the house. stdout carries the result, stderr everything else. Every count from a file is
  * checked before it is used. Nothing is allocated inside the token loop but growing lists of tokens and text.
@@ -191,11 +192,11 @@ _Static_assert(sizeof(size_t) == 8, "checkpoints are larger than 32 bits can add
 
 /* ---- 2. Utilities ---- */
 
-/* Signals (on_interrupt, section 17). */
+/* Signals (on_interrupt, section 15a). */
 static volatile sig_atomic_t interrupted; /* how many have come that nobody has acted upon; chat does so before each message */
 static volatile sig_atomic_t leaving;     /* SIGTERM or SIGHUP when it has come: the program is to save what it should, and end */
 static volatile sig_atomic_t watching;    /* a mode is at work that looks at `interrupted` between steps */
-static const char *volatile unfinished;   /* the temporary file being written, or NULL ... */
+static const char *volatile unfinished_file; /* the temporary file being written, or NULL ... */
 static volatile sig_atomic_t unfinished_fd; /* ... and its descriptor */
 
 /* The status of a run that a signal has ended. */
@@ -224,7 +225,7 @@ static void hold_signals(sigset_t *before)
 /* A file that was to appear whole shall not stay behind in part. Safe in a signal handler. */
 static void discard_unfinished(void)
 {
-    const char *path = unfinished;
+    const char *path = unfinished_file;
     if (path) close(unfinished_fd), unlink(path); /* Windows removes no open file */
 }
 
@@ -455,30 +456,6 @@ static void flush_output(void)
     if (fflush(stdout) && !output_error) output_error = errno;
 }
 
-/* Nothing more will be printed: ends the program with a message when not all could be. */
-static void end_output(void)
-{
-    flush_output();
-    if (ferror(stdout) && !leaving) die("standard output: %s", strerror(output_error ? output_error : EIO)); /* leaving: a terminal has hung up */
-}
-
-#define MAX_TEXT ((size_t)1 << 30) /* bytes read at once: more tokens than a context has */
-
-/* The whole of a file, or of standard input for "-", into an empty string. False after a message. */
-static bool read_file(const char *path, Str *s)
-{
-    FILE *f = fault() ? NULL : strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) return warn("%s: %s", path, strerror(errno));
-    char buffer[1 << 16];
-    for (size_t n; s->len <= MAX_TEXT && (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
-    bool failed = ferror(f) || s->len > MAX_TEXT;
-    if (ferror(f)) warn("%s: %s", path, strerror(errno));
-    else if (failed) warn("%s: wanted a text of at most %zu bytes, found more", path, MAX_TEXT);
-    if (f != stdin) fclose(f);
-    str_add(s, "", 0);
-    return !failed;
-}
-
 /* A file mapped for reading, shared with the page cache. */
 typedef struct { const uint8_t *data; size_t size; const char *path; dev_t device; ino_t inode; } Mapping; /* size: bytes */
 
@@ -553,118 +530,12 @@ static void on_bus_error(int sig, siginfo_t *info, void *context)
 }
 #endif
 
-/* Whether two names are of one file. */
-static bool same_file(const char *a, const char *b)
-{
-#ifdef _WIN32
-    char x[PATH_MAX], y[PATH_MAX];
-    return realpath(a, x) && realpath(b, y) && !_stricmp(x, y);
-#else
-    struct stat x, y;
-    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-#endif
-}
-
-/* Whether a name is that of a symbolic link. */
-static bool is_link(const char *name)
-{
-#ifdef _WIN32
-    return (void)name, false;
-#else
-    struct stat info;
-    return !lstat(name, &info) && S_ISLNK(info.st_mode);
-#endif
-}
-
-/* The part of a path behind its folder. */
-static const char *file_name(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-#ifdef _WIN32
-    const char *other = strrchr(path, '\\');
-    if (other && (!slash || other > slash)) slash = other;
-#endif
-    return slash ? slash + 1 : path;
-}
-
-/* The path of this program, empty where it cannot be had. */
-static void program_path(char path[PATH_MAX])
-{
-    path[0] = 0;
-#if defined _WIN32
-    unsigned long n = GetModuleFileNameA(NULL, path, PATH_MAX);
-    if (n == PATH_MAX) path[0] = 0;
-#elif defined __APPLE__
-    uint32_t n = PATH_MAX;
-    if (_NSGetExecutablePath(path, &n)) path[0] = 0;
-#else
-    ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
-    path[n > 0 ? n : 0] = 0;
-#endif
-}
-
 /* errno of the write to a file that failed, 0 if none has. */
 static int write_error(FILE *f) { return ferror(f) ? (errno ? errno : EIO) : 0; }
 
-/* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
-typedef struct {
-    FILE *file;
-    const char *name;      /* as given; messages tell it */
-    char target[PATH_MAX], path[PATH_MAX]; /* where it points to if it is a link; what is being written */
-    bool temporary;
-    int error;             /* errno of the first write that failed, if it has been noticed (out_check) */
-} OutFile;
-
-/* Begin to write a file, with the rights of an older one of this name. False after a message. */
-static bool out_open(OutFile *o, const char *name)
-{
-    struct stat info;
-    bool old = !stat(name, &info);
-    o->name = name;
-    o->error = 0;
-    o->temporary = !old || S_ISREG(info.st_mode);
-    if (!old && is_link(name)) return warn("%s: a link that leads nowhere", name);
-    if (!old || !realpath(name, o->target)) snprintf(o->target, sizeof o->target, "%s", name);
-    int folder = (int)(file_name(o->target) - o->target), n = snprintf(o->path, sizeof o->path, "%s", o->target);
-    if (o->temporary) n = snprintf(o->path, sizeof o->path, "%.*s" PROGRAM ".%ld.tmp", folder, o->target, (long)getpid());
-    if (strlen(name) >= sizeof o->target || n >= (int)sizeof o->path) return warn("%s: %s", name, strerror(ENAMETOOLONG));
-    int how = O_WRONLY | O_CREAT | O_CLOEXEC | (o->temporary ? O_EXCL : O_TRUNC); /* O_EXCL: not what a link leads to */
-    sigset_t before;
-    hold_signals(&before); /* until it is known what they are to remove */
-    int fd = fault() ? -1 : open(o->path, how, old && o->temporary ? info.st_mode & 0777 : 0666), error = errno;
-    if (fd >= 0 && o->temporary) unfinished_fd = fd, unfinished = o->path;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (fd < 0) return warn("%s: %s", error == EEXIST ? o->path : name, strerror(error));
-    o->file = fault() ? NULL : fdopen(fd, "wb");
-    if (!o->file) die("%s: %s", name, strerror(errno));
-    if (old && o->temporary && fchmod(fileno(o->file), info.st_mode & 0777)) warn("%s: its rights are not kept: %s", name, strerror(errno));
-    return true;
-}
-
-/* Note why a write has failed, if one has, before errno tells of something else. */
-static void out_check(OutFile *o)
-{
-    if (!o->error) o->error = write_error(o->file);
-}
-
-/* End it: whole, and then under its name, or, after a failed write (errno tells which) or by intention, leaving nothing.
- * durable: on the disk before it takes the place of an older file. False after a message when it was to be whole. */
-static bool out_close(OutFile *o, bool whole, bool durable)
-{
-    out_check(o);
-    int error = o->error;
-    if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
-    if (fclose(o->file) && !error) error = errno;
-    if (!error && whole && o->temporary && (fault() || rename(o->path, o->target))) error = errno;
-    if (o->temporary && (error || !whole)) unlink(o->path);
-    unfinished = NULL;
-    if (error) warn("%s: %s", o->name, strerror(error));
-    return whole && !error;
-}
-
 /* ---- 3. Structs ---- */
 
-typedef enum { FLOAT, F32, BF16, Q8, Q4, Q6, N_TYPES } Type; /* FLOAT: plain row-major float32, no matrix */
+typedef enum { VECTOR, F32, BF16, Q8, Q4, Q6, N_TYPES } Type; /* VECTOR: row-major float32, no tiles; from Q8 on: quantized */
 static const char *const TYPE_NAMES[N_TYPES] = {"float", "f32", "bf16", "q8", "q4", "q6"};
 
 /* A checkpoint begins with this, then come its records (README: the format). */
@@ -681,7 +552,7 @@ typedef struct { char name[72]; uint32_t type, rank; uint64_t shape[4], offset, 
 /* One or more matrices of a type and shape, in tiles of TILE rows x all columns (README: the format). */
 typedef struct {
     Type type;
-    int rows, cols;       /* of one matrix; the last tile is padded with zero rows */
+    int rows, cols;       /* of one matrix (of a gate_up pair: of each half, I); the last tile is padded with zero rows */
     int count;            /* matrices: experts, or 1 */
     size_t tile_bytes;    /* one tile: TILE rows, all columns */
     size_t matrix_bytes;  /* one matrix; a gate_up pair counts as one: its tiles alternate */
@@ -695,7 +566,8 @@ typedef struct {
     int32_t bias[2];      /* -128 * sum of q over the block: weights are stored unsigned, as q+128 */
 } ActBlock;
 
-/* Rows of activations: as float, and as int8 when some weight matrix is quantized (an expert's: what `down` takes). */
+/* Rows of activations: as float and, when some matrix is quantized, as int8 too. Of work.inner only the form that the network's
+ * `down` takes is filled (ffn_up_item). */
 typedef struct {
     int cols;
     size_t ld;            /* floats from row to row */
@@ -707,9 +579,9 @@ typedef struct {
 /* The model's sizes, by the names of its config.json; behind them the letters that shapes in this file are written with. */
 typedef struct {
     int hidden_size, num_hidden_layers, vocab_size;                              /* D, L, V */
-    int num_attention_heads, num_key_value_heads, head_dim, rotary_dim;          /* H, G, hd (hdp: up to whole tiles) */
+    int num_attention_heads, num_key_value_heads, head_dim, rotary_dim;          /* H, G, hd */
     int linear_num_key_heads, linear_num_value_heads;                            /* nk, nv */
-    int linear_key_head_dim, linear_value_head_dim;                              /* dk, dv (dvp: up to whole tiles) */
+    int linear_key_head_dim, linear_value_head_dim;                              /* dk, dv */
     int linear_conv_kernel_dim;                                                  /* kernel, or taps */
     int num_experts, num_experts_per_tok;                                        /* E, k */
     int moe_intermediate_size, shared_expert_intermediate_size;                  /* I, Is */
@@ -721,7 +593,9 @@ typedef struct {
     /* derived */
     int key_dim, value_dim; /* heads x head dim of the DeltaNet */
     int conv_dim;           /* channels of the convolution: q, k and v = 2 key_dim + value_dim */
-    int has_sparse, has_dense, has_full, has_linear; /* how many layers of each kind */
+    int group;              /* H / G: query heads that share a KV head */
+    int hdp, dvp;           /* hd, dv up to whole tiles */
+    int n_sparse, n_dense, n_full, n_linear; /* layers with experts, with a dense MLP, with attention, with a DeltaNet */
 } Config;
 
 typedef struct { /* Gated DeltaNet */
@@ -808,8 +682,8 @@ typedef struct {
     Mtp mtp;
     bool quantized;               /* some matrix is: activations are needed as int8 */
     double *inv_freq;             /* [rotary_dim / 2], radians a position */
-    float rope_scale;             /* YaRN's factor on cos and sin, else 1 */
-    bool rope_scaled;             /* the checkpoint asks for linear scaling or YaRN itself */
+    float rope_magnitude;         /* YaRN's factor on cos and sin, else 1 */
+    bool rope_has_scaling;        /* the checkpoint asks for linear scaling or YaRN itself */
     int8_t q4_levels[32];         /* two codebooks */
     int stop_ids[MAX_STOPS], n_stops;
     uint64_t tokenizer_hash;      /* 0: the checkpoint names no tokenizer */
@@ -821,23 +695,28 @@ typedef enum { KV_F32, KV_F16, KV_Q8, N_KV } KvType; /* q8: int8, and a scale fo
 static const char *const KV_NAMES[N_KV] = {"f32", "f16", "q8"};
 static const size_t KV_BYTES[N_KV] = {4, 2, 1};
 
+/* Words used below. A forward on *trial* feeds a token and guesses at those after it (together at most MAX_TRIAL), which may be taken
+ * back. Keys and values can be: what lies beyond the length is overwritten. S and conv cannot, so they stay before the trial, and its
+ * raw inputs wait on the *tape* until the next forward takes in those that were kept (section 7). In the MTP head a row *waits* in
+ * work.pair until its next token is known (section 10a). Without drafts tape_len is 0 and no row waits: skip all of it on first reading. */
+
 /* What a conversation is: the tokens fed so far and what the layers remember of them. */
 typedef struct {
     Tokens tokens;        /* fed to the model, in order */
     int ctx;              /* positions there is room for */
     KvType kv_type;       /* of keys and values */
-    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together; heads are kv_head bytes apart */
+    uint8_t *k;           /* [attention layer][G][ctx / 16 up][hd][16]: 16 positions lie together; heads are kv_head_bytes apart */
     uint8_t *v;           /* [attention layer][G][ctx / KV_RANGE up][hd / 16 up][KV_RANGE][16 dims] */
-    size_t kv_head;       /* bytes from head to head, in both; a layer has G heads */
+    size_t kv_head_bytes; /* from head to head, in k as in v; a layer has G heads */
     size_t kv_heads;      /* of all layers */
     float *k_scale, *v_scale; /* [attention layer][G][kv_positions]; only with KV_Q8 */
     size_t kv_positions;  /* ctx, rounded up to whole ranges */
-    float *recurrent;     /* all that cannot be cut back: S, conv, h, in one piece for snapshots */
+    float *recurrent;     /* all that cannot be cut back: S, conv, last_hidden, in one piece for snapshots */
     size_t recurrent_len; /* floats */
     float *S;             /* [DeltaNet layer][nv][dv / 16 up][dk][16 columns] */
     float *conv;          /* [DeltaNet layer][kernel - 1][conv_dim]: the last raw inputs, oldest first */
     size_t S_layer, conv_layer; /* floats of one layer */
-    float *h;             /* [D] the last token's row after the final norm: its logits can be made again */
+    float *last_hidden;   /* [D] the last token's row after the final norm: its logits can be made again */
     /* After a forward on trial S and conv still lack its tokens; these rows make up for the first tape_len of them. */
     float *tape;          /* [DeltaNet layer][MAX_TRIAL][conv_dim raw inputs, then b and a: 2 nv] */
     size_t tape_row;      /* floats of one row */
@@ -871,9 +750,9 @@ typedef struct {
     struct Ffn *ffn;      /* [E + 1] the networks this batch runs, ... */
     int n_ffn;
     int ffn_from, ffn_to; /* ... and those that run now: all, or as many as the expert cache holds at a time */
-    int *slot_token;      /* [n (k + 1)] rows of h: which token ... */
-    float *slot_weight;   /* [n (k + 1)] ... and its weight */
-    Acts h;               /* [n (k + 1)][the largest I] silu(gate) up */
+    int *row_token;       /* [n (k + 1)] rows of `inner`: which token ... */
+    float *row_weight;    /* [n (k + 1)] ... and its weight */
+    Acts inner;           /* [n (k + 1)][the largest I] silu(gate) up */
     Acts pair;            /* [pair_rows][2 D] MTP: rows waiting for their next token: (its embedding, hidden), both normed */
     int pair_rows;
     float *partial;       /* [G][row blocks][ranges][MAX_ROWS (hdp + TILE)]: attention not yet merged, for small n */
@@ -897,7 +776,7 @@ typedef struct Ffn {
     const uint8_t *weights[2]; /* its gate_up and its down: in the mapped file, or in the expert cache ... */
     struct Slot *slot;    /* ... in this slot, where they may yet have to arrive; else NULL */
     int expert;           /* which of the stacked matrices */
-    int first, count;     /* slots */
+    int first, count;     /* its rows of work.inner */
     int first_item;       /* prefix sum of 64-wide pieces of I, to spread the work */
 } Ffn;
 
@@ -976,7 +855,12 @@ typedef struct {
 /* Bytes of the codes of one block of a quantized type: TILE rows x BLOCK columns, without their scales. */
 static size_t block_bytes(Type type) { return TILE * BLOCK * (type == Q8 ? 8 : type == Q6 ? 6 : 4) / 8; }
 
-/* Bytes of one tile of TILE rows x cols columns; 0 for FLOAT, which has no tiles. */
+/* Bytes of one tile of TILE rows x cols columns; 0 for VECTOR, which has no tiles. Where row r, column c lies in it:
+ *     f32: [c][r].  bf16: [c / 2][r][c % 2].
+ *     q8, q6, q4: for each SUPER columns the bf16 scale[2 blocks][r], then for each block of BLOCK columns its codes. Columns go in
+ *     groups of 4, j = 0 to 7 in a block, and of each group a byte array [r][c % 4]:
+ *     q8: array j holds q + 128.  q4: array j % 4 holds an index of the codebook, in the low nibble for j < 4, else in the high one.
+ *     q6: 2 arrays, of which array j / 4 holds the code's low two bits at bit 2 (j % 4), then 4 with its upper four bits as in q4. */
 static size_t tile_bytes(Type type, size_t cols)
 {
     switch (type) {
@@ -995,7 +879,7 @@ static size_t tensor_bytes(const TensorRecord *t)
         if (t->shape[i] == 0 || t->shape[i] > limit) return SIZE_MAX;
         if (__builtin_mul_overflow(n, (size_t)t->shape[i], &n) || n > limit) return SIZE_MAX;
     }
-    if (t->type == FLOAT) return n * 4;
+    if (t->type == VECTOR) return n * 4;
     if (t->rank < 2) return SIZE_MAX;
     size_t rows = t->shape[t->rank - 2], cols = t->shape[t->rank - 1];
     return n / rows / cols * (round_up(rows, TILE) / TILE) * tile_bytes((Type)t->type, cols);
@@ -1178,7 +1062,7 @@ static const float *bind_floats(Reader *r, const char *layer, const char *name, 
     snprintf(full, sizeof full, "%s%s", layer, name);
     int shape[4] = {a, b ? b : 1, 1, 1};
     const TensorRecord *t = want_shape(r, full, need, b ? 2 : 1, shape);
-    if (t && t->type != FLOAT)
+    if (t && t->type != VECTOR)
         die("%s: tensor %s: wanted type float, found %s", r->file.path, full, TYPE_NAMES[t->type]);
     return t ? (const float *)(r->file.data + t->offset) : NULL;
 }
@@ -1194,7 +1078,7 @@ static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int ne
         want_shape(r, full, need, paired ? 4 : count ? 3 : 2, paired ? pairs : count ? stacked : shape);
     Matrix m = {.rows = rows, .cols = cols, .count = count ? count : 1};
     if (!t) return m;
-    if (t->type == FLOAT) die("%s: tensor %s: wanted a matrix type, found float", r->file.path, full);
+    if (t->type == VECTOR) die("%s: tensor %s: wanted a matrix type, found float", r->file.path, full);
     m.type = (Type)t->type;
     m.tile_bytes = tile_bytes(m.type, (size_t)cols);
     m.matrix_bytes = t->size / (size_t)m.count;
@@ -1243,6 +1127,9 @@ static void read_config(const Reader *r, Config *c)
     c->key_dim = c->linear_num_key_heads * c->linear_key_head_dim;
     c->value_dim = c->linear_num_value_heads * c->linear_value_head_dim;
     c->conv_dim = 2 * c->key_dim + c->value_dim;
+    c->group = c->num_attention_heads / c->num_key_value_heads;
+    c->hdp = (int)round_up((size_t)c->head_dim, TILE);
+    c->dvp = (int)round_up((size_t)c->linear_value_head_dim, TILE);
 }
 
 /* YaRN (arXiv 2309.00071) for a context `factor` times as long as the trained one: slow dimensions are divided by the
@@ -1270,16 +1157,16 @@ static void read_rope(const Reader *r, Model *m)
     if (!yarn && !linear && strcmp(type.data, "default"))
         die("%s: rope_type: wanted default, linear or yarn, found %.40s", r->file.path, type.data);
     free(type.data);
-    m->rope_scaled = yarn || linear;
-    m->rope_scale = 1;
-    double factor = m->rope_scaled ? meta_float(r, "rope_factor", 1e-3, 1e6, NAN) : 1;
+    m->rope_has_scaling = yarn || linear;
+    m->rope_magnitude = 1;
+    double factor = m->rope_has_scaling ? meta_float(r, "rope_factor", 1e-3, 1e6, NAN) : 1;
     m->inv_freq = grow(NULL, (size_t)half, sizeof *m->inv_freq);
     for (int i = 0; i < half; i++)
         m->inv_freq[i] = pow(m->config.rope_theta, -2.0 * i / m->config.rotary_dim) / (linear ? factor : 1);
     if (!yarn) return;
     double trained = meta_int(r, "rope_original_max_position_embeddings", 1, 1 << 28, 0);
     double fast = meta_float(r, "rope_beta_fast", 1e-6, 1e6, 32), slow = meta_float(r, "rope_beta_slow", 1e-6, 1e6, 1);
-    m->rope_scale = (float)meta_float(r, "rope_attention_factor", 0, 1e3, NAN);
+    m->rope_magnitude = (float)meta_float(r, "rope_attention_factor", 0, 1e3, NAN);
     stretch_rope(m, factor, trained, fast, slow, meta_int(r, "rope_truncate", 0, 1, 1));
 }
 
@@ -1404,14 +1291,14 @@ static void bind_layers(Reader *r, Model *m)
         l->full_attention = kind == 1;
         l->input_layernorm = bind_floats(r, layer, "input_layernorm", REQUIRED, c->hidden_size, 0);
         l->post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, c->hidden_size, 0);
-        l->attn.index = c->has_full;
-        l->linear.index = c->has_linear;
-        *(l->full_attention ? &c->has_full : &c->has_linear) += 1;
-        *(sparse ? &c->has_sparse : &c->has_dense) += 1;
+        l->attn.index = c->n_full;
+        l->linear.index = c->n_linear;
+        *(l->full_attention ? &c->n_full : &c->n_linear) += 1;
+        *(sparse ? &c->n_sparse : &c->n_dense) += 1;
         if (l->full_attention) bind_attention(r, c, layer, &l->attn);
         else bind_linear(r, c, layer, &l->linear);
         bind_mlp(r, c, layer, sparse, &l->mlp);
-        if (sparse) l->mlp.index = c->has_sparse - 1;
+        if (sparse) l->mlp.index = c->n_sparse - 1;
     }
 }
 
@@ -1425,12 +1312,12 @@ static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
     mtp->pre_fc_norm_embedding = bind_floats(r, "", "mtp.pre_fc_norm_embedding", REQUIRED, D, 0);
     mtp->pre_fc_norm_hidden = bind_floats(r, "", "mtp.pre_fc_norm_hidden", REQUIRED, D, 0);
     mtp->norm = bind_floats(r, "", "mtp.norm", REQUIRED, D, 0);
-    mtp->layer = (Layer){.full_attention = true, .attn.index = c->has_full};
+    mtp->layer = (Layer){.full_attention = true, .attn.index = c->n_full};
     mtp->layer.input_layernorm = bind_floats(r, layer, "input_layernorm", REQUIRED, D, 0);
     mtp->layer.post_attention_layernorm = bind_floats(r, layer, "post_attention_layernorm", REQUIRED, D, 0);
     bind_attention(r, c, layer, &mtp->layer.attn);
     bind_mlp(r, c, layer, c->num_experts > 0, &mtp->layer.mlp);
-    mtp->layer.mlp.index = c->has_sparse;
+    mtp->layer.mlp.index = c->n_sparse;
 }
 
 /* The string of a list (size bytes at data) that begins at *at, after its length as u32; *at moves behind it. NULL: cut off. */
@@ -1597,9 +1484,7 @@ static float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 /* x = softmax(x) */
 static void softmax(const Kernels *kn, float *x, int n)
 {
-    float max = x[0];
-    for (int i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
-    float scale = 1 / kn->exp_sum(x, max, n);
+    float scale = 1 / kn->exp_sum(x, largest(x, n), n);
     for (int i = 0; i < n; i++) x[i] *= scale;
 }
 
@@ -1621,8 +1506,8 @@ static void fill_rope(const Model *m, float *rope, int pos, int n)
     for (int t = 0; t < n; t++)
         for (int i = 0; i < half; i++, rope += 2) {
             double angle = (double)(pos + t) * m->inv_freq[i]; /* double: exact enough at position 262,144 */
-            rope[0] = (float)cos(angle) * m->rope_scale;
-            rope[1] = (float)sin(angle) * m->rope_scale;
+            rope[0] = (float)cos(angle) * m->rope_magnitude;
+            rope[1] = (float)sin(angle) * m->rope_magnitude;
         }
 }
 
@@ -1849,12 +1734,13 @@ static void gdn_conv(void *arg, int item, int thread)
     const Work *w = &p->e->work;
     int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, qk = 2 * c->linear_num_key_heads;
     int width = item < qk ? dk : dv, first = item < qk ? item * dk : 2 * c->key_dim + (item - qk) * dv;
-    int keep = c->linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
+    int history = c->linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
     size_t row = (size_t)c->conv_dim, bytes = (size_t)width * sizeof(float);
     float *state = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer;
-    float *out = thread_scratch(w, thread), *tmp = out + width, *raw = tmp + width; /* raw: [keep][width] */
-    for (int j = 0; j < keep; j++) {
-        int src = kept - keep + j; /* a row; below zero: j + kept in the old state */
+    float *out = thread_scratch(w, thread), *tmp = out + width; /* [width] each */
+    float *raw = tmp + width; /* [history][width] */
+    for (int j = 0; j < history; j++) {
+        int src = kept - history + j; /* a row; below zero: j + kept in the old state */
         const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld : state + (size_t)(j + kept) * row;
         memcpy(raw + j * width, in + first, bytes);
     }
@@ -1863,7 +1749,7 @@ static void gdn_conv(void *arg, int item, int thread)
         if (item < qk) l2norm(p->e->kernels, out, dk, item < qk / 2 ? 1 / sqrtf((float)dk) : 1);
         memcpy(w->proj + (size_t)t * w->proj_ld + first, out, bytes);
     }
-    for (int j = 0; j < keep; j++) memcpy(state + (size_t)j * row + first, raw + j * width, bytes);
+    for (int j = 0; j < history; j++) memcpy(state + (size_t)j * row + first, raw + j * width, bytes);
 }
 
 /* How much of the memory stays and how strongly to write, for value head h of n rows from t0:
@@ -1900,11 +1786,14 @@ static void gdn_head(void *arg, int h, int thread)
     Engine *e = p->e;
     const Config *c = &e->model.config;
     Work *w = &e->work;
-    int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, dvp = (int)round_up((size_t)dv, TILE);
+    int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, dvp = c->dvp;
     int kh = h / (c->linear_num_value_heads / c->linear_num_key_heads), rows = gdn_rows(p), kept = gdn_kept_rows(p);
     float *S = e->state.S + (size_t)p->layer->linear.index * e->state.S_layer + (size_t)h * (size_t)(dk * dvp);
-    float *o = thread_scratch(w, thread); /* [GDN_CHUNK][dvp] */
-    float *decay = o + GDN_CHUNK * dvp, *beta = decay + GDN_CHUNK, *tmp = beta + GDN_CHUNK, *trial = tmp + 2 * dvp;
+    float *o = thread_scratch(w, thread);  /* [GDN_CHUNK][dvp] */
+    float *decay = o + GDN_CHUNK * dvp;    /* [GDN_CHUNK] */
+    float *beta = decay + GDN_CHUNK;       /* [GDN_CHUNK] */
+    float *tmp = beta + GDN_CHUNK;         /* [2 dvp] for gated_norm */
+    float *trial = tmp + 2 * dvp;          /* [dk][TILE] copy of 16 columns of S */
     for (int t0 = 0; t0 < rows; t0 += GDN_CHUNK) {
         int chunk = min_int(GDN_CHUNK, rows - t0), stay = max_int(0, min_int(chunk, kept - t0));
         const float *q = w->proj + (size_t)t0 * w->proj_ld + kh * dk, *k = q + c->key_dim;
@@ -2003,7 +1892,18 @@ static void gdn_mixer(Pass *p)
     e->seconds[T_PROJ] += now() - mixed + projected - start;
 }
 
-/* ---- 8. Gated attention ---- */
+/* ---- 8. Gated attention ----
+ *     q, g, k, v = W x;   q = rope(norm(q)) / sqrt(hd);   k = rope(norm(k))
+ *     mixer = W_o (softmax(q k') v * sigmoid(g)),   k and v of all positions up to the token's own
+ *
+ * Query head h reads KV head h / (H / G). attn_weights is the definition; all else takes KV_RANGE positions at a time and
+ * never holds all scores. Of a range stay m = the largest score, l = sum of exp(score - m), o = sum of exp(score - m) v;
+ * two of them merge as
+ *
+ *     m = max(m1, m2);   l = l1 exp(m1 - m) + l2 exp(m2 - m);   o = o1 exp(m1 - m) + o2 exp(m2 - m)
+ *
+ * and at the end softmax(q k') v = o / l. Up to MAX_ROWS tokens, an item is one range of a block of rows (attn_split, then
+ * attn_join); with more, all ranges of a block (attn_block). Both merge from the first range to the last, hence the same bits. */
 
 /* A row of proj: all heads' queries, all heads' gates (export.py undid the checkpoint's [query | gate] per head), keys,
  * values. This is the gate of head h of token t: [hd] */
@@ -2016,7 +1916,7 @@ static float *attn_gate(const Pass *p, int t, int h)
 /* Where position pos of a head's values begins for dims [16 d, 16 d + 16): values of one range lie together. */
 static size_t v_offset(const Config *c, int pos, int d)
 {
-    size_t tiles = round_up((size_t)c->head_dim, TILE) / TILE;
+    size_t tiles = (size_t)(c->hdp / TILE);
     return ((size_t)(pos / KV_RANGE) * tiles + (size_t)d) * KV_RANGE * TILE + (size_t)(pos % KV_RANGE) * TILE;
 }
 
@@ -2067,8 +1967,8 @@ static void attn_store(void *arg, int t, int thread)
         }
         for (int i = 0; i < hd; i++) {
             size_t at = ((size_t)(pos / TILE) * (size_t)hd + (size_t)i) * TILE + (size_t)(pos % TILE);
-            kv_put(s->kv_type, s->k + head * s->kv_head, at, k[i], k_scale);
-            kv_put(s->kv_type, s->v + head * s->kv_head, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[i], v_scale);
+            kv_put(s->kv_type, s->k + head * s->kv_head_bytes, at, k[i], k_scale);
+            kv_put(s->kv_type, s->v + head * s->kv_head_bytes, v_offset(c, pos, i / TILE) + (size_t)(i % TILE), v[i], v_scale);
         }
     }
 }
@@ -2088,15 +1988,15 @@ static void attn_prepare(void *arg, int t, int thread)
     attn_store(arg, t, thread);
 }
 
-/* What head h of token t looks at: weights = softmax(q k' / sqrt(hd)) over positions 0 to its own, rounded up to whole tiles.
- * All that follows in this section computes the same, for many rows at once and range by range, and sums up values with it. */
+/* What head h of token t looks at: weights = softmax(q k') over positions 0 to its own, written in whole tiles. The rest of this
+ * section computes the same, for many rows at once and range by range, and sums up values with it. */
 static void attn_weights(const Pass *p, int t, int h, float *weights)
 {
     const Config *c = &p->e->model.config;
     const State *s = &p->e->state;
-    size_t head = kv_head(p, h / (c->num_attention_heads / c->num_key_value_heads)), width = KV_BYTES[s->kv_type];
+    size_t head = kv_head(p, h / c->group), width = KV_BYTES[s->kv_type];
     const void *q = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim; /* attn_prepare has divided it */
-    const uint8_t *keys = s->k + head * s->kv_head;
+    const uint8_t *keys = s->k + head * s->kv_head_bytes;
     float y[1][TILE];
     int seen = p->pos + t + 1;
     for (int pos = 0; pos < seen; pos += TILE) { /* a tile of 16 keys */
@@ -2107,10 +2007,10 @@ static void attn_weights(const Pass *p, int t, int h, float *weights)
     softmax(p->e->kernels, weights, seen);
 }
 
-/* Softmax attention of up to MAX_ROWS query rows over a range of positions, unfinished:
- * o = sum of exp(score - m) v, l = sum of exp(score - m), m = the largest score (-inf: none seen). */
+/* Of a query row and some positions; m = -inf: it may see none of them. */
 typedef struct { float m, l; } Softmax;
 
+/* Up to MAX_ROWS query rows of one KV head, and what a range of positions makes of them. */
 typedef struct {
     const Pass *p;
     int g, row0, n;       /* KV head; first row and number of rows. Row r: token r / group, head g group + r % group */
@@ -2118,7 +2018,6 @@ typedef struct {
     int last[MAX_ROWS];   /* the row's own position: what it may look at */
     Softmax sm[MAX_ROWS];
     float *o;             /* [n][hdp] */
-    int hdp;
 } AttnRows;
 
 /* All rows of `a` over range number `range`: a->o and a->sm become that range's partial result.
@@ -2134,7 +2033,7 @@ static void attn_range(AttnRows *a, int range, float *scratch)
     count = max_int(count, 0); /* 0: all of these rows' tokens lie before this range */
     int padded = (int)round_up((size_t)count, TILE);
     size_t head = kv_head(a->p, a->g), width = KV_BYTES[s->kv_type], first = head * s->kv_positions + (size_t)pos;
-    const uint8_t *keys = s->k + head * s->kv_head, *values = s->v + head * s->kv_head;
+    const uint8_t *keys = s->k + head * s->kv_head_bytes, *values = s->v + head * s->kv_head_bytes;
     TileKernel *tile = e->kernels->tile_kv[s->kv_type];
     bool scaled = s->kv_type == KV_Q8;
     for (int i = 0; i < count; i += TILE) { /* scores = q . k: a tile of 16 keys against all rows */
@@ -2151,9 +2050,9 @@ static void attn_range(AttnRows *a, int range, float *scratch)
         for (int i = 0; scaled && i < count; i++) score[r][i] *= s->v_scale[first + (size_t)i];
         weights[r] = score[r];
     }
-    for (int d = 0; d < a->hdp / TILE; d++) { /* o = weights . values: a tile of 16 dims */
+    for (int d = 0; d < c->hdp / TILE; d++) { /* o = weights . values: a tile of 16 dims */
         tile(values + v_offset(c, pos, d) * width, count, weights, a->n, y, NULL, NULL);
-        for (int r = 0; r < a->n; r++) memcpy(a->o + r * a->hdp + d * TILE, y[r], sizeof y[r]);
+        for (int r = 0; r < a->n; r++) memcpy(a->o + r * c->hdp + d * TILE, y[r], sizeof y[r]);
     }
 }
 
@@ -2170,8 +2069,7 @@ static void attn_merge(float *o, Softmax *sm, const float *next, Softmax add, in
 static void attn_finish(const Pass *p, int g, int row, const float *o, float l, float *s)
 {
     const Config *c = &p->e->model.config;
-    int hd = c->head_dim, group = c->num_attention_heads / c->num_key_value_heads, t = row / group;
-    int h = g * group + row % group;
+    int hd = c->head_dim, t = row / c->group, h = g * c->group + row % c->group;
     float *out = p->e->work.mix.f + (size_t)t * p->e->work.mix.ld + h * hd;
     p->e->kernels->sigmoid(s, attn_gate(p, t, h), hd);
     for (int i = 0; i < hd; i++) out[i] = o[i] / l * s[i];
@@ -2181,22 +2079,19 @@ static void attn_finish(const Pass *p, int g, int row, const float *o, float l, 
 static AttnRows attn_rows(const Pass *p, int g, int block, float *o)
 {
     const Config *c = &p->e->model.config;
-    int group = c->num_attention_heads / c->num_key_value_heads, rows = p->n * group;
     AttnRows a = {.p = p, .g = g, .row0 = block * p->e->kernels->rows, .o = o};
-    a.n = min_int(p->e->kernels->rows, rows - a.row0);
-    a.hdp = (int)round_up((size_t)c->head_dim, TILE);
+    a.n = min_int(p->e->kernels->rows, p->n * c->group - a.row0);
     for (int r = 0; r < a.n; r++) {
-        int t = (a.row0 + r) / group, h = g * group + (a.row0 + r) % group;
+        int t = (a.row0 + r) / c->group, h = g * c->group + (a.row0 + r) % c->group;
         a.q[r] = p->e->work.proj + (size_t)t * p->e->work.proj_ld + h * c->head_dim;
         a.last[r] = p->pos + t;
     }
     return a;
 }
 
-static int attn_blocks(const Pass *p) /* groups of query rows that share a KV head's tiles */
+static int attn_blocks(const Pass *p) /* of query rows that share a KV head's tiles */
 {
-    const Config *c = &p->e->model.config;
-    return (p->n * (c->num_attention_heads / c->num_key_value_heads) + p->e->kernels->rows - 1) / p->e->kernels->rows;
+    return (p->n * p->e->model.config.group + p->e->kernels->rows - 1) / p->e->kernels->rows;
 }
 
 /* Ranges that cover so many positions. */
@@ -2206,9 +2101,10 @@ static int attn_ranges(int positions) { return (positions + KV_RANGE - 1) / KV_R
 static void attn_block(void *arg, int item, int thread)
 {
     const Pass *p = arg;
-    float *scratch = thread_scratch(&p->e->work, thread);
-    int blocks = attn_blocks(p), hdp = (int)round_up((size_t)p->e->model.config.head_dim, TILE);
-    float *part = scratch + MAX_ROWS * KV_RANGE, *o = part + MAX_ROWS * hdp;
+    int blocks = attn_blocks(p), hdp = p->e->model.config.hdp;
+    float *scratch = thread_scratch(&p->e->work, thread); /* [MAX_ROWS][KV_RANGE] scores; at the end [hd] */
+    float *part = scratch + MAX_ROWS * KV_RANGE;          /* [MAX_ROWS][hdp] one range's o */
+    float *o = part + MAX_ROWS * hdp;                     /* [MAX_ROWS][hdp] merged */
     AttnRows a = attn_rows(p, item / blocks, item % blocks, part);
     Softmax sm[MAX_ROWS];
     for (int r = 0; r < a.n; r++) sm[r] = (Softmax){-INFINITY, 0};
@@ -2224,7 +2120,7 @@ static void attn_block(void *arg, int item, int thread)
  * partial: [G][blocks][ranges] pieces of MAX_ROWS (hdp + TILE) floats, each o [n][hdp], then m and l of n rows */
 static float *attn_partial(const Pass *p, int g, int block, int range, int ranges)
 {
-    size_t row = round_up((size_t)p->e->model.config.head_dim, TILE) + TILE;
+    size_t row = (size_t)p->e->model.config.hdp + TILE;
     size_t index = ((size_t)g * (size_t)attn_blocks(p) + (size_t)block) * (size_t)ranges + (size_t)range;
     return p->e->work.partial + index * MAX_ROWS * row;
 }
@@ -2233,31 +2129,32 @@ static float *attn_partial(const Pass *p, int g, int block, int range, int range
 static void attn_split(void *arg, int item, int thread)
 {
     const Pass *p = arg;
-    float *scratch = thread_scratch(&p->e->work, thread);
+    float *scratch = thread_scratch(&p->e->work, thread); /* [MAX_ROWS][KV_RANGE] */
     int ranges = attn_ranges(p->pos + p->n), blocks = attn_blocks(p), range = item % ranges;
     int block = item / ranges % blocks, g = item / ranges / blocks;
     float *partial = attn_partial(p, g, block, range, ranges);
     AttnRows a = attn_rows(p, g, block, partial);
     attn_range(&a, range, scratch);
-    memcpy(partial + a.n * a.hdp, a.sm, (size_t)a.n * sizeof *a.sm);
+    memcpy(partial + a.n * p->e->model.config.hdp, a.sm, (size_t)a.n * sizeof *a.sm);
 }
 
 /* Merge the ranges of one block of rows, in order, and finish its heads. */
 static void attn_join(void *arg, int item, int thread)
 {
     const Pass *p = arg;
-    float *o = thread_scratch(&p->e->work, thread);
+    float *o = thread_scratch(&p->e->work, thread); /* [hdp], then [hd] for attn_finish */
     int blocks = attn_blocks(p), ranges = attn_ranges(p->pos + p->n), block = item % blocks, g = item / blocks;
+    int hdp = p->e->model.config.hdp;
     AttnRows a = attn_rows(p, g, block, NULL);
     for (int r = 0; r < a.n; r++) {
         Softmax sm = {-INFINITY, 0}, add;
-        memset(o, 0, (size_t)a.hdp * sizeof *o);
+        memset(o, 0, (size_t)hdp * sizeof *o);
         for (int range = 0; range < ranges; range++) {
             const float *part = attn_partial(p, g, block, range, ranges);
-            memcpy(&add, part + a.n * a.hdp + 2 * r, sizeof add);
-            attn_merge(o, &sm, part + r * a.hdp, add, a.hdp);
+            memcpy(&add, part + a.n * hdp + 2 * r, sizeof add);
+            attn_merge(o, &sm, part + r * hdp, add, hdp);
         }
-        attn_finish(p, g, a.row0 + r, o, sm.l, o + a.hdp);
+        attn_finish(p, g, a.row0 + r, o, sm.l, o + hdp);
     }
 }
 
@@ -2329,7 +2226,7 @@ static void moe_route_item(void *arg, int t, int thread)
 /* Where the items of the network after this one begin. */
 static int ffn_end_item(const Ffn *f) { return f->first_item + (f->gate_up->rows + SUPER - 1) / SUPER; }
 
-/* Append a network and the slots of its tokens to this batch's list. */
+/* Append a network and the rows of its tokens to this batch's list. */
 static void ffn_add(Work *w, const Matrix *gate_up, const Matrix *down, int expert, int first, int count)
 {
     const Ffn *last = w->n_ffn ? &w->ffn[w->n_ffn - 1] : NULL;
@@ -2339,30 +2236,31 @@ static void ffn_add(Work *w, const Matrix *gate_up, const Matrix *down, int expe
 }
 
 /* Turn "which experts does a token want" into "which tokens does an expert get": one Ffn per expert in use, in
- * ascending order, its tokens in slots one after the other; then the shared expert with all tokens. */
+ * ascending order, its tokens in rows of work.inner one after the other; then the shared expert with all tokens. */
 static void moe_group(const Pass *p)
 {
     const Config *c = &p->e->model.config;
     const Mlp *mlp = &p->layer->mlp;
     Work *w = &p->e->work;
-    int k = c->num_experts_per_tok, slot = 0, E = c->num_experts;
+    int k = c->num_experts_per_tok, row = 0, E = c->num_experts;
     int *start = (int *)(void *)w->scratch; /* [E + 1] */
     memset(start, 0, (size_t)(E + 1) * sizeof *start);
-    for (int i = 0; i < p->n * k; i++) start[w->top_expert[i] + 1]++;
-    for (int x = 0; x < E; x++) {
-        if (start[x + 1]) ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, x, slot, start[x + 1]);
-        slot += start[x + 1];
-        start[x + 1] = slot;
+    for (int i = 0; i < p->n * k; i++) start[w->top_expert[i] + 1]++; /* tokens of each expert, one place up */
+    for (int expert = 0; expert < E; expert++) {
+        int count = start[expert + 1];
+        if (count) ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, expert, row, count);
+        row += count;
+        start[expert + 1] = row; /* now start[i] is the first row of expert i, ... */
     }
     for (int i = 0; i < p->n * k; i++) {
-        int s = start[w->top_expert[i]]++;
-        w->slot_token[s] = i / k;
-        w->slot_weight[s] = w->top_weight[i];
+        int next = start[w->top_expert[i]]++; /* ... and from here on its next free row */
+        w->row_token[next] = i / k;
+        w->row_weight[next] = w->top_weight[i];
     }
-    ffn_add(w, &mlp->shared_gate_up, &mlp->shared_down, 0, slot, p->n);
+    ffn_add(w, &mlp->shared_gate_up, &mlp->shared_down, 0, row, p->n);
     for (int t = 0; t < p->n; t++) {
-        w->slot_token[slot + t] = t;
-        w->slot_weight[slot + t] = w->shared_weight[t];
+        w->row_token[row + t] = t;
+        w->row_weight[row + t] = w->shared_weight[t];
     }
 }
 
@@ -2378,7 +2276,7 @@ static const Ffn *ffn_of_item(const Work *w, int item)
     return &w->ffn[lo];
 }
 
-/* h = silu(gate x) up x for one network and 64 of its intermediate units, all its tokens. */
+/* inner = silu(gate x) up x for one network and 64 of its intermediate units, all its tokens. */
 static void ffn_up_item(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -2392,16 +2290,17 @@ static void ffn_up_item(void *arg, int item, int thread)
     int pairs = min_int(SUPER, (int)round_up((size_t)(m->rows - unit0), TILE)) / TILE; /* of a gate and an up tile */
     const uint8_t *tiles = f->weights[GATE_UP] + (size_t)(unit0 / TILE) * 2 * m->tile_bytes;
     experts_wait(e->experts, f, GATE_UP);
-    float *h = thread_scratch(w, thread), gate[MAX_ROWS][TILE], up[MAX_ROWS][TILE], s[TILE];
+    float *inner = thread_scratch(w, thread); /* [FFN_CHUNK][SUPER] */
+    float gate[MAX_ROWS][TILE], up[MAX_ROWS][TILE], s[TILE];
     for (int c0 = 0; c0 < f->count; c0 += FFN_CHUNK) {
         int chunk = min_int(FFN_CHUNK, f->count - c0);
-        memset(h, 0, (size_t)chunk * SUPER * sizeof *h);
+        memset(inner, 0, (size_t)chunk * SUPER * sizeof *inner);
         for (int i = 0; i < pairs; i++)
             for (int t0 = 0, n; t0 < chunk; t0 += n) {
                 n = next_rows(kn, chunk - t0);
                 const void *x[MAX_ROWS];
                 for (int t = 0; t < n; t++)
-                    x[t] = act_row(&w->xn, m->type, (size_t)w->slot_token[f->first + c0 + t0 + t]);
+                    x[t] = act_row(&w->xn, m->type, (size_t)w->row_token[f->first + c0 + t0 + t]);
                 const uint8_t *tile = tiles + (size_t)(2 * i) * m->tile_bytes, *up_tile = tile + m->tile_bytes;
                 bool ahead = n >= AHEAD_ROWS && t0 + n == chunk && i + 1 < pairs; /* last use of these: fetch two more */
                 const uint8_t *next = ahead ? up_tile + m->tile_bytes : NULL, *next_up = ahead ? next + m->tile_bytes : NULL;
@@ -2409,18 +2308,18 @@ static void ffn_up_item(void *arg, int item, int thread)
                 kn->tile[m->type](up_tile, m->cols, x, n, up, e->model.q4_levels, next_up);
                 for (int t = 0; t < n; t++) {
                     silu(kn, gate[t], s, TILE);
-                    for (int r = 0; r < TILE; r++) h[(t0 + t) * SUPER + i * TILE + r] = gate[t][r] * up[t][r];
+                    for (int r = 0; r < TILE; r++) inner[(t0 + t) * SUPER + i * TILE + r] = gate[t][r] * up[t][r];
                 }
             }
         for (int t = 0; t < chunk; t++) {
             size_t row = (size_t)(f->first + c0 + t);
-            if (f->down->type < Q8) memcpy(w->h.f + row * w->h.ld + unit0, h + t * SUPER, SUPER * sizeof *h);
-            else kn->quantize(w->h.q + row * w->h.blocks + unit0 / SUPER, h + t * SUPER, SUPER);
+            if (f->down->type < Q8) memcpy(w->inner.f + row * w->inner.ld + unit0, inner + t * SUPER, SUPER * sizeof *inner);
+            else kn->quantize(w->inner.q + row * w->inner.blocks + unit0 / SUPER, inner + t * SUPER, SUPER);
         }
     }
 }
 
-/* out = sum over a token's networks of weight . down h, for a few tiles of rows: networks in ascending order. */
+/* out = sum over a token's networks of weight . down inner, for a few tiles of rows: networks in ascending order. */
 static void ffn_down_item(void *arg, int item, int thread)
 {
     (void)thread;
@@ -2437,19 +2336,19 @@ static void ffn_down_item(void *arg, int item, int thread)
         const Matrix *m = f->down;
         bool another = f + 1 < w->ffn + w->ffn_to && f[1].down == m; /* an expert after this one */
         experts_wait(e->experts, f, DOWN);
-        for (int s0 = f->first, n; s0 < f->first + f->count; s0 += n) {
-            n = next_rows(kn, f->first + f->count - s0);
-            bool ahead = another && n >= AHEAD_ROWS && s0 + n == f->first + f->count; /* the last use of this one's tiles */
+        for (int row0 = f->first, n; row0 < f->first + f->count; row0 += n) {
+            n = next_rows(kn, f->first + f->count - row0);
+            bool ahead = another && n >= AHEAD_ROWS && row0 + n == f->first + f->count; /* the last use of this one's tiles */
             const void *x[MAX_ROWS];
-            for (int s = 0; s < n; s++) x[s] = act_row(&w->h, m->type, (size_t)(s0 + s));
+            for (int r = 0; r < n; r++) x[r] = act_row(&w->inner, m->type, (size_t)(row0 + r));
             for (int i = tile0; i < tile1; i++) {
                 float y[MAX_ROWS][TILE];
                 const uint8_t *tile = f->weights[DOWN] + (size_t)i * m->tile_bytes;
                 const uint8_t *next = ahead ? f[1].weights[DOWN] + (size_t)i * m->tile_bytes : NULL;
                 kn->tile[m->type](tile, m->cols, x, n, y, e->model.q4_levels, next);
-                for (int s = 0; s < n; s++) {
-                    float *out = w->out + (size_t)w->slot_token[s0 + s] * w->xn.ld + i * TILE;
-                    kn->add_scaled(out, y[s], w->slot_weight[s0 + s], TILE);
+                for (int r = 0; r < n; r++) {
+                    float *out = w->out + (size_t)w->row_token[row0 + r] * w->xn.ld + i * TILE;
+                    kn->add_scaled(out, y[r], w->row_weight[row0 + r], TILE);
                 }
             }
         }
@@ -2524,7 +2423,7 @@ static void mlp_block(Pass *p)
         moe_group(p);
     } else { /* a dense layer: one network for all tokens */
         ffn_add(w, &mlp->gate_up_proj, &mlp->down_proj, 0, 0, p->n);
-        for (int t = 0; t < p->n; t++) w->slot_token[t] = t, w->slot_weight[t] = 1;
+        for (int t = 0; t < p->n; t++) w->row_token[t] = t, w->row_weight[t] = 1;
     }
     run_networks(p);
     dump(p, "mlp", w->out, p->n, c->hidden_size, w->xn.ld);
@@ -2571,8 +2470,9 @@ static void decoder_layer(Pass *p, bool add_out)
  * an interrupt ends it before its next layer, and the caller gives the state up or takes one that was remembered. */
 typedef enum { KEPT, TRIAL, STOPPABLE } Forward;
 
-/* Run n <= work.batch tokens through all layers, extending the state by them. Afterwards work.xn holds the rows
- * after the final norm. The caller has made sure that n more positions fit into the context. False when it was stopped. */
+/* Run n tokens, at most work.batch or, on trial, MAX_TRIAL, through all layers, extending the state by them. Afterwards work.xn
+ * holds the rows after the final norm. The caller has made sure that n more positions fit into the context. False when it was
+ * stopped. */
 static bool forward(Engine *e, const int *tokens, int n, Forward kind)
 {
     State *s = &e->state;
@@ -2595,7 +2495,7 @@ static bool forward(Engine *e, const int *tokens, int n, Forward kind)
     if (s->mtp) parallel_for(e->pool, n, mtp_wait_item, &p);
     for (int t = 0; t < n; t++) tokens_add(&s->tokens, tokens[t]);
     s->tape_len = p.trial ? n : 0;
-    memcpy(s->h, e->work.xn.f + (size_t)(n - 1) * e->work.xn.ld, (size_t)m->config.hidden_size * sizeof(float));
+    memcpy(s->last_hidden, e->work.xn.f + (size_t)(n - 1) * e->work.xn.ld, (size_t)m->config.hidden_size * sizeof(float));
     return true;
 }
 
@@ -2612,7 +2512,7 @@ static const float *head_logits(Engine *e, int first, int n)
 static const float *last_logits(Engine *e)
 {
     Work *w = &e->work;
-    memcpy(w->xn.f, e->state.h, (size_t)e->model.config.hidden_size * sizeof(float));
+    memcpy(w->xn.f, e->state.last_hidden, (size_t)e->model.config.hidden_size * sizeof(float));
     quantize_row(e, &w->xn, 0);
     return head_logits(e, 0, 1);
 }
@@ -2723,8 +2623,8 @@ static int shortlist_guess(Engine *e, const Shortlist *list, double *p)
     return list->tile[best / TILE] * TILE + best % TILE;
 }
 
-/* Run the head for the token that stands i < MAX_TRIAL places behind the first not yet fed: `token`, that one itself (i = 0) or the
- * i-th guess. Afterwards row 0 of work.xn holds y, to guess the next token by. This leaves nothing behind: keys and values will be overwritten. */
+/* Run the head for the token i < MAX_TRIAL places after the first not yet fed: `token`, that one itself (i = 0) or the i-th guess.
+ * Afterwards row 0 of work.xn holds y, to guess the next token by. This leaves nothing behind: keys and values will be overwritten. */
 static void mtp_step(Engine *e, int token, int i)
 {
     const Model *m = &e->model;
@@ -2761,31 +2661,30 @@ static void state_reset(State *s)
 static size_t kv_bytes(const State *s, const Config *c, int n)
 {
     size_t scales = s->kv_type == KV_Q8 ? sizeof(float) : 0;
-    return 2 * s->kv_heads * (size_t)n * (round_up((size_t)c->head_dim, TILE) * KV_BYTES[s->kv_type] + scales);
+    return 2 * s->kv_heads * (size_t)n * ((size_t)c->hdp * KV_BYTES[s->kv_type] + scales);
 }
 
 /* Reserve memory for ctx positions; it is committed as it is used. mtp: keep what drafting needs, too. */
 static void state_init(State *s, const Config *c, int ctx, KvType kv_type, bool mtp)
 {
-    size_t dvp = round_up((size_t)c->linear_value_head_dim, TILE), hdp = round_up((size_t)c->head_dim, TILE);
-    size_t linear = (size_t)c->has_linear, heads = mul((size_t)(c->has_full + mtp), (size_t)c->num_key_value_heads);
+    size_t linear = (size_t)c->n_linear, heads = mul((size_t)(c->n_full + mtp), (size_t)c->num_key_value_heads);
     s->ctx = ctx;
     s->mtp = mtp;
     s->kv_type = kv_type;
     s->kv_heads = heads;
     s->kv_positions = round_up((size_t)ctx, KV_RANGE);
-    s->kv_head = mul(s->kv_positions, hdp) * KV_BYTES[kv_type];
-    s->k = (uint8_t *)reserve(mul(s->kv_head, heads) / 4, "keys");
-    s->v = (uint8_t *)reserve(mul(s->kv_head, heads) / 4, "values");
+    s->kv_head_bytes = mul(s->kv_positions, (size_t)c->hdp) * KV_BYTES[kv_type];
+    s->k = (uint8_t *)reserve(mul(s->kv_head_bytes, heads) / 4, "keys");
+    s->v = (uint8_t *)reserve(mul(s->kv_head_bytes, heads) / 4, "values");
     s->k_scale = kv_type == KV_Q8 ? reserve(mul(s->kv_positions, heads), "scales of keys") : NULL;
     s->v_scale = kv_type == KV_Q8 ? reserve(mul(s->kv_positions, heads), "scales of values") : NULL;
-    s->S_layer = mul((size_t)c->linear_num_value_heads * dvp, (size_t)c->linear_key_head_dim);
+    s->S_layer = mul((size_t)c->linear_num_value_heads * (size_t)c->dvp, (size_t)c->linear_key_head_dim);
     s->conv_layer = (size_t)(c->linear_conv_kernel_dim - 1) * (size_t)c->conv_dim;
     s->recurrent_len = linear * (s->S_layer + s->conv_layer) + (size_t)c->hidden_size;
     s->recurrent = reserve(s->recurrent_len, "recurrent state");
     s->S = s->recurrent;
     s->conv = s->S + linear * s->S_layer;
-    s->h = s->conv + linear * s->conv_layer;
+    s->last_hidden = s->conv + linear * s->conv_layer;
     s->tape_row = (size_t)c->conv_dim + 2 * (size_t)c->linear_num_value_heads;
     s->tape = reserve(mtp ? linear * MAX_TRIAL * s->tape_row : 0, "tape");
 }
@@ -2796,7 +2695,7 @@ static void state_keep(Engine *e, int n, int kept)
     State *s = &e->state;
     s->tokens.len -= n - kept;
     s->tape_len = kept;
-    memcpy(s->h, e->work.xn.f + (size_t)(kept - 1) * e->work.xn.ld, (size_t)e->model.config.hidden_size * sizeof(float));
+    memcpy(s->last_hidden, e->work.xn.f + (size_t)(kept - 1) * e->work.xn.ld, (size_t)e->model.config.hidden_size * sizeof(float));
 }
 
 /* Bring S and conv up to the last token. */
@@ -2815,7 +2714,7 @@ static void state_settle(Engine *e)
 static void mtp_wait_again(Engine *e)
 {
     e->state.mtp_len = max_int(0, e->state.tokens.len - 1);
-    if (e->state.mtp) mtp_hidden(e, 0, e->state.h);
+    if (e->state.mtp) mtp_hidden(e, 0, e->state.last_hidden);
 }
 
 /* Remember the state as it is now. */
@@ -2823,7 +2722,7 @@ static void snapshot_take(Snapshot *snap, Engine *e)
 {
     const State *s = &e->state;
     state_settle(e);
-    if (s->mtp) mtp_fill(e); /* so that restoring needs but one row: h's */
+    if (s->mtp) mtp_fill(e); /* so that restoring needs but one row: last_hidden's */
     if (!snap->recurrent) snap->recurrent = grow(NULL, s->recurrent_len, sizeof *snap->recurrent);
     memcpy(snap->recurrent, s->recurrent, s->recurrent_len * sizeof *s->recurrent);
     snap->n_tokens = s->tokens.len;
@@ -2870,11 +2769,11 @@ static void work_init(Engine *e, int batch)
     Work *w = &e->work;
     bool q = e->model.quantized;
     size_t n = (size_t)max_int(batch, MAX_TRIAL), D = (size_t)c->hidden_size, H = (size_t)c->num_attention_heads, hd = (size_t)c->head_dim;
-    bool sparse = c->has_sparse || (e->state.mtp && c->num_experts);
+    bool sparse = c->n_sparse || (e->state.mtp && c->num_experts);
     size_t k = sparse ? (size_t)c->num_experts_per_tok : 0, E = sparse ? (size_t)c->num_experts : 0;
     size_t linear_rows = (size_t)(c->conv_dim + c->value_dim), qgkv_rows = 2 * (H + (size_t)c->num_key_value_heads) * hd;
     size_t inner = sparse ? (size_t)max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size) : 1;
-    if (c->has_dense) inner = max_size(inner, (size_t)c->intermediate_size);
+    if (c->n_dense) inner = max_size(inner, (size_t)c->intermediate_size);
     w->batch = batch;
     w->xn = acts_init(n, D, q);
     w->x = reserve(n * w->xn.ld, "residual stream");
@@ -2891,17 +2790,17 @@ static void work_init(Engine *e, int batch)
     w->top_weight = reserve(n * k, "router");
     w->shared_weight = reserve(n, "router");
     w->ffn = grow(NULL, E + 1, sizeof *w->ffn);
-    w->slot_token = (int *)reserve(n * (k + 1), "router");
-    w->slot_weight = reserve(n * (k + 1), "router");
-    w->h = acts_init(n * (k + 1), inner, q);
+    w->row_token = (int *)reserve(n * (k + 1), "router");
+    w->row_weight = reserve(n * (k + 1), "router");
+    w->inner = acts_init(n * (k + 1), inner, q);
     w->pair_rows = (int)n + MAX_TRIAL;
     if (e->state.mtp) w->pair = acts_init((size_t)w->pair_rows, 2 * D, q);
     w->logits_ld = round_up((size_t)e->model.head.weight.rows, TILE);
     w->logits = reserve(HEAD_ROWS * w->logits_ld, "logits");
-    size_t group = H / (size_t)c->num_key_value_heads, blocks = (MAX_ROWS * group + 3) / 4; /* a kernel takes 4 rows or more */
-    size_t hdp = round_up(hd, TILE), ranges = (size_t)attn_ranges(e->state.ctx);
+    size_t blocks = (MAX_ROWS * (size_t)c->group + 3) / 4; /* a kernel takes 4 rows or more */
+    size_t hdp = (size_t)c->hdp, ranges = (size_t)attn_ranges(e->state.ctx);
     w->partial = reserve(mul(mul((size_t)c->num_key_value_heads * blocks, ranges), MAX_ROWS * (hdp + TILE)), "attention");
-    size_t dk = (size_t)c->linear_key_head_dim, dvp = round_up((size_t)c->linear_value_head_dim, TILE);
+    size_t dk = (size_t)c->linear_key_head_dim, dvp = (size_t)c->dvp;
     size_t need = GDN_CHUNK * (dvp + 2) + 2 * dvp + dk * TILE;                          /* gdn_head */
     need = max_size(need, (size_t)(c->linear_conv_kernel_dim + 1) * (dk + dvp));        /* gdn_conv */
     need = max_size(need, MAX_ROWS * (KV_RANGE + 2 * hdp) + hdp);                       /* attn_block */
@@ -3267,7 +3166,7 @@ static void nfc(const Tokenizer *t, Str *out, const uint8_t *text, size_t n)
 }
 
 /* ---- 12b. The split pattern ----
- * (?i:'s|'t|'re|'ve|'m|'ll|'d) | [^\r\n\p{L}\p{N}]?\p{L}+ | \p{N} | ?[^\s\p{L}\p{N}]+[\r\n]* | \s*[\r\n]+
+ * (?i:'s|'t|'re|'ve|'m|'ll|'d) | [^\r\n\p{L}\p{N}]?\p{L}+ | \p{N} | [ ]?[^\s\p{L}\p{N}]+[\r\n]* | \s*[\r\n]+
  * | \s+(?!\S) | \s+          (Qwen3.5: marks count as letters) */
 
 typedef struct { const Tokenizer *t; const uint8_t *s; size_t n; } Scan;
@@ -3644,7 +3543,7 @@ typedef struct {
     int vocab;            /* ids below this one can be drawn */
     uint8_t *seen;        /* [vocab] bit 0: in the text so far, bit 1: generated in this answer */
     Choice *choice;       /* [vocab] */
-    float *logits, *sorted; /* [vocab] scratch: logits with penalties; those to find the k-th of */
+    float *logits, *candidates; /* [vocab] scratch: logits with penalties; those to find the k-th of */
 } Sampler;
 
 /* Equal seeds draw alike; any seed, 0 too, starts somewhere else. The generator's state must not be 0. */
@@ -3663,7 +3562,7 @@ static void sampler_init(Sampler *s, SamplerSettings set, uint64_t seed, int voc
     memset(s->seen, 0, (size_t)vocab);
     s->choice = grow(NULL, (size_t)vocab, sizeof *s->choice);
     s->logits = grow(NULL, (size_t)vocab, sizeof *s->logits);
-    s->sorted = grow(NULL, (size_t)vocab, sizeof *s->sorted);
+    s->candidates = grow(NULL, (size_t)vocab, sizeof *s->candidates);
 }
 
 /* Whether settings from a file make sense. */
@@ -3747,8 +3646,8 @@ enum { SIEVE = 64 };
 static float sieve(const Sampler *s, int k)
 {
     int n = 0;
-    for (int i = 0; i < s->vocab; i += SIEVE) s->sorted[n++] = largest(s->logits + i, min_int(SIEVE, s->vocab - i));
-    return k > 0 && k <= n ? kth_largest(s->sorted, n, k) : -INFINITY;
+    for (int i = 0; i < s->vocab; i += SIEVE) s->candidates[n++] = largest(s->logits + i, min_int(SIEVE, s->vocab - i));
+    return k > 0 && k <= n ? kth_largest(s->candidates, n, k) : -INFINITY;
 }
 
 /* The distribution that `sample` draws from, most likely first: penalties, temperature, top-k, top-p, min-p as
@@ -3767,8 +3666,8 @@ static int sampler_distribution(Sampler *s, const float *logits)
         }
     }
     if (k && n > k) { /* equals of the k-th stay with it */
-        for (int i = 0; i < n; i++) s->sorted[i] = s->choice[i].logit;
-        float kth = kth_largest(s->sorted, n, k);
+        for (int i = 0; i < n; i++) s->candidates[i] = s->choice[i].logit;
+        float kth = kth_largest(s->candidates, n, k);
         int all = n;
         n = 0;
         for (int i = 0; i < all; i++)
@@ -4248,7 +4147,7 @@ static ExpertCache *experts_plan(const Model *m)
     c->file = &m->file;
     c->least = max_int(2, m->config.num_experts_per_tok);
     c->num_experts = m->config.num_experts;
-    c->layer = grow(NULL, (size_t)m->config.has_sparse + 1, sizeof *c->layer);
+    c->layer = grow(NULL, (size_t)m->config.n_sparse + 1, sizeof *c->layer);
     for (int i = 0; i < m->config.num_hidden_layers; i++)
         if (m->layers[i].mlp.gate.data) c->layer[c->n_layers++] = &m->layers[i].mlp;
     if (m->mtp.fc.data && m->mtp.layer.mlp.gate.data) c->layer[c->n_layers++] = &m->mtp.layer.mlp;
@@ -4530,8 +4429,9 @@ INLINE void FN(look_up)(vb *out, const vb *index, const int8_t *levels, const vi
 #endif
 }
 
-/* One tile against n rows, n a constant: y[t] = sum over c of column c times x[t][c], in the order of c. */
-INLINE void FN(f32_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next,
+/* One tile against n rows, n a constant: y[t] = sum over c of column c times x[t][c], in the order of c. type: what w's numbers
+ * are stored as. */
+INLINE void FN(float_rows)(const uint8_t *w, int cols, const void *const *x, float (*y)[TILE], int n, const uint8_t *next,
                          KvType type)
 {
     vf acc[ROWS][PARTS], column[PARTS];
@@ -4647,9 +4547,9 @@ INLINE void FN(int8_rows)(const uint8_t *w, int cols, const void *const *x, floa
         (void)levels;                                                                                                  \
         EACH_ROWS(call)                                                                                                \
     }
-TILE_KERNEL(tile_f32, FN(f32_rows)(w, cols, x, y, N, next, KV_F32))
-TILE_KERNEL(kv_f16, FN(f32_rows)(w, cols, x, y, N, next, KV_F16))
-TILE_KERNEL(kv_q8, FN(f32_rows)(w, cols, x, y, N, next, KV_Q8))
+TILE_KERNEL(tile_f32, FN(float_rows)(w, cols, x, y, N, next, KV_F32))
+TILE_KERNEL(kv_f16, FN(float_rows)(w, cols, x, y, N, next, KV_F16))
+TILE_KERNEL(kv_q8, FN(float_rows)(w, cols, x, y, N, next, KV_Q8))
 TILE_KERNEL(tile_bf16, FN(bf16_rows)(w, cols, x, y, N, next))
 TILE_KERNEL(tile_q8, FN(int8_rows)(w, cols, x, y, N, next, 8, NULL))
 TILE_KERNEL(tile_q6, FN(int8_rows)(w, cols, x, y, N, next, 6, NULL))
@@ -4867,7 +4767,7 @@ static const Kernels FN(kernels) = {
 
 #ifndef KERNEL_PASS /* ---------- from here on everything is compiled once ---------- */
 
-/* The kernel sets of this build, best last, and whether this processor can run each. */
+/* The kernel sets of this build, best last. */
 static const Kernels *const KERNEL_SETS[] = {
     &kernels_plain,
 #if defined HAVE_X86
@@ -4892,7 +4792,8 @@ static bool kernels_run_here(const Kernels *k)
 #if defined HAVE_NEON && defined __linux__
     if (!strcmp(k->name, "neon")) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
-    return k != NULL;
+    (void)k; /* a build with no set but plain asks nothing of it */
+    return true;
 }
 
 /* The set called `name`, or for NULL the best that runs here. */
@@ -4906,6 +4807,138 @@ static const Kernels *choose_kernels(const char *name)
 }
 
 /* ============================== Part V: the program ============================== */
+
+/* ---- 15a. What all modes share: files, signals, the run, feeding tokens ---- */
+
+/* Nothing more will be printed: ends the program with a message when not all could be. */
+static void end_output(void)
+{
+    flush_output();
+    if (ferror(stdout) && !leaving) die("standard output: %s", strerror(output_error ? output_error : EIO)); /* leaving: a terminal has hung up */
+}
+
+#define MAX_TEXT ((size_t)1 << 30) /* bytes read at once: more tokens than a context has */
+
+/* The whole of a file, or of standard input for "-", into an empty string. False after a message. */
+static bool read_file(const char *path, Str *s)
+{
+    FILE *f = fault() ? NULL : strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) return warn("%s: %s", path, strerror(errno));
+    char buffer[1 << 16];
+    for (size_t n; s->len <= MAX_TEXT && (n = fread(buffer, 1, sizeof buffer, f)) > 0;) str_add(s, buffer, n);
+    bool failed = ferror(f) || s->len > MAX_TEXT;
+    if (ferror(f)) warn("%s: %s", path, strerror(errno));
+    else if (failed) warn("%s: wanted a text of at most %zu bytes, found more", path, MAX_TEXT);
+    if (f != stdin) fclose(f);
+    str_add(s, "", 0);
+    return !failed;
+}
+
+/* Whether two names are of one file. */
+static bool same_file(const char *a, const char *b)
+{
+#ifdef _WIN32
+    char x[PATH_MAX], y[PATH_MAX];
+    return realpath(a, x) && realpath(b, y) && !_stricmp(x, y);
+#else
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+#endif
+}
+
+/* Whether a name is that of a symbolic link. */
+static bool is_link(const char *name)
+{
+#ifdef _WIN32
+    return (void)name, false;
+#else
+    struct stat info;
+    return !lstat(name, &info) && S_ISLNK(info.st_mode);
+#endif
+}
+
+/* The part of a path behind its folder. */
+static const char *file_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+#ifdef _WIN32
+    const char *other = strrchr(path, '\\');
+    if (other && (!slash || other > slash)) slash = other;
+#endif
+    return slash ? slash + 1 : path;
+}
+
+/* The path of this program, empty where it cannot be had. */
+static void program_path(char path[PATH_MAX])
+{
+    path[0] = 0;
+#if defined _WIN32
+    unsigned long n = GetModuleFileNameA(NULL, path, PATH_MAX);
+    if (n == PATH_MAX) path[0] = 0;
+#elif defined __APPLE__
+    uint32_t n = PATH_MAX;
+    if (_NSGetExecutablePath(path, &n)) path[0] = 0;
+#else
+    ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
+    path[n > 0 ? n : 0] = 0;
+#endif
+}
+
+/* A file being written: a temporary that takes the final name when it is whole, or a device or pipe, as it is. */
+typedef struct {
+    FILE *file;
+    const char *name;      /* as given; messages tell it */
+    char target[PATH_MAX], path[PATH_MAX]; /* where it points to if it is a link; what is being written */
+    bool temporary;
+    int error;             /* errno of the first write that failed, if it has been noticed (out_check) */
+} OutFile;
+
+/* Begin to write a file, with the rights of an older one of this name. False after a message. */
+static bool out_open(OutFile *o, const char *name)
+{
+    struct stat info;
+    bool old = !stat(name, &info);
+    o->name = name;
+    o->error = 0;
+    o->temporary = !old || S_ISREG(info.st_mode);
+    if (!old && is_link(name)) return warn("%s: a link that leads nowhere", name);
+    if (!old || !realpath(name, o->target)) snprintf(o->target, sizeof o->target, "%s", name);
+    int folder = (int)(file_name(o->target) - o->target), n = snprintf(o->path, sizeof o->path, "%s", o->target);
+    if (o->temporary) n = snprintf(o->path, sizeof o->path, "%.*s" PROGRAM ".%ld.tmp", folder, o->target, (long)getpid());
+    if (strlen(name) >= sizeof o->target || n >= (int)sizeof o->path) return warn("%s: %s", name, strerror(ENAMETOOLONG));
+    int how = O_WRONLY | O_CREAT | O_CLOEXEC | (o->temporary ? O_EXCL : O_TRUNC); /* O_EXCL: not what a link leads to */
+    sigset_t before;
+    hold_signals(&before); /* until it is known what they are to remove */
+    int fd = fault() ? -1 : open(o->path, how, old && o->temporary ? info.st_mode & 0777 : 0666), error = errno;
+    if (fd >= 0 && o->temporary) unfinished_fd = fd, unfinished_file = o->path;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (fd < 0) return warn("%s: %s", error == EEXIST ? o->path : name, strerror(error));
+    o->file = fault() ? NULL : fdopen(fd, "wb");
+    if (!o->file) die("%s: %s", name, strerror(errno));
+    if (old && o->temporary && fchmod(fileno(o->file), info.st_mode & 0777)) warn("%s: its rights are not kept: %s", name, strerror(errno));
+    return true;
+}
+
+/* Note why a write has failed, if one has, before errno tells of something else. */
+static void out_check(OutFile *o)
+{
+    if (!o->error) o->error = write_error(o->file);
+}
+
+/* End it: whole, and then under its name, or, after a failed write (errno tells which) or by intention, leaving nothing.
+ * durable: on the disk before it takes the place of an older file. False after a message when it was to be whole. */
+static bool out_close(OutFile *o, bool whole, bool durable)
+{
+    out_check(o);
+    int error = o->error;
+    if (!error && whole && (fflush(o->file) || (durable && o->temporary && fsync(fileno(o->file))))) error = errno;
+    if (fclose(o->file) && !error) error = errno;
+    if (!error && whole && o->temporary && (fault() || rename(o->path, o->target))) error = errno;
+    if (o->temporary && (error || !whole)) unlink(o->path);
+    unfinished_file = NULL;
+    if (error) warn("%s: %s", o->name, strerror(error));
+    return whole && !error;
+}
 
 /* Ctrl-C has been acted upon; SIGTERM holds until the end. */
 static void forget_interrupts(void) { interrupted = leaving != 0; }
@@ -5600,13 +5633,13 @@ _Static_assert(sizeof(SavedHeader) == 144, "the format has no holes");
 typedef struct { uint64_t user, answer; int32_t before, n_tokens[SNAPSHOTS_PER_TURN], present[SNAPSHOTS_PER_TURN], zero; } SavedTurn;
 
 /* What goes through the pieces of a conversation: writes them, hashes them, or takes them from a mapped file. */
-typedef struct Saver {
-    bool (*piece)(struct Saver *s, void *data, size_t n); /* false: failed, or the file is at its end */
+typedef struct Stream {
+    bool (*piece)(struct Stream *s, void *data, size_t n); /* false: failed, or the file is at its end */
     FILE *file;
     const uint8_t *from;   /* reading: the next piece ... */
     size_t left;           /* ... and the bytes from there on */
     uint64_t hash, size;   /* of what has passed */
-} Saver;
+} Stream;
 
 /* n bytes into a hash, eight at a time, the last padded with zeros. */
 static uint64_t hash_bytes(uint64_t h, const void *data, size_t n)
@@ -5620,20 +5653,20 @@ static uint64_t hash_bytes(uint64_t h, const void *data, size_t n)
     return h;
 }
 
-static bool hash_piece(Saver *s, void *data, size_t n)
+static bool hash_piece(Stream *s, void *data, size_t n)
 {
     s->hash = hash_bytes(s->hash, data, n);
     s->size += round_up(n, 8);
     return true;
 }
 
-static bool write_piece(Saver *s, void *data, size_t n)
+static bool write_piece(Stream *s, void *data, size_t n)
 {
     static const char zeros[8];
     return (!n || fwrite(data, 1, n, s->file) == n) && fwrite(zeros, 1, round_up(n, 8) - n, s->file) == round_up(n, 8) - n;
 }
 
-static bool skip_piece(Saver *s, void *data, size_t n)
+static bool skip_piece(Stream *s, void *data, size_t n)
 {
     (void)data;
     if (n > s->left || round_up(n, 8) > s->left) return false;
@@ -5642,7 +5675,7 @@ static bool skip_piece(Saver *s, void *data, size_t n)
     return true;
 }
 
-static bool take_piece(Saver *s, void *data, size_t n)
+static bool take_piece(Stream *s, void *data, size_t n)
 {
     const uint8_t *from = s->from;
     if (!skip_piece(s, data, n)) return false;
@@ -5652,17 +5685,17 @@ static bool take_piece(Saver *s, void *data, size_t n)
 
 /* Everything that the layers remember of n tokens. heads: of all attention layers together; this run may not keep the last
  * of them, the MTP head's. */
-static bool pass_state(Saver *s, State *st, const Config *c, size_t heads, int n)
+static bool stream_state(Stream *s, State *st, const Config *c, size_t heads, int n)
 {
-    bool (*piece)(Saver *s, void *data, size_t n) = s->piece;
-    size_t width = KV_BYTES[st->kv_type], tiles = round_up((size_t)c->head_dim, TILE) / TILE;
+    bool (*piece)(Stream *s, void *data, size_t n) = s->piece;
+    size_t width = KV_BYTES[st->kv_type], tiles = (size_t)(c->hdp / TILE);
     size_t keys = round_up((size_t)n, TILE) * (size_t)c->head_dim * width;
     for (size_t h = 0; h < heads; h++) {
         if (h >= st->kv_heads) s->piece = skip_piece;
-        if (!s->piece(s, st->k + h * st->kv_head, keys)) return false;
+        if (!s->piece(s, st->k + h * st->kv_head_bytes, keys)) return false;
         for (int pos = 0; pos < n; pos += KV_RANGE)
             for (size_t d = 0; d < tiles; d++) {
-                uint8_t *values = st->v + h * st->kv_head + v_offset(c, pos, (int)d) * width;
+                uint8_t *values = st->v + h * st->kv_head_bytes + v_offset(c, pos, (int)d) * width;
                 if (!s->piece(s, values, (size_t)min_int(KV_RANGE, n - pos) * TILE * width)) return false;
             }
         for (int i = 0; i < 2 && st->kv_type == KV_Q8; i++) {
@@ -5675,13 +5708,13 @@ static bool pass_state(Saver *s, State *st, const Config *c, size_t heads, int n
 }
 
 /* A conversation's pieces on their way out. */
-static bool pass_out(Saver *s, Conversation *c, const SavedHeader *h)
+static bool stream_out(Stream *s, Conversation *c, const SavedHeader *h)
 {
     State *st = &c->run->engine.state;
     const Config *config = &c->run->engine.model.config;
-    size_t heads = (size_t)(config->has_full + h->mtp) * (size_t)config->num_key_value_heads;
+    size_t heads = (size_t)(config->n_full + h->mtp) * (size_t)config->num_key_value_heads;
     uint64_t system = c->system.len;
-    bool ok = s->piece(s, st->tokens.id, (size_t)h->n_tokens * sizeof *st->tokens.id) && pass_state(s, st, config, heads, h->n_tokens) &&
+    bool ok = s->piece(s, st->tokens.id, (size_t)h->n_tokens * sizeof *st->tokens.id) && stream_state(s, st, config, heads, h->n_tokens) &&
               s->piece(s, &system, sizeof system) && s->piece(s, c->system.data, c->system.len);
     for (int i = 0; ok && i < c->n_turns; i++) {
         Turn *t = &c->turns[i];
@@ -5701,11 +5734,11 @@ static bool pass_out(Saver *s, Conversation *c, const SavedHeader *h)
  * that was taken back is to go to strangers. */
 static void clear_rest(State *s, const Config *c, size_t head, int from, int n)
 {
-    size_t width = KV_BYTES[s->kv_type], hd = (size_t)c->head_dim, tiles = round_up(hd, TILE) / TILE;
+    size_t width = KV_BYTES[s->kv_type], hd = (size_t)c->head_dim, tiles = (size_t)(c->hdp / TILE);
     for (size_t pos = (size_t)max_int(from, 0); pos < round_up((size_t)n, TILE); pos++) {
-        uint8_t *keys = s->k + head * s->kv_head + (pos / TILE * hd * TILE + pos % TILE) * width;
+        uint8_t *keys = s->k + head * s->kv_head_bytes + (pos / TILE * hd * TILE + pos % TILE) * width;
         for (size_t i = 0; i < hd; i++) memset(keys + i * TILE * width, 0, width);
-        for (size_t d = 0; d < tiles; d++) memset(s->v + head * s->kv_head + v_offset(c, (int)pos, (int)d) * width, 0, TILE * width);
+        for (size_t d = 0; d < tiles; d++) memset(s->v + head * s->kv_head_bytes + v_offset(c, (int)pos, (int)d) * width, 0, TILE * width);
         if (s->kv_type != KV_Q8 || pos >= (size_t)n) continue;
         s->k_scale[head * s->kv_positions + pos] = s->v_scale[head * s->kv_positions + pos] = 0;
     }
@@ -5725,7 +5758,7 @@ static bool conversation_save(Conversation *c, const char *path)
     state_settle(e);
     if (e->state.mtp) mtp_fill(e);
     for (size_t i = 0; i < e->state.kv_heads; i++) { /* the MTP head's last position waits for its next token */
-        bool mtp = i >= (size_t)e->model.config.has_full * (size_t)e->model.config.num_key_value_heads;
+        bool mtp = i >= (size_t)e->model.config.n_full * (size_t)e->model.config.num_key_value_heads;
         clear_rest(&e->state, &e->model.config, i, e->state.tokens.len - mtp, e->state.tokens.len);
     }
     SavedHeader h = {.version = 1, .place = c->place, .file_size = sizeof h,
@@ -5735,13 +5768,13 @@ static bool conversation_save(Conversation *c, const char *path)
                      .n_turns = c->n_turns, .has_system = c->system.data != NULL, .sampling = r->sampler.set,
                      .rng = r->sampler.rng, .recurrent_len = e->state.recurrent_len};
     memcpy(h.magic, "QWEN3SES", sizeof h.magic);
-    Saver hash = {.piece = hash_piece};
-    pass_out(&hash, c, &h);
+    Stream hash = {.piece = hash_piece};
+    stream_out(&hash, c, &h);
     h.file_size += hash.size;
     h.hash = hash_bytes(hash.hash, &h, sizeof h);
     if (!out_open(&out, path)) return false;
-    Saver writer = {.piece = write_piece, .file = out.file};
-    bool written = write_piece(&writer, &h, sizeof h) && pass_out(&writer, c, &h);
+    Stream writer = {.piece = write_piece, .file = out.file};
+    bool written = write_piece(&writer, &h, sizeof h) && stream_out(&writer, c, &h);
     return out_close(&out, written, true);
 }
 
@@ -5799,7 +5832,7 @@ static bool turn_in_order(const SavedTurn *t, int *last, int n_tokens)
 }
 
 /* The pieces of one turn: checked (t NULL) or taken over. last: where the turn before ends; -1: there is none. */
-static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens, int *last)
+static bool stream_turn_in(Stream *s, Turn *t, size_t recurrent_len, int n_tokens, int *last)
 {
     SavedTurn saved;
     if (!take_piece(s, &saved, sizeof saved) || saved.before < 0 || saved.before >= N_PLACES) return false;
@@ -5826,11 +5859,11 @@ static bool pass_turn_in(Saver *s, Turn *t, size_t recurrent_len, int n_tokens, 
 }
 
 /* All pieces behind the header: looked through, or, with `take`, taken over. False: there is something wrong. */
-static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
+static bool stream_in(Stream *s, Conversation *c, const SavedHeader *h, bool take)
 {
     Engine *e = &c->run->engine;
     const Config *config = &e->model.config;
-    size_t heads = (size_t)(config->has_full + h->mtp) * (size_t)config->num_key_value_heads;
+    size_t heads = (size_t)(config->n_full + h->mtp) * (size_t)config->num_key_value_heads;
     const int32_t *ids = (const int32_t *)(const void *)s->from;
     if (!skip_piece(s, NULL, (size_t)h->n_tokens * sizeof *ids)) return false;
     for (int i = 0; i < h->n_tokens; i++) {
@@ -5839,7 +5872,7 @@ static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
         if (take) tokens_add(&e->state.tokens, id);
     }
     s->piece = take ? take_piece : skip_piece;
-    if (!pass_state(s, &e->state, config, heads, h->n_tokens)) return false;
+    if (!stream_state(s, &e->state, config, heads, h->n_tokens)) return false;
     uint64_t system;
     if (!take_piece(s, &system, sizeof system)) return false;
     const uint8_t *text = s->from;
@@ -5849,7 +5882,7 @@ static bool pass_in(Saver *s, Conversation *c, const SavedHeader *h, bool take)
     for (int i = 0; i < h->n_turns; i++) {
         Str none = {0};
         Turn *t = take ? push_turn(c, &none) : NULL;
-        if (!pass_turn_in(s, t, e->state.recurrent_len, h->n_tokens, &last)) return false;
+        if (!stream_turn_in(s, t, e->state.recurrent_len, h->n_tokens, &last)) return false;
     }
     return s->left == 0;
 }
@@ -5866,18 +5899,17 @@ static bool conversation_load(Conversation *c, const char *path, bool chat)
     memcpy(h, file.data, min_size(sizeof header, file.size));
     bool fine = check_saved(r, &file, h);
     if (fine && chat && h->place == PLAIN) fine = warn("%s: saved by -m generate, not by chat", path);
-    Saver look = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
-    if (fine && !(fine = pass_in(&look, c, h, false))) warn("%s: its pieces do not fit its header", path);
+    Stream look = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
+    if (fine && !(fine = stream_in(&look, c, h, false))) warn("%s: its pieces do not fit its header", path);
     if (fine) {
-        Saver taker = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
+        Stream taker = {.from = file.data + sizeof *h, .left = file.size - sizeof *h};
         conversation_clear(c);
         free(c->system.data);
         c->system = (Str){0};
         bool mtp = st->mtp && h->mtp;
         if (st->mtp && !mtp) warn("%s: saved without the MTP head's memory: drafting is off", path);
-        if (!pass_in(&taker, c, h, true)) die("%s: changed while it was read", path);
+        if (!stream_in(&taker, c, h, true)) die("%s: changed while it was read", path);
         st->mtp = mtp;
-        st->mtp_len = INT_MAX;
         mtp_wait_again(&r->engine);
         report_ids(r, "loaded", st->tokens.id, st->tokens.len);
         r->ledger.past.len = 0;
@@ -5973,6 +6005,7 @@ static int mode_generate(Run *r)
     bool whole = !given || feed(r, prompt.id + done, prompt.len - done, true) == prompt.len - done;
     if (given) {
         while (c.n_turns) pop_turn(&c);
+        c.place = EMPTY; /* the turn is the first: what a loaded chat had before it is gone */
         push_turn(&c, &(Str){0});
         c.place = PLAIN;
         c.unfinished = true;
@@ -6188,7 +6221,9 @@ static void chat_undo(Conversation *c)
     forget_interrupts();
     c->place = turn->before;
     fputs("forgotten: ", stderr);
-    put_text(stderr, turn->user.data, min_size(turn->user.len, 60));
+    size_t n = min_size(turn->user.len, 60);
+    while (n > 0 && n < turn->user.len && (turn->user.data[n] & 0xc0) == 0x80) n--; /* a character is shown whole or not at all */
+    put_text(stderr, turn->user.data, n);
     fputs(turn->user.len > 60 ? " ...\n" : "\n", stderr);
     pop_turn(c);
 }
@@ -6616,12 +6651,10 @@ typedef struct { const int *ids; int n, vocab; double nll; } Score;
 static void score_logits(void *arg, int pos, const float *logits)
 {
     Score *s = arg;
-    float max = -INFINITY;
-    double sum = 0;
+    double max = (double)largest(logits, s->vocab), sum = 0;
     if (pos + 1 >= s->n) return;
-    for (int i = 0; i < s->vocab; i++) max = logits[i] > max ? logits[i] : max;
-    for (int i = 0; i < s->vocab; i++) sum += exp((double)logits[i] - (double)max);
-    s->nll += (double)max + log(sum) - (double)logits[s->ids[pos + 1]];
+    for (int i = 0; i < s->vocab; i++) sum += exp((double)logits[i] - max);
+    s->nll += max + log(sum) - (double)logits[s->ids[pos + 1]];
 }
 
 /* Mean negative log likelihood of each token given all before it; the first has none before it. */
@@ -7238,17 +7271,17 @@ static double read_disk(Machine *m)
 }
 
 /* Values measured so far, ascending. */
-typedef struct { int n; double value[BENCH_SAMPLES]; } Sample;
+typedef struct { int n; double value[BENCH_SAMPLES]; } Measured;
 
 /* Takes in one more; callers take no more than BENCH_SAMPLES. */
-static void sample_add(Sample *s, double value)
+static void measured_add(Measured *s, double value)
 {
     int at = s->n++;
     for (; at > 0 && s->value[at - 1] > value; at--) s->value[at] = s->value[at - 1];
     s->value[at] = value;
 }
 
-static double median(const Sample *s) { return s->n ? s->value[s->n / 2] : 0; }
+static double median(const Measured *s) { return s->n ? s->value[s->n / 2] : 0; }
 
 /* One thread's share of arithmetic. */
 static void peak_item(void *arg, int item, int thread)
@@ -7304,7 +7337,7 @@ static void bench_parts(const Run *r, const char *name, double seconds)
 }
 
 /* What a benchmark called `name` read from the disk in `seconds`, counted anew from now on: lines NAME_... */
-static void bench_disk(ExpertCache *c, const char *name, double tokens, double seconds, const Sample *disk)
+static void bench_disk(ExpertCache *c, const char *name, double tokens, double seconds, const Measured *disk)
 {
     if (!c) return;
     double gb = (double)c->bytes_read / 1e9;
@@ -7319,18 +7352,18 @@ static void bench_disk(ExpertCache *c, const char *name, double tokens, double s
  * prefill_of_peak: multiplications with the layers' matrices, as a share of it; all other work counts as time lost. */
 static void bench_prefill(Run *r, Machine *m, const Snapshot *start, int n)
 {
-    Sample speed = {0}, disk = {0};
+    Measured speed = {0}, disk = {0};
     ExpertCache *cache = r->engine.experts;
     double seconds = 0, int8 = 0, floats = 0;
     for (int i = -1; i < BENCH_ROUNDS && !interrupted; i++) { /* the first is not counted: it brings the weights in */
         int8 = fmax(int8, peak(m, false));
         floats = fmax(floats, peak(m, true));
         snapshot_restore(start, &r->engine);
-        if (cache) sample_add(&disk, read_disk(m));
+        if (cache) measured_add(&disk, read_disk(m));
         if (i == 0) memset(r->engine.seconds, 0, sizeof r->engine.seconds);
         if (i == 0 && cache) experts_count_anew(cache);
         double took = bench_tokens(r, n, false);
-        if (i >= 0) sample_add(&speed, n / took), seconds += took;
+        if (i >= 0) measured_add(&speed, n / took), seconds += took;
         show_progress(r, "prefill", i + 1, BENCH_ROUNDS, "prompts");
     }
     if (interrupted) return;
@@ -7350,18 +7383,18 @@ static void bench_decode(Run *r, Machine *m, int n)
 {
     const State *s = &r->engine.state;
     const Config *c = &r->engine.model.config;
-    double seconds = 0, position = 2.0 * c->has_full * c->num_key_value_heads * c->head_dim * (double)KV_BYTES[s->kv_type];
+    double seconds = 0, position = 2.0 * c->n_full * c->num_key_value_heads * c->head_dim * (double)KV_BYTES[s->kv_type];
     double bytes = bytes_per_token(&r->engine.model) + 2.0 * sizeof(float) * (double)s->recurrent_len +
                    position * (s->tokens.len + n / 2);
-    Sample bandwidth = {0}, share = {0}, disk = {0};
+    Measured bandwidth = {0}, share = {0}, disk = {0};
     memset(r->engine.seconds, 0, sizeof r->engine.seconds);
     for (int left = n, slice; left > 0 && !interrupted; left -= slice) {
         slice = min_int(left, max_int(BENCH_SLICE, (n + BENCH_SAMPLES - 1) / BENCH_SAMPLES));
-        if (r->engine.experts) sample_add(&disk, read_disk(m));
+        if (r->engine.experts) measured_add(&disk, read_disk(m));
         double reading = read_some(m), took = bench_tokens(r, slice, true);
         seconds += took;
-        sample_add(&bandwidth, reading);
-        sample_add(&share, reading > 0 ? 100 * bytes * slice / took / 1e9 / reading : 0);
+        measured_add(&bandwidth, reading);
+        measured_add(&share, reading > 0 ? 100 * bytes * slice / took / 1e9 / reading : 0);
         show_progress(r, "decode", n - left + slice, n, "tokens");
     }
     if (interrupted) return;
@@ -7400,7 +7433,7 @@ static void bench_drafts(Run *r, int drafts, int n)
 {
     static const int right[] = {0, 50, 80, 100};
     for (size_t i = 0; i < sizeof right / sizeof *right && !interrupted; i++) {
-        Sample gain = {0}, cost = {0};
+        Measured gain = {0}, cost = {0};
         double all = 0, experts = 0;
         int tokens = 0, steps = 0;
         for (int done = 0; done < n && !interrupted; done += BENCH_SLICE) {
@@ -7411,8 +7444,8 @@ static void bench_drafts(Run *r, int drafts, int n)
             all += seconds;
             tokens += made;
             if (gain.n == BENCH_SAMPLES) continue;
-            sample_add(&cost, seconds / BENCH_SLICE / plain);
-            sample_add(&gain, made * plain / seconds);
+            measured_add(&cost, seconds / BENCH_SLICE / plain);
+            measured_add(&gain, made * plain / seconds);
         }
         if (interrupted) return;
         printf("draft_%d_right_%d %.2f tok/s\ndraft_%d_right_%d_step %.3f plain\ndraft_%d_right_%d_gain %.3f x\ndraft_%d_right_%d_experts %.1f each\n",
@@ -7624,7 +7657,7 @@ static KvType kv_named(const char *name)
     return type;
 }
 
-/* Combinations that make no sense are refused, not ignored. */
+/* Combinations that make no sense are refused, not ignored (but logits, perplexity, tokenize and inspect let -n pass). */
 static void check_args(const Args *a)
 {
     bool logits = !strcmp(a->mode, "logits");
@@ -7663,7 +7696,7 @@ static void check_args(const Args *a)
 /* About how many bytes of scratch a token of a batch takes (work_init). */
 static size_t scratch_per_token(const Config *c)
 {
-    int inner = max_int(max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size), c->has_dense ? c->intermediate_size : 0);
+    int inner = max_int(max_int(c->moe_intermediate_size, c->shared_expert_intermediate_size), c->n_dense ? c->intermediate_size : 0);
     int mixer = max_int(c->conv_dim + c->value_dim, 2 * (c->num_attention_heads + c->num_key_value_heads) * c->head_dim);
     int floats = 5 * c->hidden_size + mixer + max_int(c->value_dim, c->num_attention_heads * c->head_dim) + c->num_experts;
     return sizeof(float) * ((size_t)floats + (size_t)(c->num_experts_per_tok + 1) * (size_t)inner) * 5 / 4; /* a quarter: as int8 */
@@ -7755,15 +7788,15 @@ static void start_engine(Run *r)
     const Args *a = &r->args;
     Config *c = &e->model.config;
     if (!isnan(a->yarn)) {
-        if (e->model.rope_scaled) die("%s: rope_type: wanted default for --yarn, found a scaling of its own", a->model);
+        if (e->model.rope_has_scaling) die("%s: rope_type: wanted default for --yarn, found a scaling of its own", a->model);
         stretch_rope(&e->model, a->yarn, c->max_position_embeddings, 32, 1, true);
-        e->model.rope_scale = (float)(0.1 * log(a->yarn) + 1);
+        e->model.rope_magnitude = (float)(0.1 * log(a->yarn) + 1);
         c->max_position_embeddings = (int)fmin(c->max_position_embeddings * a->yarn, 1 << 28);
     }
     int ctx = a->ctx > 0 ? (int)a->ctx : c->max_position_embeddings;
     if (ctx > c->max_position_embeddings)
         die("-c %d: the model was made for at most %d positions%s", ctx, c->max_position_embeddings,
-            e->model.rope_scaled || !isnan(a->yarn) ? "" : " (--yarn stretches them)");
+            e->model.rope_has_scaling || !isnan(a->yarn) ? "" : " (--yarn stretches them)");
     e->kernels = choose_kernels(a->cpu);
     e->pool = pool_create(a->threads > 0 ? (int)a->threads : physical_cores());
     e->dump_dir = a->dump;
@@ -8062,7 +8095,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         fuzz_run(FUZZ_TARGETS[target].commands[i]);
         while (fuzz.n_live) fuzz_free(fuzz.live[fuzz.n_live - 1].p); /* all of it: the next one begins anew */
         memset(mapped, 0, sizeof mapped);
-        interrupted = leaving = watching = output_error = 0, unfinished = NULL;
+        interrupted = leaving = watching = output_error = 0, unfinished_file = NULL;
         atomic_flag_clear(&dying);
         clearerr(stdout);
     }

@@ -3452,9 +3452,9 @@ BREAKS = {
                                             "1 ? w->proj + (size_t)(src < 0 ? 0 : src) * w->proj_ld\n")],
     "rotary angles one percent off": [("(double)(pos + t) * m->inv_freq[i]",
                                             "(double)(pos + t) * 1.01 * m->inv_freq[i]")],
-    "no shared expert": [("w->slot_weight[slot + t] = w->shared_weight[t];", "w->slot_weight[slot + t] = 0;")],
-    "no gate on the shared expert": [("w->slot_weight[slot + t] = w->shared_weight[t];",
-                                      "w->slot_weight[slot + t] = 1;")],
+    "no shared expert": [("w->row_weight[row + t] = w->shared_weight[t];", "w->row_weight[row + t] = 0;")],
+    "no gate on the shared expert": [("w->row_weight[row + t] = w->shared_weight[t];",
+                                      "w->row_weight[row + t] = 1;")],
 }
 
 
@@ -3921,6 +3921,20 @@ def test_a_loaded_text_is_extended_by_a_prompt_that_begins_with_it():
     for prompt in ("5 6 7", "5 6 9 8", "1"):
         problem = complaint([ENGINE, model, "--ids", "-i", prompt, "-n", 2, "--load", file], FAILED, ["saved prompt"])
         assert problem is None, problem
+
+
+def test_a_chat_that_generate_goes_on_with_is_saved_as_a_text():
+    """The turns of before are gone then: what the prompt and its continuation leave is a text like any other, and can be loaded again."""
+    model, chat_file, text_file = chat_model("instruct"), WORK / "chat for generate", WORK / "text after chat"
+    options = ["-z", TOKENIZER, "-t", 0, "-q"]
+    question = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    for n in (2, 0):                             # the answer was cut off; it came to its end
+        engine(model, "-m", "chat", *options, "-i", "Hello", "-n", n, "--save", chat_file)
+        for prompt in (question + "Hello there, my", question + "Once"):         # goes on from what was made; goes back to the question
+            whole = engine(model, *options, "-i", prompt, "-n", 9)
+            first = engine(model, *options, "-i", prompt, "-n", 4, "--load", chat_file, "--save", text_file)
+            rest = run(DEBUG_ENGINE, model, *options, "-n", 5, "--load", text_file)
+            assert rest.returncode == 0 and whole and first + rest.stdout == whole, (n, prompt, rest.stderr)
 
 
 def test_saved_chat_goes_on_with_all_its_turns():
@@ -6093,7 +6107,7 @@ def test_the_corpus_follows_from_its_seed(tmp_path):
     texts = [(tmp_path / name).read_text() for name in "abc"]
     assert texts[0] == texts[1] != texts[2] and texts[0].count("\n") == 1200
     assert not list(tmp_path.glob("*.tmp"))
-    for wrong, words in (["--show", "nosuch"], b"nosuch"), (["--documents", 0], b"--documents"), (["-o", tmp_path / "a" / "b"], str(tmp_path / "a").encode()), (["-o", tmp_path], b"wanted a file"), (["--count", 3], b"--show"):
+    for wrong, words in (["--show", "nosuch"], b"nosuch"), (["--documents", 0], b"--documents"), (["-o", tmp_path / "a" / "b"], str(tmp_path / "a").encode()), (["-o", tmp_path], b"wanted a file"), (["--count", 3], b"--show"), (["--staying", 2], b"from 0 to 1"):
         result = run(sys.executable, ROOT / "demo" / "corpus.py", "--documents", 5, *wrong)
         assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 
@@ -6222,6 +6236,79 @@ def test_foreign_beginnings_are_kept():
         twice += [story.text[len(story.begun):].count(phrase.split()[-1]) > 1 for phrase in story.keep]
     assert len(kept) > 20 and sum(kept) > 0.95 * len(kept), (sum(kept), len(kept))
     assert len(twice) > 60 and sum(twice) > 0.9 * len(twice), (sum(twice), len(twice))
+
+
+@functools.cache
+def staying_grammar():
+    return demo_module("corpus").Grammar(staying=1.0)
+
+
+@pytest.mark.parametrize("name", re.findall(r"^staying (\S+)", (ROOT / "demo" / "tales" / "staying.txt").read_text(), re.M))
+def test_staying_tales_give_everything_its_moment(name):
+    """Behind beginnings of all sorts: what these name comes again in the first half and in the second, nothing is said twice, and who tells of
+    himself stays "I"."""
+    corpus, words, sorts = demo_module("corpus"), staying_grammar(), collections.Counter()
+    tale, situations = words.staying_tales[name], list(words.situations.values())
+    own = [situation for situation in situations if situation.told_by_one]
+    for i in range(40):
+        rng = random.Random(f"{name} {i}")
+        source = rng.choice(own if i % 4 == 0 else situations) if i % 2 == 0 else rng.choice([each for each in words.openings if not each.pair]).drawn(words, rng)
+        try:
+            story = corpus.StayingStory(words, tale, rng, source)
+        except ValueError as error:                             # a beginning that names nobody, or a held-out noun
+            assert re.search("nobody|held out|always alike", str(error)), error
+            continue
+        assert story.text.startswith(story.begun) and corpus.repeats(story.text) is None and not re.search(r"[{}|<>]|  |\bthey was\b", story.text)
+        first, then = story.text[len(story.begun):story.length].lower(), story.text[story.length:].lower()
+        assert all(phrase.lower() in first and phrase.lower() in then for _, phrase in story.named), (story.named, story.text)
+        assert not re.search(r"[.!?] [a-z]", story.text[len(story.begun):]), story.text
+        if story.hero.gender == "I":
+            assert re.search(r"\bI\b", then) or "my" in then or "I" in story.text[story.length:], story.text
+        sorts.update(sort for sort, _ in story.named)
+    assert set(sorts) == set(corpus.SORTS), sorts
+
+
+def test_what_a_beginning_names():
+    """Its hero by a name, by "I", or by what it names first that is no place; all else in its order, by its sort."""
+    corpus, words = demo_module("corpus"), staying_grammar()
+    tale = next(iter(words.staying_tales.values()))
+    for text, hero, named in (
+            ("My grandma has a drawer.", "I", [("person", "my grandma"), ("thing", "the drawer")]),
+            ("In the garden stood a blue cup with three spoons.", "the cup", [("place", "the garden"), ("many", "the spoons")]),
+            ("Two ducks swam across the pond. It was raining.", "the ducks", [("place", "the pond"), ("nature", "the rain")]),
+            ('"Here!" called Grandpa. The wolf had his hat.', "Grandpa", [("animal", "the wolf"), ("thing", "his hat")])):
+        situation = corpus.Situation("test")
+        situation.begin = [corpus.parse(text)]
+        for i in range(200):
+            story = corpus.StayingStory(words, tale, random.Random(f"{text} {i}"), situation)
+            if story.begun == text:                             # no noun was exchanged
+                assert (str(story.hero), story.named) == (hero, named), story.text
+                break
+        else:
+            raise AssertionError(f"{text} was never told as it stands")
+    with pytest.raises(ValueError, match="nobody there"):
+        situation.begin = [corpus.parse("It was late.")]
+        corpus.StayingStory(words, tale, random.Random(1), situation)
+
+
+def test_situations_are_asked_for_and_begun():
+    """Each situation in answer to a request: it says what it is about, brings it on stage, and is asked questions that are answered; and none of
+    them is told unless --staying asks for it."""
+    corpus, words = demo_module("corpus"), staying_grammar()
+    tales, refused = list(words.staying_tales.values()), 0
+    for name, situation in words.situations.items():
+        rng = random.Random(f"situation {name}")
+        try:
+            story = corpus.StayingStory(words, rng.choice(tales), rng, situation, asked=True)
+        except ValueError:
+            refused += 1
+            continue
+        asked, text = corpus.asked_for(story)
+        assert asked and story.text in text and not re.search(r"[{}|<>]", asked + text), (asked, text)
+        assert not story.foreign and story.begun == "" and all(question and answer for question, answer in corpus.questions(story))
+    assert refused < 0.05 * len(words.situations)
+    assert not any(isinstance(corpus.continued(grammar(), random.Random(i)), corpus.StayingStory) for i in range(30))
+    assert all(isinstance(corpus.continued(words, random.Random(i)), corpus.StayingStory) for i in range(30))
 
 
 def test_a_wish_of_a_beginning_comes_true():
@@ -6548,6 +6635,72 @@ def test_what_is_asked_for_in_vain_is_not_forgotten():
             assert other.thing.lower() in asked.lower() and "missed" in story.cast and other.thing in story.cast["missed"], (asked, text)
             seen.append(text.count(other.thing) > 1)            # some answers have no first sentence of their own, or no last word
     assert len(seen) > 15 and sum(seen) > 0.9 * len(seen), seen
+
+
+def tiny_work(folder):
+    """A folder with 60 documents for demo/train.py, and the command that makes a tokenizer and rows of them."""
+    folder.mkdir()
+    words = "the a fox hat boat moon found lost said and so then went home again quietly umbrella seventeen don't \"well,\" Pip".split()
+    told = [" ".join(rng.choices(words, k=40)) + "." for rng in map(random.Random, range(60))]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(["", text]) + "\n" for text in told))
+    return [sys.executable, ROOT / "demo" / "train.py", "--prepare-only", "--device", "cpu", "--row", 128, "--work", folder]
+
+
+def test_rows_of_the_training_are_of_its_tokenizer(tmp_path):
+    """Another tokenizer makes other rows, also that of --start, and without documents it is refused; of the two files of rows, one that
+    was removed comes back as it was."""
+    work, other, bare = tmp_path / "work", tmp_path / "other", tmp_path / "bare"
+    prepare, larger = tiny_work(work), tiny_work(other)
+    for command, size in (prepare, 280), (larger, 300):
+        result = run(*command, "--set", f"vocab_size={size}")
+        assert result.returncode == 0, result.stderr
+    largest = lambda: max(max(rows.max(), (-2 - rows).max()) for rows in (np.load(work / name) for name in ("rows.npy", "held-out.npy")))
+    made = {name: (work / name).read_bytes() for name in ("rows.npy", "held-out.npy")}
+    assert largest() < 280
+    for name in made:
+        (work / name).unlink()
+        result = run(*prepare)
+        assert result.returncode == 0 and all((work / name).read_bytes() == data for name, data in made.items()), result.stderr
+    old = (work / "tokenizer.json").read_bytes()
+    (work / "tokenizer.json").unlink()
+    (other / "model.safetensors").touch()                       # --prepare-only does not read it
+    result = run(*prepare, "--start", other)
+    assert result.returncode == 0 and largest() >= 280, result.stderr
+    (work / "tokenizer.json").write_bytes(old)                  # as when a run is stopped between the tokenizer and its rows
+    shutil.copytree(work, bare, ignore=shutil.ignore_patterns("documents.jsonl"))
+    result = run(*prepare[:-1], bare)
+    assert result.returncode == 1 and b"documents.jsonl: not there" in result.stderr and b"older than tokenizer.json" in result.stderr, result.stderr
+    result = run(*prepare)
+    assert result.returncode == 0 and largest() < 280 and (work / "rows.npy").read_bytes() == made["rows.npy"], result.stderr
+    result = run(*prepare, "--set", "vocab_size=270")
+    assert result.returncode == 1 and b"tokenizer.json: has 280 tokens, more than --set vocab_size=270; remove it" in result.stderr, result.stderr
+    result = run(*prepare, "--set", "vocab_size=290")
+    assert result.returncode == 0 and b"fewer than --set vocab_size=290" in result.stdout, result.stderr
+
+
+def test_sizes_of_the_training(monkeypatch, capsys):
+    """Every --set counts, the last one for a name; what is no size, or no finite number above 0, is refused in the parser's words."""
+    train = demo_module("train")
+
+    def sizes(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *words])
+        return dict(train.arguments().set)
+    assert sizes("--set", "hidden_size=32", "head_dim=16", "--set", "num_experts=4", "head_dim=8") == dict(hidden_size=32, head_dim=8, num_experts=4)
+    assert sizes() == {} and sizes("--set", "rms_norm_eps=1e-5") == dict(rms_norm_eps=1e-5)
+    for wrong, words in ("rotary_dim=16", "a size of Config"), ("__doc__=1", "a size of Config"), ("hidden_size", "a size of Config"), \
+            ("partial_rotary_factor=inf", "finite"), ("rope_theta=nan", "finite"), ("hidden_size=0", "above 0"):
+        with pytest.raises(SystemExit) as stop:
+            sizes("--set", wrong)
+        assert stop.value.code == 2 and words in capsys.readouterr().err, wrong
+
+
+def test_scores_are_refused_where_they_would_be_none():
+    """demo/evaluate.py: a conversation that fills the context, and a seed below 0."""
+    evaluate = demo_module("evaluate")
+    with evaluate.concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="1 answers to 2 messages; .* the context"):
+        evaluate.chats(pool, DEMO, [(1, "", ["Tell me a story about a fox.", "What was the story about?"])], "-c", 100)
+    result = run(sys.executable, ROOT / "demo" / "evaluate.py", "--seed", -5, "--only", "sums")
+    assert result.returncode == 2 and b"--seed must be at least 0" in result.stderr, result.stderr
 
 
 def test_verbs_and_tidying_of_the_corpus():

@@ -3,8 +3,8 @@
     python demo/evaluate.py [MODEL] [--seed 1] [--only requests sums] [--samples FILE]
 
 Prints a table of shares; --samples writes every text with its scores, to be read by hand. A text is drawn with the checkpoint's
-own sampling settings and the seed 1000 * SEED + its number in its section; sums at temperature 0. The conversations of [turns] have no
-score, they are only written. All measures of stories are proxies.
+own sampling settings and the seed 1000 * SEED + its number in its section; sums at temperature 0. The conversations of [turns] all have
+the seed 1000 * SEED and no score, they are only written. All measures of stories are proxies.
 """
 
 import argparse
@@ -55,10 +55,14 @@ def engine(model, *options, text=None):
 
 
 def chats(pool, model, conversations, *options):
-    """Answers to CONVERSATIONS, each (seed, system prompt or "", messages); many of them share a process, as new conversations."""
+    """[Answer] for each of CONVERSATIONS, (seed, system prompt or "", messages); many of them share a process, as new conversations. Raises
+    ValueError when a message gets none, as it does where the context is full."""
     def part(some):
         lines = [line for seed, system, turns in some for line in (f"/system {system}".strip(), f"/set seed {seed}", *turns)]
-        answers = iter(engine(model, "-m", "chat", "-n", MOST, *options, text="\n".join(lines) + "\n"))
+        answers, wanted = engine(model, "-m", "chat", "-n", MOST, *options, text="\n".join(lines) + "\n"), sum(len(turns) for *_, turns in some)
+        if len(answers) != wanted:
+            raise ValueError(f"{model}: {len(answers)} answers to {wanted} messages; a conversation may have filled the context")
+        answers = iter(answers)
         return [[next(answers) for _ in turns] for _, _, turns in some]
     parts = pool.map(part, [conversations[i:i + 20] for i in range(0, len(conversations), 20)])
     return [answers for answered in parts for answers in answered]
@@ -252,6 +256,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--samples", type=pathlib.Path, help="a file for all texts with their scores")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
     if not ENGINE.exists():
         sys.exit(f"evaluate.py: {ENGINE}: not there; `make` builds it")
     samples = open(args.samples, "w") if args.samples else None

@@ -2,7 +2,7 @@
 rows at once.
 
 Names of modules and parameters are those of the released checkpoints; only the experts of a layer are stacked
-into two tensors, which `export` in train.py takes apart. Letters in shapes: B rows of a batch, T tokens of a
+into two tensors, which `released_names` in train.py takes apart. Letters in shapes: B rows of a batch, T tokens of a
 row, D hidden_size, V vocab_size, H/G heads of queries (attention) or values (DeltaNet) / heads of keys,
 R = H/G, dk/dv sizes of a DeltaNet head, E experts, I moe_intermediate_size, C tokens of a chunk, N chunks
 of a row.
@@ -55,11 +55,12 @@ class Config:
 
     @property
     def rotary_dim(self):
+        """How many values of a head are turned."""
         return int(self.head_dim * self.partial_rotary_factor)
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), in float32; the result has x's dtype."""
+    """x [..., size] -> y [..., size] = x / sqrt(mean(x^2) + eps) * (1 + weight), in float32; the result has x's dtype."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -107,7 +108,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 def l2norm(x):
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis."""
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, of x's shape and dtype."""
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
@@ -212,7 +213,7 @@ class GatedDeltaNet(nn.Module):
 # ---- Gated attention, experts ------------------------------------------------------------------------------
 
 def rotary(config, T, device):
-    """cos, sin [T, rotary_dim] of position * theta^(-2i / rotary_dim), each angle twice, for both
+    """float32 cos, sin [T, rotary_dim] of position * theta^(-2i / rotary_dim), each angle twice, for both
     halves of a pair."""
     exponent = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
     angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * config.rope_theta ** -exponent
@@ -222,7 +223,7 @@ def rotary(config, T, device):
 
 def rotate(x, cos, sin):
     """The first rotary_dim values of each head turned, pairs being half of rotary_dim apart.
-    x [B, heads, T, head_dim]."""
+    x [B, heads, T, head_dim], cos and sin [T, rotary_dim] of `rotary`; the result has x's shape and dtype."""
     turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     first, second = turned.chunk(2, -1)
     turned = turned * cos + torch.cat([-second, first], -1) * sin
@@ -256,7 +257,7 @@ class GatedAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+    """x [..., D] -> [..., D]: down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -313,7 +314,7 @@ class SparseMoe(nn.Module):
 # ---- The model ---------------------------------------------------------------------------------------------
 
 class DecoderLayer(nn.Module):
-    """x [B, T, D] -> (x, balance): x + mixer(norm(x)), then x + experts(norm(x))."""
+    """x [B, T, D] -> (x [B, T, D], balance []): x + mixer(norm(x)), then x + experts(norm(x))."""
 
     def __init__(self, c, attention):
         super().__init__()
@@ -363,7 +364,8 @@ class Qwen3Next(nn.Module):
     def initialise(self):
         """Matrices: normal, of standard deviation 0.8 / sqrt(columns), so that a layer neither swells nor
         shrinks what it is given; those that write to the residual stream smaller, for 2 * layers of them add
-        up. Norms and the decay's parameters do not depend on sizes: per head exp(A_log) in 1..16 and
+        up; 0.03 for the embedding, 0.02 for the router. The taps of convolutions stay as PyTorch makes them.
+        Norms and the decay's parameters do not depend on sizes: per head exp(A_log) in 1..16 and
         softplus(dt_bias) in 0.001..0.1, which makes states that last from one token to a thousand."""
         for name, p in self.named_parameters():
             if name.endswith("A_log"):
@@ -384,7 +386,7 @@ class Qwen3Next(nn.Module):
                 p.normal_(0, std)
 
     def forward(self, tokens):
-        """tokens [B, T] int64 -> (h [B, T, D] after the last norm, mean balance of the layers)."""
+        """tokens [B, T] int64 -> (h [B, T, D] float32, after the last norm, mean balance [] of the layers)."""
         cos, sin = rotary(self.c, tokens.shape[1], tokens.device)
         x, total = self.model.embed_tokens(tokens), 0.0
         for layer in self.model.layers:
@@ -393,8 +395,8 @@ class Qwen3Next(nn.Module):
         return self.model.norm(x), total / len(self.model.layers)
 
     def predict_further(self, h, following):
-        """h [B, T, D] of forward, following [B, T] the tokens one later -> (h' [B, T, D], balance):
-        logits(h') at t are of token t+2.  h' = norm(layer(fc([norm(embedding) ; norm(h)])))"""
+        """h [B, T, D] of forward, after the last norm; following [B, T] int64, the tokens one later
+        -> (h' [B, T, D] float32, balance []): logits(h') at t are of token t+2.  h' = norm(layer(fc([norm(embedding) ; norm(h)])))"""
         cos, sin = rotary(self.c, h.shape[1], h.device)
         e = self.mtp.pre_fc_norm_embedding(self.model.embed_tokens(following))
         x = self.mtp.fc(torch.cat([e, self.mtp.pre_fc_norm_hidden(h)], -1)).float()
@@ -402,5 +404,5 @@ class Qwen3Next(nn.Module):
         return self.mtp.norm(x), balance
 
     def logits(self, h):
-        """h [..., D] -> [..., V]."""
+        """h [..., D] -> [..., V], float32, under autocast bfloat16."""
         return F.linear(h, self.model.embed_tokens.weight)

@@ -56,9 +56,10 @@ MTP_WEIGHT, BALANCE_WEIGHT = 0.25, 0.01                          # of the two ot
 EARLY, EARLY_WEIGHT = 100, 5                                     # so many first tokens of an answer count so much:
                                                                  # they settle what the story is about
 ASKED_WEIGHT, COMMON = 5, 1e-3                                   # so much counts a token that was read before in the
-                                                                 # document, unless this share of all tokens is such
+                                                                 # document, unless it is this share of all learned
 WARM_UP, LAST_LR = 200, 0.02                                     # steps; share of --lr at the end
 SAVE_EVERY, SAY_EVERY = 300, 100                                 # seconds, steps
+CONTEXT = 4096                                                   # tokens that the exported config allows, or --row if more
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -184,13 +185,14 @@ def read_rows(path):
 
 
 def make_rows(work, tokenizer, longest, seed):
-    """Writes rows.npy and held-out.npy."""
+    """Writes held-out.npy and rows.npy. Old rows are removed first: the two files are always of the same cut."""
     encoded = encode(work / "documents.jsonl", tokenizer, longest)
     if len(encoded) < 2:
         sys.exit(f"train.py: {work / 'documents.jsonl'}: wanted two documents or more, found {len(encoded)}")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(encoded))
     held_out = max(1, round(HELD_OUT * len(order)))
+    (work / "rows.npy").unlink(missing_ok=True)
     for name, part in (("held-out.npy", order[:held_out]), ("rows.npy", order[held_out:])):
         rows = pack([encoded[i] for i in part], longest, rng)
         say(f"{name}: {len(part)} documents, {np.count_nonzero(rows != -1)} tokens, {np.count_nonzero(rows >= 0)} of "
@@ -219,7 +221,7 @@ class Order:
 
 
 def learning_rate(step, steps, highest):
-    """Up in WARM_UP steps, then down along a cosine to LAST_LR of the highest."""
+    """The rate of `step`, counted from 0: up in WARM_UP steps, along a cosine down to LAST_LR of the highest."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
     return highest * min(1, (step + 1) / WARM_UP) * (LAST_LR + (1 - LAST_LR) * cosine)
 
@@ -238,14 +240,16 @@ def parts_of(rows):
 
 
 def common_tokens(rows, vocab_size):
-    """bool [vocab_size]: which ones are COMMON in rows."""
+    """bool [vocab_size]: which ones are COMMON among those that are learned in rows, int16 as in rows.npy."""
     counts = torch.bincount(rows[rows >= 0].long(), minlength=vocab_size)
     return counts > COMMON * counts.sum()
 
 
 def weights_of(rows, common):
-    """Rows as in rows.npy -> float32 [B, T], how much each token from the second on counts: nothing where it is not
-    learned, more early in an answer, and more where it says what was asked for. common: bool [vocab_size]."""
+    """Rows as in rows.npy, [B, T + 1] -> float32 [B, T], how much each token from the second on counts: 0 where it is not
+    learned, ASKED_WEIGHT where it was read before in its document and is not of `common`, bool [vocab_size], EARLY_WEIGHT for
+    the EARLY tokens behind the last one read in the row, else 1. That last one is of a document before, if there is any, for
+    a story without a beginning."""
     ids = ids_of(rows)
     document = (ids == len(common) - len(SPECIAL)).cumsum(1)     # SPECIAL[0] ends a document
     key = document * len(common) + ids
@@ -258,15 +262,16 @@ def weights_of(rows, common):
 
 
 def head_loss(h, embedding, targets, weights):
-    """Weighted mean of the cross-entropy of softmax(h embedding^T). h [B, T, D], embedding [V, D], targets and weights
-    [B, T]."""
+    """Weighted mean of the cross-entropy of softmax(h embedding^T), [], in nats. h [B, T, D], embedding [V, D], targets
+    int64 [B, T], -1 where there is none, weights float32 [B, T]."""
     logits = F.linear(h, embedding).float()
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return (each * weights.flatten()).sum() / weights.sum().clamp(min=1)      # a batch may hold nothing to be learned
 
 
 def losses(model, rows, head_loss, common):
-    """(cross-entropy of the next token, that of the MTP head, balance of the experts), each []."""
+    """rows as in rows.npy, [B, T + 1], common: bool [vocab_size] -> (cross-entropy of the next token, that of the MTP
+    head, both in nats, balance of the experts), each []."""
     tokens, following, targets, further = parts_of(rows)
     embedding = model.model.embed_tokens.weight
     h, balance = model(tokens)
@@ -278,7 +283,7 @@ def losses(model, rows, head_loss, common):
 
 def make_optimizer(model):
     """AdamW; only matrices decay, but neither the embedding, whose rare rows would fade, nor the taps of
-    convolutions."""
+    convolutions. `train` sets the learning rate, step by step."""
     decay, keep = [], []
     for name, p in model.named_parameters():
         matrix = p.ndim > 1 and not name.endswith(("embed_tokens.weight", "conv1d.weight"))
@@ -289,7 +294,8 @@ def make_optimizer(model):
 
 def train(args, model, optimizer, step, data, save):
     """Trains from `step` to args.steps or until args.seconds are over, and returns the step reached. data:
-    the rows, on the device. save(step) is called now and then, and at the end."""
+    the rows, int16 [rows, T + 1], on the device. save(step) is called now and then, and at the end. Ends the program
+    when the loss that it prints is no number, and save_state does when a weight is."""
     order, parameters = Order(len(data), args.batch, args.seed), list(model.parameters())
     loss_of_head = torch.compile(head_loss) if args.compile else head_loss
     common = common_tokens(data, model.c.vocab_size)
@@ -330,7 +336,7 @@ def autocast(args):
 
 
 def save_state(path, args, model, optimizer, step):
-    """state.pt, unless a weight is no number."""
+    """Writes state.pt at `path`. Ends the program, with the old one kept, if a weight is no number."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         sys.exit(f"train.py: a weight is no number at step {step}, not saved")
     state = dict(config=dataclasses.asdict(model.c), run=run_of(args), step=step, model=model.state_dict(),
@@ -348,7 +354,8 @@ def run_of(args):
 
 @torch.no_grad()
 def validate(args, model, rows):
-    """int16 [rows, T + 1], on the device -> {name: value}, means over all held-out tokens."""
+    """int16 [rows, T + 1], on the device -> {name: float}, over the held-out tokens that are learned: the loss in nats a
+    token, without weights, the rest shares of 1."""
     total = torch.zeros(6, device=rows.device, dtype=torch.float64)
     rows = F.pad(rows, (0, 0, 0, -len(rows) % args.batch), value=-1)
     for batch in rows.split(args.batch):
@@ -388,8 +395,9 @@ def released_names(model):
 
 
 def start_from(folder, model):
-    """Loads MODEL's weights from model.safetensors in FOLDER, as export wrote it; what released_names does, backward. Raises
-    ValueError when a tensor is missing or of another shape."""
+    """Loads MODEL's weights from model.safetensors in FOLDER, as export wrote it; what released_names does, backward. MODEL's sizes
+    are its own, not those of config.json there; tensors that it has no use for, of further layers, are left. Raises ValueError
+    when one is missing or of another shape."""
     path, state = folder / "model.safetensors", {}
     tensors = load_file(path)
     one = lambda name: tensors[name].float()
@@ -409,12 +417,13 @@ def start_from(folder, model):
     model.load_state_dict(state)
 
 
-def export(folder, model, tokenizer):
-    """Writes the Hugging Face directory."""
+def export(folder, model, tokenizer, context):
+    """Writes the Hugging Face directory: config.json, generation_config.json, tokenizer_config.json, tokenizer.json and
+    model.safetensors, whose tensors are as released_names gives them. context: most positions, in tokens."""
     end, _, im_end = map(tokenizer.token_to_id, SPECIAL)
     config = dict(
         architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", **dataclasses.asdict(model.c),
-        intermediate_size=2 * model.c.hidden_size, hidden_act="silu", max_position_embeddings=4096,
+        intermediate_size=2 * model.c.hidden_size, hidden_act="silu", max_position_embeddings=context,
         initializer_range=0.02, tie_word_embeddings=True, use_cache=True, attention_bias=False,
         attention_dropout=0.0, rope_scaling=None, decoder_sparse_step=1, mlp_only_layers=[],
         norm_topk_prob=True, output_router_logits=False, router_aux_loss_coef=0.001, bos_token_id=end,
@@ -427,7 +436,7 @@ def export(folder, model, tokenizer):
         tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=added, additional_special_tokens=SPECIAL[1:],
         chat_template=CHAT_TEMPLATE, eos_token=SPECIAL[2], pad_token=SPECIAL[0], bos_token=None,
         unk_token=None, add_bos_token=False, add_prefix_space=False, clean_up_tokenization_spaces=False,
-        errors="replace", split_special_tokens=False, model_max_length=4096)
+        errors="replace", split_special_tokens=False, model_max_length=context)
     folder.mkdir(exist_ok=True)
     for name, content in (("config.json", config), ("generation_config.json", generation),
                           ("tokenizer_config.json", tokenizer_config)):
@@ -439,11 +448,12 @@ def export(folder, model, tokenizer):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 def size(text):
-    """NAME=N of --set -> (name, number), for the sizes of Config."""
+    """NAME=N of --set -> (name, number), for the sizes of Config. Raises ArgumentTypeError for others."""
     name, _, value = text.partition("=")
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     try:
-        return name, type(getattr(Config, name))(value)
-    except (AttributeError, ValueError):
+        return name, kinds[name](value)
+    except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text}: wanted a size of Config and a number") from None
 
 
@@ -462,15 +472,15 @@ def arguments():
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--no-compile", dest="compile", action="store_false",
                         help="run PyTorch's operations one by one")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=N", type=size,
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=N", type=size,
                         help="sizes other than Config's: hidden_size=128")
     parser.add_argument("--prepare-only", action="store_true",
                         help="stop after steps 1 and 2, which need no GPU")
     parser.add_argument("--export-only", action="store_true",
                         help="validate and export the state as it is")
     args = parser.parse_args()
-    if any(value <= 0 for _, value in args.set):
-        parser.error("--set: sizes must be above 0")
+    if not all(0 < value < math.inf for _, value in args.set):
+        parser.error("--set: sizes must be above 0, and finite")
     if not 256 + len(SPECIAL) < dict(args.set).get("vocab_size", 4096) <= 32767:
         parser.error(f"--set: vocab_size: wanted more than the {256 + len(SPECIAL)} of bytes and special tokens, and at most "
                      "32767, as rows hold int16")
@@ -492,28 +502,54 @@ def read_tokenizer(path):
         sys.exit(f"train.py: {path}: no tokenizer: {error}")
 
 
+def wanting(work):
+    """Why rows are to be made in the folder WORK, in words; None if it has all and they are no older than the tokenizer."""
+    for name in ("tokenizer.json", "held-out.npy", "rows.npy"):
+        if not (work / name).exists():
+            return f"no {name} yet"
+    return "rows.npy is older than tokenizer.json" if older(work / "rows.npy", work / "tokenizer.json") else None
+
+
+def check_vocabulary(tokenizer, args, path):
+    """Ends the program when the Tokenizer of PATH has more tokens than --set vocab_size, and says so when it has fewer."""
+    found = tokenizer.get_vocab_size()
+    wanted = dict(args.set).get("vocab_size", found)
+    if found > wanted:
+        sys.exit(f"train.py: {path}: has {found} tokens, more than --set vocab_size={wanted}" + ("" if args.start else "; remove it to make it anew"))
+    if found < wanted:
+        say(f"{path.name}: has {found} tokens, fewer than --set vocab_size={wanted}")
+
+
+def prepare(args):
+    """Steps 1 and 2, where their files are wanting -> the Tokenizer. Ends the program where files do not fit together."""
+    work, path, source = args.work, args.work / "tokenizer.json", args.work / "documents.jsonl"
+    if not source.exists() and (reason := wanting(work)):
+        sys.exit(f"train.py: {source}: not there; corpus.py writes it ({reason})")
+    if args.start:
+        (args.start / "model.safetensors").open("rb").close()    # before the work; and the library's error would not name it
+    fresh = not path.exists()
+    if fresh and args.start:
+        replace(path, lambda temporary: temporary.write_bytes((args.start / "tokenizer.json").read_bytes()))
+    elif fresh:
+        tokenizer = train_tokenizer(source, dict(args.set).get("vocab_size", Config.vocab_size), sample=50000)
+        replace(path, lambda temporary: tokenizer.save(str(temporary)))
+        say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
+    tokenizer = read_tokenizer(path)
+    if args.start and read_tokenizer(args.start / "tokenizer.json").to_str() != tokenizer.to_str():
+        sys.exit(f"train.py: {args.start / 'tokenizer.json'}: not the tokenizer of {work}; weights know their tokens by number")
+    check_vocabulary(tokenizer, args, path)
+    if not fresh and older(work / "rows.npy", source):
+        sys.exit(f"train.py: {work / 'rows.npy'}: older than documents.jsonl; remove it and tokenizer.json to make them anew")
+    if fresh or wanting(work):
+        make_rows(work, tokenizer, args.row + 1, args.seed)
+    return tokenizer
+
+
 def main():
     args = arguments()
     sizes = dict(args.set)
     work, path = args.work, args.work / "state.pt"
-    if not (work / "documents.jsonl").exists() and not ((work / "rows.npy").exists() and (work / "tokenizer.json").exists()):
-        sys.exit(f"train.py: {work / 'documents.jsonl'}: not there; corpus.py writes it")
-    if args.start:
-        (args.start / "model.safetensors").open("rb").close()    # before the work; and the library's error would not name it
-    if args.start and not (work / "tokenizer.json").exists():
-        replace(work / "tokenizer.json", lambda path: Path(path).write_bytes((args.start / "tokenizer.json").read_bytes()))
-    if fresh := not (work / "tokenizer.json").exists():
-        vocab_size = sizes.get("vocab_size", Config.vocab_size)
-        tokenizer = train_tokenizer(work / "documents.jsonl", vocab_size, sample=50000)
-        replace(work / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-        say(f"tokenizer.json: {tokenizer.get_vocab_size()} tokens")
-    tokenizer = read_tokenizer(work / "tokenizer.json")
-    if args.start and read_tokenizer(args.start / "tokenizer.json").to_str() != tokenizer.to_str():
-        sys.exit(f"train.py: {args.start / 'tokenizer.json'}: not the tokenizer of {work}; weights know their tokens by number")
-    if not fresh and older(work / "rows.npy", work / "documents.jsonl"):
-        sys.exit(f"train.py: {work / 'rows.npy'}: older than documents.jsonl; remove it and tokenizer.json to make them anew")
-    if fresh or not (work / "rows.npy").exists():
-        make_rows(work, tokenizer, args.row + 1, args.seed)
+    tokenizer = prepare(args)
     if args.prepare_only:
         return
 
@@ -556,7 +592,7 @@ def main():
     if step >= args.steps or args.export_only:
         values = validate(args, model, on_device(held_out))
         say("held out: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        export(work / "hf", model, tokenizer)
+        export(work / "hf", model, tokenizer, max(CONTEXT, args.row))
         say(f"wrote {work / 'hf'}")
 
 
@@ -565,5 +601,9 @@ if __name__ == "__main__":
         main()
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'standard output'}: {error.strerror}")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: the GPU has no room for --batch rows of --row tokens; take fewer")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted")
     except (ValueError, SafetensorError) as error:               # documents or rows that are none, sizes that do not fit
         sys.exit(f"train.py: {error}")

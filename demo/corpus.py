@@ -2,9 +2,9 @@
 
     python demo/corpus.py
 
-Each line of the result is a JSON list of strings, a whole document: a plain story, or a chat in ChatML. What can happen stands in
-tales/*.txt, what can be said in talk.txt, the words in words.txt; this file only knows how to put them together. See
-notation.txt for how those files are written. `--show TALE` prints stories of one tale to read, `--check` looks for slips.
+Each line of the result is a JSON list of strings, a whole document: a plain story, a chat in ChatML, or a request or beginning and only the
+first words of its story; the strings are in turn only read and learned. What can happen stands in tales/*.txt, what can be said in talk.txt, the
+words in words.txt; this file only knows how to put them together. See notation.txt for how those files are written. `--show TALE` prints stories of one tale to read, `--check` looks for slips.
 
 A tale's *cast* is drawn first: hero, friend, helper, other, thing, place, deed and so on. The request names some of its
 members, the story uses all: so a model that learns to predict the story must look at the request.
@@ -14,6 +14,7 @@ import argparse
 import collections
 import copy
 import functools
+import itertools
 import json
 import multiprocessing
 import pathlib
@@ -26,7 +27,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # 1. Text with alternatives: "(a|b)", "{slot}", "<rule>"
 
-PIECES = re.compile(r"[()|]|\{[^{}]*\}|<[a-z][a-zA-Z0-9 _-]*>|[^()|{}<]+|<")
+PIECES = re.compile(r"[()|]|\{[^{}]*\}|<[a-z][a-zA-Z0-9 _-]*>|[^()|{}<]+|[<{}]")
 
 
 class Sequence(list):
@@ -46,7 +47,7 @@ class Rule(str):
 
 
 def parse(text):
-    """The Sequence that TEXT in our notation stands for. Raises ValueError for parentheses that do not match."""
+    """The Sequence that TEXT in our notation stands for. Raises ValueError for parentheses or braces that do not match."""
     stack = [Choice([Sequence()])]
     for piece in PIECES.findall(text):
         if piece == "(":
@@ -58,6 +59,8 @@ def parse(text):
             stack[-1][-1].append(choice)
         elif piece in ("|", ")"):
             raise ValueError(f"{piece!r} outside of parentheses: {text[:80]!r}")
+        elif piece in ("{", "}"):
+            raise ValueError(f"{piece!r} without its other one: {text[:80]!r}")
         elif piece[0] == "{":
             stack[-1][-1].append(Slot(piece[1:-1]))
         elif piece[0] == "<" and len(piece) > 2:
@@ -71,18 +74,25 @@ def parse(text):
 
 class Grammar:
     """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
-    (question, answer)."""
+    (question, answer). `staying` is the share of the beginnings behind which one of the `staying_tales` is told, and six tenths of it that of the
+    stories asked for which are one of the `situations` and such a tale."""
 
-    def __init__(self, folder=HERE):
-        self.words = read_words(folder / "words.txt")
+    def __init__(self, folder=HERE, staying=0.0):
+        self.words, self.staying = read_words(folder / "words.txt"), staying
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
-        self.threads, self.questions = {}, collections.defaultdict(list)
+        self.threads, self.staying_tales, self.situations, self.questions = {}, {}, {}, collections.defaultdict(list)
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
-            read_tales(path, self)
-        if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells)]:
-            raise ValueError(f"tale {idle[0]}: wanted needs, tells and a body")
+            (read_situations if path.name.startswith("situations") else read_tales)(path, self)
+        begins = lambda tale: tale.open or tale.start and (tale.event or "fact" in tale.needs)
+        if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells and tale.ask and begins(tale))]:
+            raise ValueError(f"tale {idle[0]}: wanted needs, tells, ask, a body, and open, or start and event")
+        if idle := [thread.name for thread in self.threads.values() if not thread.needs]:
+            raise ValueError(f"thread {idle[0]}: wanted needs")
+        for tale in self.staying_tales.values():
+            if lacking := [key for key in Staying.KEYS if not tale.lines[key]]:
+                raise ValueError(f"staying {tale.name}: wanted a line {lacking[0]!r}")
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
         often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
         self.fact_tales = [tale for tale in self.tales.values() if "fact" in tale.needs]
@@ -420,7 +430,8 @@ class Nouns:
         self.past = {"was", "were", "had", "did", "could", "would",
                      *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
         self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
-        self.animals = set(words["animals"])
+        self.animals, self.places = set(words["animals"]), {place for _, place in words["places"]}
+        self.living = self.animals | {word for kind in ("he people", "she people", "persons", "he family", "she family") for word in words[kind]}
         self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"],
                           *(place for _, place in words["places"])}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
@@ -621,7 +632,7 @@ class Cast(dict):
             if first == "at" and self.asking:                   # users say it otherwise than the tale
                 return self.asked.setdefault(slot, self.rng.choice([f"{preposition} the"] * 4 + [f"{preposition} a", "near the"]) + f" {place}")
             return {"place": place, "the": f"the {place}", "at": f"{preposition} the {place}", "to": f"to the {place}"}[first]
-        if first == "deed":
+        if first == "deed" and second in ("", "s", "past", "ing"):
             return self.verbs[["", "s", "past", "ing"].index(second)]
         raise KeyError(f"no slot {{{slot}}}")
 
@@ -747,9 +758,9 @@ def draw_being(words, rng, shares, nameless):
     adjective = rng.choice(words["hero adjectives"]) if rng.random() < 0.5 else ""
     if sort == "child":
         return Character({"he": "boy", "she": "girl"}[gender], draw_name(words, rng, gender, 0.05), gender, adjective=adjective)
-    kind = rng.choice(words[f"{gender} people"] if sort == "people" else words[sort])
+    kind = rng.choice(kinds := words[f"{gender} people" if sort == "people" else sort])
     while kind in words["things"] and rng.random() < 0.6:           # a mug may be the hero, but who asks for a mug and a fox means the fox
-        kind = rng.choice(words[sort])
+        kind = rng.choice(kinds)
     gender = SEX.get(kind, gender)
     name = None if rng.random() < nameless else draw_name(words, rng, gender, 0.0 if sort == "people" else 0.5)
     return Character(kind, name, gender, adjective=adjective if " " not in kind else "")
@@ -855,6 +866,44 @@ class Thread(Tale):
         self.first, self.middle, self.last = [], [], []
 
 
+# What may have a moment in a staying tale.
+SORTS = ("person", "animal", "many", "place", "nature", "thing", "gone", "wrong", "sad")
+
+# What is always there: the rest of the word list's nature is things.
+GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
+
+# The words by which a beginning says of a noun, {}, perhaps with an article and an adjective before it, that it is not there; that something is the
+# matter with it; or, of somebody, that he is not happy.
+WAS = r"(?:was|were|is|are|had|has|felt|looked|got) (?:suddenly |now |still |all |already |very |so |too |always |stuck and )*"
+IS = {sort: re.sub(r"\s*\n\s*", "", words.strip()) for sort, words in {
+    "gone": rf"""
+        \b(?:lost|los(?:es|ing)|(?:look|search|wait|wish)(?:ed|ing) for|missed|missing|needed|dreamed of|longed for|not find|never found|without|
+        (?:had|was|were|has|is|are|there's) (?:no|not an?)|(?:wanted|wants|want)(?= (?:an?|the|his|her|some)\b))
+        (?: (?:an?|the|his|her|my|our|their|some|one|[A-Z]\w*'s))?(?: [a-z-]+)? {{}}\b|
+        \b{{}} (?:{WAS}(?:gone|missing|lost|nowhere|disappeared|vanished|run away|flown away|not (?:yet )?(?:there|come))|
+        did not come|disappeared|vanished|ran away|flew away|rolled away)\b""",
+    "wrong": rf"""
+        \b{{}} (?:{WAS}(?:broken|torn|stuck|locked|cracked|dirty|empty|wet|bent|ruined|spoiled|frozen|flat|crooked|rotten|burned|soaked|tangled|dark|
+        silent|stained|worn out|out of order|small|big|short|long|heavy|loose)|
+        broke|tore|cracked|leaked|burst|stopped|popped|would not|did not|could not|came loose|(?:tipped|fell|went|gone|blew) (?:over|down|apart|off|out))\b""",
+    "sad": rf"""
+        \b{{}} (?:{WAS}(?:sad|afraid|scared|frightened|sick|ill|lonely|alone|angry|cross|shy|tired|worried|upset|bored|hungry|cold|hurt|homesick|nervous|
+        ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|would not|could not|had a (?:cold|toothache|sore throat))\b""",
+}.items()}
+
+
+class Staying(Tale):
+    """A tale that can be told behind any beginning, as it is of nothing but what that names: everybody and everything there has a moment in its
+    first half and another in its second. `lines[key]` are parsed texts, one of which is drawn; {it} is what has its moment, and {all} lists it. Those of
+    "start several" and so on are told only where two or more have one."""
+
+    KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.lines = collections.defaultdict(list)
+
+
 def read_tales(path, grammar):
     """Add the tales, threads and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
     tale, body = None, None
@@ -863,7 +912,7 @@ def read_tales(path, grammar):
         try:
             if line.startswith("#"):
                 continue
-            if line.split(" ")[0] in ("tale", "thread") or key.startswith("rule "):
+            if line.split(" ")[0] in ("tale", "thread", "staying") or key.startswith("rule "):
                 if body is not None:
                     tale.body = [parse(" ".join(paragraph.split("\n"))) for paragraph in re.split(r"\n\s*\n", "\n".join(body).strip())]
                     body = None
@@ -871,14 +920,16 @@ def read_tales(path, grammar):
                 grammar.rules[key[5:].strip()].append(parse(value))
             elif key.startswith("opening "):
                 grammar.openings.append(Opening(key.split()[1:], parse(value)))
-            elif line.startswith(("tale ", "thread ")):
+            elif line.startswith(("tale ", "thread ", "staying ")):
                 sort, name = line.split(maxsplit=1)
-                known, make = (grammar.tales, Tale) if sort == "tale" else (grammar.threads, Thread)
+                known, make = {"tale": (grammar.tales, Tale), "thread": (grammar.threads, Thread), "staying": (grammar.staying_tales, Staying)}[sort]
                 if name in known:
                     raise ValueError(f"a second {sort} named {name}")
                 tale = known[name] = make(name)
             elif body is not None:
                 body.append(line)
+            elif isinstance(tale, Staying) and key.removesuffix(" several") in Staying.KEYS:
+                tale.lines[key].append(parse(value))
             elif tale is None and line not in ("", "tale") and not key.startswith("q "):
                 raise ValueError(f"stands in no tale: {line[:60]!r}")
             elif key == "body":
@@ -900,15 +951,110 @@ def read_tales(path, grammar):
             elif key in ("ask", "start", "open", "event") or key in ("first", "middle", "last") and isinstance(tale, Thread):
                 getattr(tale, key).append(parse(value))
             elif key == "q" or key.startswith("q "):
+                if value.count("=") != 1:
+                    raise ValueError(f"wanted question = answer, found {value[:60]!r}")
                 questions = tale.questions if key == "q" else grammar.questions[key[2:]]
                 questions.append(tuple(parse(side.strip()) for side in value.split("=")))
             elif colon and key in ("thing", "place", "deed", "trait", "food", "fear", "job", "theme", "friend", "helper"):
+                # A list of several words that stands alone is taken for as many entries: "what is no thing", of lost-voice, in the tale's shipped form.
                 names = [name.strip() for name in value.split(",")] if "," in value or key == "theme" else value.split()
                 tale.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
             elif line.strip() and line != "tale":
                 raise ValueError(f"not understood: {line[:60]!r}")
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
+
+
+ROLES = ("hero", "friend", "other")
+
+
+class Situation(Tale):
+    """Something that happens, for a staying tale to go on from: `begin` [Sequence], ways in which a user may write it, `ask`, what completes "Tell
+    me a story about", `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
+
+    OWN = ("thing", "place", "deed", "food", "nature", "animal", "event")           # what may be anything where it has no list
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.begin, self.plain = [], name.startswith("plain-")          # plain: fit for any words
+
+    @functools.cached_property
+    def says(self):
+        """All slots of its texts, in their forms."""
+        return {slot for text in (*self.begin, *self.ask) for slot in slots(text)}
+
+    @functools.cached_property
+    def told_by_one(self):
+        """Whether a user tells of himself in it."""
+        return any(of_one(literal(text)) and "hero" not in roots(text) for text in self.begin)
+
+    def draw_cast(self, grammar, rng):
+        """A Cast of it: its people of the kinds that it names, no two alike, and an entry of each of its lists. Raises ValueError where they always
+        are alike."""
+        alike = lambda one, other: one.name[:2] == other.name[:2] if one.name and other.name else one.kind == other.kind
+        for _ in range(1000):
+            people = [self.draw_person(role, grammar.words, rng) for role in ROLES]
+            if not any(alike(one, other) for one, other in itertools.combinations(people, 2)):
+                break
+        else:
+            raise ValueError(f"situation {self.name}: hero, friend and other are always alike")
+        characters = dict(zip(ROLES, people))
+        characters["helper"] = draw_helper(grammar.words, rng, characters)         # of a later story about the same hero
+        cast = Cast(grammar, None, rng, characters)
+        for slot in self.lists.keys() - set(ROLES):
+            cast[slot] = rng.choice(self.lists[slot])
+        if "thing" in cast:
+            cast.thing, cast.adjective = cast["thing"], ""
+        if "place" in cast:
+            cast.place = ("at", cast["place"])
+        return cast
+
+    def draw_person(self, role, words, rng):
+        """A Character for ROLE, of one of its kinds, of which "any", "child" and "animal" stand for many; a hero who may be several animals is
+        often another one. With a name, mostly, and always where the tale says the kind besides."""
+        kinds = self.lists.get(role, ["any"])
+        kind = rng.choice(kinds)
+        if role == "hero" and len(kinds) > 1 and set(kinds) <= set(words["animals"]) and rng.random() < 0.5:
+            kind = "animal"
+        if kind == "any":
+            kind = rng.choice(["child", "child", "animal", "animal", "creature"])
+        kind = rng.choice({"child": ["boy", "girl"], "animal": words["animals"], "creature": words["creatures"]}.get(kind, [kind]))
+        sexes = [sex for sex in PRONOUNS if kind in (*words[f"{sex} people"], *words[f"{sex} family"])]      # boys and girls are among them
+        gender = SEX.get(kind) or rng.choice(sexes or list(PRONOUNS))
+        named = kind in ("boy", "girl") or f"{role}.kind" in self.says or rng.random() < 0.8
+        return Character(kind, draw_name(words, rng, gender, 0.0 if sexes else 0.4) if named else None, gender)
+
+
+def of_one(text):
+    """Whether who tells TEXT is in it: "My grandma has a drawer", but not what somebody says there."""
+    return re.search(r"\b(I|[Mm]y|[Mm]e|[Ww]e|[Oo]ur)\b", re.sub(r'"[^"]*"', "", text)) is not None
+
+
+def read_situations(path, grammar):
+    """Add the situations of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
+    situation = None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        key, colon, value = (part.strip() for part in line.partition(":"))
+        try:
+            if line.startswith("situation "):
+                name = line.split(maxsplit=1)[1]
+                if name in grammar.situations:
+                    raise ValueError(f"a second situation named {name}")
+                situation = grammar.situations[name] = Situation(name)
+            elif colon and situation and key in ("begin", "ask"):
+                getattr(situation, key).append(parse(value))
+            elif colon and situation and re.fullmatch(r"[a-z]+\d?", key):
+                names = [name.strip() for name in value.split(",") if name.strip()]
+                situation.lists[key] = names if key in ROLES else [entry for name in names for entry in grammar.words.get(name) or [name]]
+            elif line.strip() and not line.startswith("#"):
+                raise ValueError(f"not understood: {line[:60]!r}")
+        except ValueError as error:
+            raise ValueError(f"{path.name}:{number}: {error}") from None
+    for situation in grammar.situations.values():
+        if not (situation.begin and situation.ask):
+            raise ValueError(f"situation {situation.name}: wanted begin and ask")
+        named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys() - {"color"}
+        situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named]
 
 
 class Opening:
@@ -1104,7 +1250,7 @@ class Story:
         seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][-6:]
         slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
         threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
-        if wish := self.wish(opening):
+        if wish := self.wish("friend" not in opening.slots and not opening.friend, opening.slots):
             cast["wish"] = wish
             threads.append((grammar.thread_on("wish", rng), cast))
         # What the tale speaks of anyway is there, and not remembered.
@@ -1123,12 +1269,12 @@ class Story:
         self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
         return threads
 
-    def wish(self, opening):
-        """What the hero wants to do, or cannot, in a beginning that has no slot for it: "go swimming"; None if it does not say."""
+    def wish(self, alone, slots=frozenset()):
+        """What the hero wants to do, or cannot, in a beginning whose SLOTS are not for that: "go swimming"; None if it does not say. ALONE: "he" is
+        nobody else."""
         hero = self.opened.characters["hero"]
-        alone = "friend" not in opening.slots and not opening.friend
         who = "|".join([re.escape(hero.name or hero.kind), rf"[Tt]he (?:[a-z]+ )?{re.escape(hero.kind)}", *[hero.gender, hero.gender.title()] * alone])
-        match = None if {"deed", "job"} & opening.slots else re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
+        match = None if {"deed", "job"} & slots else re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
         return match[1] if match and not NO_WISH.search(match[1]) else None
 
     def has_told(self, opening):
@@ -1229,6 +1375,206 @@ class Story:
             return True
         names = [name for name in (cast or self.cast).names(slot) if name]
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
+
+
+# {he} {him} {his} {himself} of heroes of staying tales who are neither he nor she.
+OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
+
+
+class StayingStory(Story):
+    """A staying tale told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
+    ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
+    names first."""
+
+    def __init__(self, grammar, tale, rng, source, asked=False, named=False):
+        """Go on from SOURCE, an Opening or a Situation, that a user has written, or, ASKED for, begin with it; NAMED: its first word is a slot.
+        Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and where SOURCE names nobody,
+        or not its hero."""
+        self.grammar, self.staying, self.rng, self.foreign, self.own, self.did, self.done = grammar, tale, rng, not asked, False, False, set()
+        self.must, self.told, self.threads, self.extra, self.adopted, self.titled = [], [], [], [], set(), False
+        self.tale = source if isinstance(source, Situation) else tale
+        for _ in range(20):
+            text = self.draw(source, asked, named)
+            self.begun = tidy(grammar.expand(text, self.cast, rng))
+            told, members = set(slots(text)), roots(text)
+            self.names, self.hero = [], None
+            self.hero = self.find_hero(told)
+            self.names = [one.name for role, one in self.cast.characters.items() if one is not self.hero and one.name and role in members]
+            self.names += [self.cast[slot] for slot in FURTHER if slot in told]
+            self.named = self.all_named()
+            if not asked:
+                self.begun = self.with_others()
+                self.named = self.all_named()
+            if grammar.held_out.refuses([phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]):
+                continue
+            self.tell(alone=not members & {"friend", "other"})
+            if not repeats(self.text):
+                if asked:
+                    self.begun = ""
+                return
+        raise ValueError(f"staying {tale.name}: always repeats a sentence, or is held out")
+
+    def draw(self, source, asked, named):
+        """A text of SOURCE with its alternatives drawn; makes the cast."""
+        grammar, rng = self.grammar, self.rng
+        if isinstance(source, Situation):
+            texts = [text for text in source.begin if not named or isinstance(text[0], Slot)]
+            if not texts:
+                raise ValueError(f"situation {source.name}: no beginning starts with a slot")
+            text = settled(grammar, rng.choice(texts), rng)
+            self.cast = self.opened = source.draw_cast(grammar, rng)
+            if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < (1 if asked else 0.25):
+                text = Sequence([Rule("meet"), " ", *text])
+        else:
+            text = source.text
+            self.cast = self.opened = Cast(grammar, None, rng, source.characters(grammar, rng, {}))
+        if rng.random() < (0.1 if asked else 0.25):
+            self.cast.invent()
+        if "clause" in roots(text):
+            self.cast["clause"] = self.clause(rng.choice(["clause", "past clause"]) if isinstance(source, Situation) else "past clause")
+        return text
+
+    def find_hero(self, told):
+        """The hero of `begun`, which has the slots TOLD; the cast gets his pronouns and name. Raises ValueError where it has none."""
+        hero = self.cast.characters["hero"]
+        has = lambda role: any(role in slot.split(".")[0].split() for slot in told)
+        if not has("hero"):
+            if has("friend"):
+                hero = self.cast.characters["friend"]
+            elif of_one(self.begun):
+                hero = Character("child", "I", "I")
+            else:
+                hero = self.first_named()
+        elif not re.search(rf"\b{re.escape(str(hero).removeprefix('the '))}\b", self.begun):
+            hero = Character(hero.kind, None, hero.gender)          # "a fox" whose name is not said
+            if not re.search(rf"\b{re.escape(hero.kind)}\b", self.begun):
+                raise ValueError(f"nobody says who it is: {self.begun}")
+        pronouns = OTHER_PRONOUNS.get(hero.gender) or PRONOUNS[hero.gender].values()
+        self.cast.update(zip(PRONOUNS["he"], pronouns), hero=str(hero))
+        return hero
+
+    def first_named(self):
+        """What `begun` names first, as a hero: "the cup", it; "the ducks", they; a place or the night, or what something lies in, only where there
+        is nothing else. Raises ValueError where it names nothing."""
+        words, text = self.grammar.words, re.sub(r'"[^"]*"', lambda match: "-" * len(match[0]), self.begun)
+        phrases = self.grammar.nouns.noticed(text, set()) or self.grammar.nouns.noticed(self.begun, set())
+        if not phrases:
+            raise ValueError(f"nobody there: {self.begun}")
+        inside = r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with) (?:an?|the|his|her|my) (?:[a-z]+ )?$"
+        subjects = [phrase for phrase in phrases if self.sort(phrase) not in ("place", "nature")
+                    and not re.search(inside, self.begun[:max(self.at(phrase), 0)])]
+        phrase = (subjects or phrases)[0]
+        noun = phrase if phrase[0].isupper() else self.grammar.nouns.parted(phrase)[2]
+        said = re.findall(r"\b(he|his|him|himself|she|her|herself|it|its|itself)\b", self.begun[max(self.at(phrase), 0):].lower())
+        sex = "it" if not said or said[0].startswith("it") else "she" if said[0] in ("she", "her", "herself") else "he"
+        sexes = [sex for sex in PRONOUNS if noun.lower().split()[0] in (*words[f"{sex} people"], *words[f"{sex} family"])]
+        if len(sexes) == 1 or sexes and sex == "it":
+            sex = sexes[0]
+        return Character(noun, noun if noun[0].isupper() else None, "they" if self.sort(phrase) == "many" else sex)
+
+    def all_named(self):
+        """[(sort, phrase)] of what `begun` names but its hero, the first six of it."""
+        hero, nouns = self.hero, self.grammar.nouns
+        kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
+        hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
+        no_noun = {"he", "she", "it", "they", "different", "same"} | nouns.adjectives
+        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun] + self.names
+        if hero.gender == "I":
+            phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
+                       for phrase in phrases]
+        return [(self.fate(phrase), phrase) for phrase in sorted(dict.fromkeys(phrases), key=self.at)][:6]
+
+    def fate(self, phrase):
+        """Which of SORTS the PHRASE is of: "gone", "wrong" or "sad" where `begun` says so of it, else what it is."""
+        sort, is_said = self.sort(phrase), lambda fate: re.search(IS[fate].replace("{}", re.escape(phrase.split()[-1])), self.begun)
+        if is_said("gone"):
+            return "gone"
+        alive = sort in ("person", "animal") or sort == "many" and self.grammar.nouns.forms.get(phrase.split()[-1]) in self.grammar.nouns.living
+        fate = "sad" if alive else "wrong"
+        return fate if sort != "nature" and is_said(fate) else sort
+
+    def sort(self, phrase):
+        """What the PHRASE is, by the word lists: a place is one that is no thing besides."""
+        words, nouns = self.grammar.words, self.grammar.nouns
+        noun = nouns.parted(phrase)[2].lower()
+        if phrase in self.names or phrase[0].isupper():
+            return "person"
+        one, last = nouns.forms.get(noun, noun), noun.split()[-1]
+        if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
+            return "many"
+        if any(one in words[kind] for kind in ("he people", "she people", "persons", "he family", "she family")):
+            return "person"
+        beings = one in words["creatures"] and not any(one in words[kind] for kind in ("things", "vehicles", "nouns"))
+        if one in nouns.animals or beings and one not in nouns.places:
+            return "animal"
+        if noun in GREAT:
+            return "nature"
+        event = any(one == re.sub("^(the|an?) ", "", each) for each in words["events"])
+        return "place" if event or one in nouns.places and one not in words["things"] else "thing"
+
+    def with_others(self):
+        """`begun` with other nouns of the same sort in the place of some, one in ten of them such as there are not, so that any is learned."""
+        words, rng, text = self.grammar.words, self.rng, self.begun
+        for sort, phrase in self.named:
+            noun = self.grammar.nouns.parted(phrase)[2]
+            if sort in ("person", "nature", "gone", "sad") or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
+                continue
+            sort = self.sort(phrase) if sort == "wrong" else sort
+            other = made_up_noun(words, rng) if rng.random() < 0.1 else rng.choice(
+                [place for _, place in words["places"]] if sort == "place" else words["animals" if sort == "animal" else "things"])
+            other = plural(other) if sort == "many" else other
+            if " " not in other and other not in text and other != self.hero.kind:
+                text = re.sub(rf"\b([Aa])n? ((?:[a-z-]+ )?){noun}\b", lambda match: an(f"{match[1]} {match[2]}{other}"), text)
+                text = re.sub(rf"\b{noun}\b", other, text)
+        return text
+
+    def tell(self, alone):
+        """Make `text` of the beginning, a moment for each that it names, another for each, and an end; ALONE: "she" is nobody but the hero."""
+        grammar, cast, rng, used = self.grammar, self.cast, self.rng, set()
+
+        def line(key, it=""):
+            cast["it"] = it
+            fit = [text for text in self.staying.lines[key] + self.staying.lines[f"{key} several"] * (len(self.named) > 1)
+                   if self.named or "all" not in slots(text)]
+            used.add(id(text := rng.choice([text for text in fit if id(text) not in used] or fit)))
+            return re.sub('^"?[a-z]', lambda match: match[0].upper(), grammar.expand(text, cast, rng))
+
+        self.keep = [phrase for _, phrase in self.named]
+        cast["all"] = listed(self.keep) if self.keep else ""
+        first = " ".join([line("start"), *(line(f"first {sort}", phrase) for sort, phrase in self.named)])
+        then = " ".join([line("turn"), *(line(f"then {sort}", phrase) for sort, phrase in self.named)])
+        end = [line("end")]
+        if self.hero.gender in PRONOUNS and rng.random() < 0.9 and (wish := self.wish(alone)):
+            cast["wish"] = wish
+            end.append(grammar.expand(rng.choice(grammar.thread_on("wish", rng).last), cast, rng))
+        elif (retold := grammar.nouns.retold(self.begun, [self.hero.name, *self.names])) and rng.random() < 0.45 \
+                and not A_STATE.match(retold) and not re.search(r"\b(it|him|her|them|there|that|one|he|she|they)\b", retold):
+            cast["retold"] = retold
+            end.append(grammar.expand_rule("told again", cast, rng))
+        himself = "|".join(re.escape(name) for name in ((self.hero.name or self.hero.kind).split()[-1], cast["he"], cast["he"].capitalize()))
+        if re.search(IS["sad"].replace("{}", f"(?:{himself})"), self.begun):
+            end.insert(0, grammar.expand_rule("glad", cast, rng))
+        begun = self.begun + rng.choice([" ", "\n\n"]) + first
+        text = tidy("\n\n".join([begun, then]) + rng.choice([" ", "\n\n"]) + " ".join(end))
+        if self.hero.gender == "they":
+            text = re.sub(rf"\b([Tt]hey|{re.escape(cast['hero'])}) was\b", r"\1 were", text)
+        self.text, self.length = text, len(tidy(begun))
+
+    def asked_for(self):
+        """(a request for it, its text), which first says what it is about, and at times last."""
+        grammar, cast, rng = self.grammar, self.cast, self.rng
+        cast.asking, cast.asked = self.text, {}
+        try:
+            topic = tidy("-" + grammar.expand(rng.choice(self.tale.ask), cast, rng))[1:]
+            if rng.random() < 0.25 and any(map(self.matters, self.tale.needs)):
+                asked, _ = by_words(self)
+            else:
+                asked = informal(tidy(ask(self, topic)[0]), rng)
+        finally:
+            cast.asking = None
+        cast["topic"], cast["kept"] = topic, re.sub("^an? ", "the ", topic)
+        end = rng.choice([" ", "\n\n"]) + tidy(grammar.expand_rule("closing short", cast, rng)) if rng.random() < 0.2 else ""
+        return asked, tidy(grammar.expand_rule("echo", cast, rng)) + " " + self.text + end
 
 
 # 7. Requests for a story, and questions about it
@@ -1452,6 +1798,8 @@ def slots(sequence):
 def questions(story):
     """[(question, answer), ...] about STORY, true of it: the tale's own, and those of names, kinds and places."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
+    if isinstance(story, StayingStory) and story.hero is not cast.characters["hero"]:
+        return []                                               # of "I", or of the cup, one asks otherwise
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     nameless = {"hero": "nameless", "friend": "nameless friend"}
@@ -1677,6 +2025,8 @@ def chat(turns, system=None):
 def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
     made-up nouns."""
+    if grammar.staying and asked and characters is None and rng.random() < 0.6 * grammar.staying:
+        return stayed(grammar, rng, asked=True)
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -1697,6 +2047,8 @@ def continued(grammar, rng, named=False):
     """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own. NAMED: one whose
     first word is a slot."""
     while True:
+        if grammar.staying and rng.random() < grammar.staying:
+            return stayed(grammar, rng, named=named)
         if rng.random() < 0.4:
             opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
         else:
@@ -1710,6 +2062,26 @@ def continued(grammar, rng, named=False):
         try:
             return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
+            continue
+
+
+def stayed(grammar, rng, asked=False, named=False):
+    """A StayingStory that goes on from a beginning of any sort, NAMED as in `continued`, or is ASKED for by its situation."""
+    situations, tales = list(grammar.situations.values()), list(grammar.staying_tales.values())
+    sorts = {"a situation": 3, "any words": 2} if asked else {"a situation": 5, "any words": 1, "one's own": 1, "foreign": 3, "a tale's": 1}
+    while True:
+        sort = rng.choices(list(sorts), sorts.values())[0]
+        if sort == "foreign":
+            source = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
+        elif sort == "a tale's":
+            source = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
+        else:
+            source = rng.choice([each for each in situations if each.plain == (sort == "any words") and (each.told_by_one or sort != "one's own")])
+        if isinstance(source, Opening) and (source.pair or named and not isinstance(next(filter(None, source.text)), Slot)):
+            continue
+        try:
+            return StayingStory(grammar, rng.choice(tales), rng, source, asked, named)
+        except ValueError:
             continue
 
 
@@ -1758,6 +2130,8 @@ def story_turn(story, speaker):
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
     names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
+    if isinstance(story, StayingStory):
+        return story.asked_for()
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
@@ -1834,11 +2208,14 @@ def begun(grammar, rng):
     alone = story.foreign and rng.random() < 0.7
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
-    if rng.random() < 0.5:
-        asked, text = reworded(asked, text[:ends[0]], grammar, rng)
-    else:
-        length = story.length - len(story.begun) if story.foreign else ends[1]
-        text = text[:max(end for end in ends if end <= max(length, ends[0]))]
+    other_words, length = rng.random() < 0.5, story.length - len(story.begun) if story.foreign else ends[1]
+    if isinstance(story, StayingStory):
+        length = length if story.foreign else text.find(story.text) + story.length
+    elif other_words:
+        length = ends[0]
+    text = text[:max(end for end in ends if end <= max(length, ends[0]))]
+    if other_words:
+        asked, text = reworded(asked, text, grammar, rng)
     return [asked if alone else f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", text, ""]
 
 
@@ -1871,6 +2248,8 @@ def second_story(story, speaker):
     """((request, text), Story) of another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
     grammar, rng = story.grammar, story.rng
     kind = rng.choice(["again", "again", "new", "new", "more"])
+    if kind == "again" and isinstance(story, StayingStory) and story.hero is not story.cast.characters["hero"]:
+        kind = "more"                                           # "I" is no hero of another tale
     if kind == "new":
         other = tell(grammar, rng)
         return story_turn(other, speaker), other
@@ -1888,7 +2267,7 @@ def somebody(grammar, rng):
 
 
 def talk_chat(grammar, rng):
-    """A conversation of one to eight turns: small talk, sums, facts, unknowns, rarely a story."""
+    """A conversation of one to nine turns: small talk, sums, facts, unknowns, rarely a story."""
     speaker = Speaker(grammar, rng)
     turns = []
     for _ in range(rng.choice([1, 2, 3, 4, 6, 8])):
@@ -2007,6 +2386,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--staying", metavar="SHARE", type=float, default=0.0,
+                        help="the share of beginnings that a staying tale goes on from (0, as for stories.bin)")
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
     parser.add_argument("--count", type=int, help="how many (5)")
@@ -2014,10 +2395,12 @@ def main():
     arguments = parser.parse_args()
     if arguments.documents < 1 or arguments.count is not None and arguments.count < 1:
         parser.error("--documents and --count must be at least 1")
+    if not 0 <= arguments.staying <= 1:
+        parser.error("--staying must be from 0 to 1")
     if arguments.count is not None and arguments.show is None:
         parser.error("--count: of what --show shows, which is not given")
     try:
-        grammar = Grammar()
+        grammar = Grammar(staying=arguments.staying)
         if arguments.show is not None and arguments.show not in {"all", *grammar.tales, *(kind.__name__ for kind in KINDS)}:
             parser.error(f"--show: no tale {arguments.show}; there are {', '.join(sorted(grammar.tales))}")
         if arguments.check:
@@ -2030,6 +2413,10 @@ def main():
         sys.exit(f"corpus.py: {error.filename or 'standard output'}: {error.strerror}")
     except ValueError as error:                                 # names file and line
         sys.exit(f"corpus.py: {error}")
+    except KeyError as error:                                   # of a slot or a rule that is not
+        sys.exit(f"corpus.py: {error.args[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

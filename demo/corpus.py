@@ -93,6 +93,9 @@ class Grammar:
         for tale in self.staying_tales.values():
             if lacking := [key for key in Staying.KEYS if not tale.lines[key]]:
                 raise ValueError(f"staying {tale.name}: wanted a line {lacking[0]!r}")
+        situations = self.situations.values()
+        self.situations_of = {"any words": [each for each in situations if each.plain], "a situation": [each for each in situations if not each.plain],
+                              "one's own": [each for each in situations if each.told_by_one]}
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
         often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
         self.fact_tales = [tale for tale in self.tales.values() if "fact" in tale.needs]
@@ -872,24 +875,30 @@ SORTS = ("person", "animal", "many", "place", "nature", "thing", "gone", "wrong"
 # What is always there: the rest of the word list's nature is things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
 
-# The words by which a beginning says of a noun, {}, perhaps with an article and an adjective before it, that it is not there; that something is the
-# matter with it; or, of somebody, that he is not happy.
+# The words by which a beginning says of a noun, NOUN, perhaps with an article and an adjective before it, that it is not there; that something is
+# the matter with it; or, of somebody, that he is not happy.
+NOUN = "Qq"
 WAS = r"(?:was|were|is|are|had|has|felt|looked|got) (?:suddenly |now |still |all |already |very |so |too |always |stuck and )*"
-IS = {sort: re.sub(r"\s*\n\s*", "", words.strip()) for sort, words in {
+IS = {sort: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for sort, words in {
     "gone": rf"""
         \b(?:lost|los(?:es|ing)|(?:look|search|wait|wish)(?:ed|ing) for|missed|missing|needed|dreamed of|longed for|not find|never found|without|
         (?:had|was|were|has|is|are|there's) (?:no|not an?)|(?:wanted|wants|want)(?= (?:an?|the|his|her|some)\b))
-        (?: (?:an?|the|his|her|my|our|their|some|one|[A-Z]\w*'s))?(?: [a-z-]+)? {{}}\b|
-        \b{{}} (?:{WAS}(?:gone|missing|lost|nowhere|disappeared|vanished|run away|flown away|not (?:yet )?(?:there|come))|
+        (?: (?:an?|the|his|her|my|our|their|some|one|[A-Z]\w*'s))?(?: [a-z-]+)? {NOUN}\b|
+        \b{NOUN} (?:{WAS}(?:gone|missing|lost|nowhere|disappeared|vanished|run away|flown away|not (?:yet )?(?:there|come))|
         did not come|disappeared|vanished|ran away|flew away|rolled away)\b""",
     "wrong": rf"""
-        \b{{}} (?:{WAS}(?:broken|torn|stuck|locked|cracked|dirty|empty|wet|bent|ruined|spoiled|frozen|flat|crooked|rotten|burned|soaked|tangled|dark|
+        \b{NOUN} (?:{WAS}(?:broken|torn|stuck|locked|cracked|dirty|empty|wet|bent|ruined|spoiled|frozen|flat|crooked|rotten|burned|soaked|tangled|dark|
         silent|stained|worn out|out of order|small|big|short|long|heavy|loose)|
         broke|tore|cracked|leaked|burst|stopped|popped|would not|did not|could not|came loose|(?:tipped|fell|went|gone|blew) (?:over|down|apart|off|out))\b""",
     "sad": rf"""
-        \b{{}} (?:{WAS}(?:sad|afraid|scared|frightened|sick|ill|lonely|alone|angry|cross|shy|tired|worried|upset|bored|hungry|cold|hurt|homesick|nervous|
+        \b{NOUN} (?:{WAS}(?:sad|afraid|scared|frightened|sick|ill|lonely|alone|angry|cross|shy|tired|worried|upset|bored|hungry|cold|hurt|homesick|nervous|
         ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|would not|could not|had a (?:cold|toothache|sore throat))\b""",
 }.items()}
+
+
+def is_said(text, noun, fate):
+    """Whether TEXT says of the word NOUN what FATE, a key of IS, stands for."""
+    return noun in text and IS[fate].search(text.replace(noun, NOUN)) is not None
 
 
 class Staying(Tale):
@@ -1486,12 +1495,12 @@ class StayingStory(Story):
 
     def fate(self, phrase):
         """Which of SORTS the PHRASE is of: "gone", "wrong" or "sad" where `begun` says so of it, else what it is."""
-        sort, is_said = self.sort(phrase), lambda fate: re.search(IS[fate].replace("{}", re.escape(phrase.split()[-1])), self.begun)
-        if is_said("gone"):
+        sort, noun = self.sort(phrase), phrase.split()[-1]
+        if is_said(self.begun, noun, "gone"):
             return "gone"
-        alive = sort in ("person", "animal") or sort == "many" and self.grammar.nouns.forms.get(phrase.split()[-1]) in self.grammar.nouns.living
+        alive = sort in ("person", "animal") or sort == "many" and self.grammar.nouns.forms.get(noun) in self.grammar.nouns.living
         fate = "sad" if alive else "wrong"
-        return fate if sort != "nature" and is_said(fate) else sort
+        return fate if sort != "nature" and is_said(self.begun, noun, fate) else sort
 
     def sort(self, phrase):
         """What the PHRASE is, by the word lists: a place is one that is no thing besides."""
@@ -1551,8 +1560,7 @@ class StayingStory(Story):
                 and not A_STATE.match(retold) and not re.search(r"\b(it|him|her|them|there|that|one|he|she|they)\b", retold):
             cast["retold"] = retold
             end.append(grammar.expand_rule("told again", cast, rng))
-        himself = "|".join(re.escape(name) for name in ((self.hero.name or self.hero.kind).split()[-1], cast["he"], cast["he"].capitalize()))
-        if re.search(IS["sad"].replace("{}", f"(?:{himself})"), self.begun):
+        if any(is_said(self.begun, name, "sad") for name in ((self.hero.name or self.hero.kind).split()[-1], cast["he"], cast["he"].capitalize())):
             end.insert(0, grammar.expand_rule("glad", cast, rng))
         begun = self.begun + rng.choice([" ", "\n\n"]) + first
         text = tidy("\n\n".join([begun, then]) + rng.choice([" ", "\n\n"]) + " ".join(end))
@@ -2067,7 +2075,7 @@ def continued(grammar, rng, named=False):
 
 def stayed(grammar, rng, asked=False, named=False):
     """A StayingStory that goes on from a beginning of any sort, NAMED as in `continued`, or is ASKED for by its situation."""
-    situations, tales = list(grammar.situations.values()), list(grammar.staying_tales.values())
+    tales = list(grammar.staying_tales.values())
     sorts = {"a situation": 3, "any words": 2} if asked else {"a situation": 5, "any words": 1, "one's own": 1, "foreign": 3, "a tale's": 1}
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
@@ -2076,7 +2084,7 @@ def stayed(grammar, rng, asked=False, named=False):
         elif sort == "a tale's":
             source = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
         else:
-            source = rng.choice([each for each in situations if each.plain == (sort == "any words") and (each.told_by_one or sort != "one's own")])
+            source = rng.choice(grammar.situations_of[sort])
         if isinstance(source, Opening) and (source.pair or named and not isinstance(next(filter(None, source.text)), Slot)):
             continue
         try:

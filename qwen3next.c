@@ -2042,9 +2042,8 @@ static void attn_range(AttnRows *a, int range, float *scratch)
     }
     for (int r = 0; r < a->n; r++) { /* weights = exp(scores - the largest), 0 for what the row may not see */
         int seen = min_int(count, a->last[r] + 1 - pos);
-        float max = -INFINITY;
         for (int i = 0; scaled && i < count; i++) score[r][i] *= s->k_scale[first + (size_t)i];
-        for (int i = 0; i < seen; i++) max = score[r][i] > max ? score[r][i] : max;
+        float max = largest(score[r], seen);
         for (int i = max_int(seen, 0); i < padded; i++) score[r][i] = seen > 0 ? -INFINITY : 0;
         a->sm[r] = (Softmax){max, seen > 0 ? e->kernels->exp_sum(score[r], max, padded) : 0};
         for (int i = 0; scaled && i < count; i++) score[r][i] *= s->v_scale[first + (size_t)i];

@@ -4,7 +4,8 @@
 
 Each line of the result is a JSON list of strings, a whole document: a plain story, a chat in ChatML, or a request or beginning and only the
 first words of its story; the strings are in turn only read and learned. What can happen stands in tales/*.txt, what can be said in talk.txt, the
-words in words.txt; this file only knows how to put them together. See notation.txt for how those files are written. `--show TALE` prints stories of one tale to read, `--check` looks for slips.
+words in words.txt; this file only knows how to put them together. See notation.txt for how those files are written. `--show TALE` prints stories
+of one tale to read, `--check` looks for slips.
 
 A tale's *cast* is drawn first: hero, friend, helper, other, thing, place, deed and so on. The request names some of its
 members, the story uses all: so a model that learns to predict the story must look at the request.
@@ -423,7 +424,7 @@ NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|
 class Nouns:
     """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
     turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
-    only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry."""
+    only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry; `people` are families, too, `beings` of fantasy and no objects."""
 
     def __init__(self, words):
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns",
@@ -433,10 +434,11 @@ class Nouns:
         self.past = {"was", "were", "had", "did", "could", "would",
                      *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
         self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
-        self.animals, self.places = set(words["animals"]), {place for _, place in words["places"]}
-        self.living = self.animals | {word for kind in ("he people", "she people", "persons", "he family", "she family") for word in words[kind]}
-        self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"],
-                          *(place for _, place in words["places"])}
+        bare = lambda kinds: {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]}
+        self.animals, self.places, self.events = set(words["animals"]), {place for _, place in words["places"]}, bare(["events"])
+        self.people = bare(["he people", "she people", "persons", "he family", "she family"])
+        self.beings = bare(["creatures"]) - bare(["things", "vehicles", "nouns"]) - self.places
+        self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"], *self.places}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
         verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
         self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
@@ -1010,8 +1012,9 @@ class Situation(Tale):
         characters = dict(zip(ROLES, people))
         characters["helper"] = draw_helper(grammar.words, rng, characters)         # of a later story about the same hero
         cast = Cast(grammar, None, rng, characters)
-        for slot in self.lists.keys() - set(ROLES):
-            cast[slot] = rng.choice(self.lists[slot])
+        for slot, entries in self.lists.items():
+            if slot not in ROLES:
+                cast[slot] = rng.choice(entries)
         if "thing" in cast:
             cast.thing, cast.adjective = cast["thing"], ""
         if "place" in cast:
@@ -1147,7 +1150,10 @@ class Story:
     it asked for the tale by what the hero does, `done` the members that this deed named ("lose a kite"); `titled` whether the hero's
     name must be named, too.
     `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
-    text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases."""
+    text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases.
+    `of_its_cast` whether its hero is the cast's, so that more can be told or asked of him."""
+
+    of_its_cast = True
 
     def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False, pair=False):
         """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
@@ -1399,8 +1405,8 @@ class StayingStory(Story):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, or, ASKED for, begin with it; NAMED: its first word is a slot.
         Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and where SOURCE names nobody,
         or not its hero."""
-        self.grammar, self.staying, self.rng, self.foreign, self.own, self.did, self.done = grammar, tale, rng, not asked, False, False, set()
-        self.must, self.told, self.threads, self.extra, self.adopted, self.titled = [], [], [], [], set(), False
+        self.grammar, self.staying, self.rng, self.foreign, self.own, self.did = grammar, tale, rng, not asked, False, False
+        self.must, self.threads, self.extra = [], [], []
         self.tale = source if isinstance(source, Situation) else tale
         for _ in range(20):
             text = self.draw(source, asked, named)
@@ -1422,6 +1428,10 @@ class StayingStory(Story):
                     self.begun = ""
                 return
         raise ValueError(f"staying {tale.name}: always repeats a sentence, or is held out")
+
+    @property
+    def of_its_cast(self):
+        return self.hero is self.cast.characters["hero"]
 
     def draw(self, source, asked, named):
         """A text of SOURCE with its alternatives drawn; makes the cast."""
@@ -1498,7 +1508,9 @@ class StayingStory(Story):
         sort, noun = self.sort(phrase), phrase.split()[-1]
         if is_said(self.begun, noun, "gone"):
             return "gone"
-        alive = sort in ("person", "animal") or sort == "many" and self.grammar.nouns.forms.get(noun) in self.grammar.nouns.living
+        nouns = self.grammar.nouns
+        one = nouns.forms.get(noun)
+        alive = sort in ("person", "animal") or sort == "many" and (one in nouns.animals or one in nouns.people)
         fate = "sad" if alive else "wrong"
         return fate if sort != "nature" and is_said(self.begun, noun, fate) else sort
 
@@ -1511,15 +1523,13 @@ class StayingStory(Story):
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
-        if any(one in words[kind] for kind in ("he people", "she people", "persons", "he family", "she family")):
+        if one in nouns.people:
             return "person"
-        beings = one in words["creatures"] and not any(one in words[kind] for kind in ("things", "vehicles", "nouns"))
-        if one in nouns.animals or beings and one not in nouns.places:
+        if one in nouns.animals or one in nouns.beings:
             return "animal"
         if noun in GREAT:
             return "nature"
-        event = any(one == re.sub("^(the|an?) ", "", each) for each in words["events"])
-        return "place" if event or one in nouns.places and one not in words["things"] else "thing"
+        return "place" if one in nouns.events or one in nouns.places and one not in words["things"] else "thing"
 
     def with_others(self):
         """`begun` with other nouns of the same sort in the place of some, one in ten of them such as there are not, so that any is learned."""
@@ -1548,8 +1558,7 @@ class StayingStory(Story):
             used.add(id(text := rng.choice([text for text in fit if id(text) not in used] or fit)))
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), grammar.expand(text, cast, rng))
 
-        self.keep = [phrase for _, phrase in self.named]
-        cast["all"] = listed(self.keep) if self.keep else ""
+        cast["all"] = listed([phrase for _, phrase in self.named] or [""])
         first = " ".join([line("start"), *(line(f"first {sort}", phrase) for sort, phrase in self.named)])
         then = " ".join([line("turn"), *(line(f"then {sort}", phrase) for sort, phrase in self.named)])
         end = [line("end")]
@@ -1806,7 +1815,7 @@ def slots(sequence):
 def questions(story):
     """[(question, answer), ...] about STORY, true of it: the tale's own, and those of names, kinds and places."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
-    if isinstance(story, StayingStory) and story.hero is not cast.characters["hero"]:
+    if not story.of_its_cast:
         return []                                               # of "I", or of the cup, one asks otherwise
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
@@ -2256,7 +2265,7 @@ def second_story(story, speaker):
     """((request, text), Story) of another story, asked for by a remark ("another one!") or by a request of its own, or about the same hero."""
     grammar, rng = story.grammar, story.rng
     kind = rng.choice(["again", "again", "new", "new", "more"])
-    if kind == "again" and isinstance(story, StayingStory) and story.hero is not story.cast.characters["hero"]:
+    if kind == "again" and not story.of_its_cast:
         kind = "more"                                           # "I" is no hero of another tale
     if kind == "new":
         other = tell(grammar, rng)

@@ -49,6 +49,7 @@ import pty
 import random
 import re
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -58,6 +59,7 @@ import sys
 import tempfile
 import termios
 import time
+import traceback
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +96,7 @@ DEMO_TOKENIZER = DEMO.with_name("tokenizer.bin")           # a small vocabulary 
 WORK = Path(tempfile.mkdtemp(prefix="qwen3next-test-"))   # every file that the tests make
 atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                 # pytest runs as many processes as there are cores
 torch.set_grad_enabled(False)
 
 for ignored in (signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):   # as jobs in the background may have them; the engine, which
@@ -125,6 +127,34 @@ def run(*command, stdin=b"", timeout=120, **kwargs):
     """Run a command to its end; the result has bytes `stdout` and `stderr`. Without stdin it reads an empty one."""
     return subprocess.run([str(word) for word in command], input=stdin, capture_output=True, timeout=timeout,
                           **kwargs)
+
+
+def run_forked(python, script, *arguments):
+    """run(PYTHON, SCRIPT, ...) in a fork of this process, which has loaded PyTorch, as SCRIPT would have to for seconds."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if not (child := os.fork()):
+            status = 1
+            try:
+                signal.alarm(300)
+                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+                sys.argv, sys.path[:0] = [str(word) for word in (script, *arguments)], [str(Path(script).parent)]
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or that library says that it has been forked
+                torch.set_grad_enabled(True)
+                runpy.run_path(str(script), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess([python, script, *arguments], status, out.read(), err.read())
 
 
 def engine(model, *options, **kwargs):
@@ -3800,7 +3830,8 @@ def test_a_long_chat_reads_nothing_twice(flavour, drafts, report):
     messages = [line for line in TWENTY if not line.startswith("/")]
     prompts = sum(int(n) for n in re.findall(rb"\[prompt (\d+) tokens", result.stderr))
     around = 8                                   # <|im_end|> \n <|im_start|> user \n ... <|im_end|> \n <|im_start|> assistant \n
-    words = sum(len(library_tokenizer(read_tokenizer(tokenizer_of(model))).encode(message).ids) for message in messages)
+    tokenizer = library_tokenizer(read_tokenizer(tokenizer_of(model)))
+    words = sum(len(tokenizer.encode(message).ids) for message in messages)
     report(f"{len(messages)} messages: {read} tokens read, {again} again; whole prompts each time would be "
            f"{len(messages) * len(history) // 2} or so")
     assert again == 0 and prompts <= words + (around + 3) * len(messages)
@@ -4930,11 +4961,11 @@ def fuzz_program():
 
 @pytest.mark.parametrize("target", FUZZ_TARGETS)
 def test_seeds_and_mutations_of_every_target(target, tmp_path, report):
-    """What `make fuzz` begins with, and a few hundred changes of each kind: no sanitizer speaks, nothing hangs."""
+    """What `make fuzz` begins with, and a hundred and more changes of each kind: no sanitizer speaks, nothing hangs."""
     rng, program = random.Random(target), fuzz_program()
     seeds = [path.read_bytes() for path in sorted((fuzz_folder() / target).iterdir())]
     inputs = list(seeds)
-    for _ in range(300):
+    for _ in range(120):
         data = rng.choice(seeds)
         for _ in range(rng.choice([1, 1, 2, 4])):
             data = mutated(data, rng)
@@ -5499,7 +5530,7 @@ def test_padding_at_the_end_is_not_classified():
         assert all(near(row.rsplit(" ", 1)[1], logit, logits) for row, logit in zip(rows, logits)), ids
 
 
-@pytest.mark.parametrize("variant", set(HEADS) - {"one label"})
+@pytest.mark.parametrize("variant", sorted(set(HEADS) - {"one label"}))
 def test_classes_of_tokens_equal_transformers(variant):
     model, checkpoint = head_case("tag", variant)
     for n, options in [(n, ()) for n in PROMPTS] + [(200, ("--batch", 7, "-j", 3))]:
@@ -6101,13 +6132,13 @@ def grammar():
 
 def test_the_corpus_follows_from_its_seed(tmp_path):
     """The same documents whatever the number of processes; others from another seed."""
-    for name, seed, prefix in ("a", 7, []), ("b", 7, ["taskset", "-c", "0"]), ("c", 8, []):
-        result = run(*prefix, sys.executable, ROOT / "demo" / "corpus.py", "--documents", 1200, "--seed", seed, "-o", tmp_path / name)
+    for name, seed, documents, prefix in ("a", 7, 1020, []), ("b", 7, 1020, ["taskset", "-c", "0"]), ("c", 8, 20, []):
+        result = run(*prefix, sys.executable, ROOT / "demo" / "corpus.py", "--documents", documents, "--seed", seed, "-o", tmp_path / name)
         assert result.returncode == 0, result.stderr
-    texts = [(tmp_path / name).read_text() for name in "abc"]
-    assert texts[0] == texts[1] != texts[2] and texts[0].count("\n") == 1200
+    one, same, other = ((tmp_path / name).read_text() for name in "abc")
+    assert one == same and one.count("\n") == 1020 and not set(one.splitlines()) & set(other.splitlines())
     for name in "01":                                           # nor on the order of a set
-        result = run("env", f"PYTHONHASHSEED={name}", sys.executable, ROOT / "demo" / "corpus.py", "--documents", 200, "--staying", 0.9,
+        result = run("env", f"PYTHONHASHSEED={name}", sys.executable, ROOT / "demo" / "corpus.py", "--documents", 60, "--staying", 0.9,
                      "-o", tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
@@ -6250,7 +6281,7 @@ def staying_grammar():
 
 @pytest.mark.parametrize("name", re.findall(r"^staying (\S+)", (ROOT / "demo" / "tales" / "staying.txt").read_text(), re.M))
 def test_staying_tales_give_everything_its_moment(name):
-    """Behind beginnings of all sorts: what these name comes again in the first half and in the second, nothing is said twice, and who tells of
+    """Behind beginnings of all sorts: what these name comes again in the first half and in the second, with how it comes out; nothing is said twice, and who tells of
     himself stays "I"."""
     corpus, words, sorts = demo_module("corpus"), staying_grammar(), collections.Counter()
     tale, situations = words.staying_tales[name], list(words.situations.values())
@@ -6265,7 +6296,8 @@ def test_staying_tales_give_everything_its_moment(name):
             continue
         assert story.text.startswith(story.begun) and corpus.repeats(story.text) is None and not re.search(r"[{}|<>]|  |\bthey was\b", story.text)
         first, then = story.text[len(story.begun):story.length].lower(), story.text[story.length:].lower()
-        assert all(phrase.lower() in first and phrase.lower() in then for _, phrase in story.named), (story.named, story.text)
+        assert all(phrase.lower() in first and (phrase.lower() in then or re.search(rf"\b{phrase.split()[-1]}\b", story.well))
+                   for _, phrase in story.named), (story.named, story.text)
         assert not re.search(r"[.!?] [a-z]", story.text[len(story.begun):]), story.text
         if story.hero.gender == "I":
             assert re.search(r"\bI\b", then) or "my" in then or "I" in story.text[story.length:], story.text
@@ -6299,22 +6331,22 @@ def test_what_a_beginning_names():
         corpus.StayingStory(words, tale, random.Random(1), situation)
 
 
-def test_situations_are_asked_for_and_begun():
-    """Each situation in answer to a request: it says what it is about, brings it on stage, and is asked questions that are answered; and none of
-    them is told unless --staying asks for it."""
+def test_situations_come_out_well():
+    """Each situation is gone on with and comes out as one of its own lines says, which speaks of nothing that no beginning has, with the nouns that
+    the beginning has; and none of them is told unless --staying asks for it."""
     corpus, words = demo_module("corpus"), staying_grammar()
-    tales, refused = list(words.staying_tales.values()), 0
+    tales, refused, told = list(words.staying_tales.values()), 0, 0
     for name, situation in words.situations.items():
-        rng = random.Random(f"situation {name}")
+        known = {slot for text in situation.begin for slot in corpus.roots(text)} | corpus.PRONOUNS["he"].keys()
+        assert situation.well and all(corpus.roots(text) <= known for text in situation.well), name
         try:
-            story = corpus.StayingStory(words, rng.choice(tales), rng, situation, asked=True)
+            story = corpus.StayingStory(words, (rng := random.Random(f"situation {name}")).choice(tales), rng, situation)
         except ValueError:
             refused += 1
             continue
-        asked, text = corpus.asked_for(story)
-        assert asked and story.text in text and not re.search(r"[{}|<>]", asked + text), (asked, text)
-        assert not story.foreign and story.begun == "" and all(question and answer for question, answer in corpus.questions(story))
-    assert refused < 0.05 * len(words.situations)
+        told += story.well != "" and corpus.tidy("-. " + story.well)[3:] in story.text[story.length:]
+        assert story.foreign and not re.search(r"[{}|<>]", story.text) and all(question and answer for question, answer in corpus.questions(story))
+    assert refused < 0.05 * len(words.situations) and told > 0.85 * len(words.situations), (refused, told)
     assert not any(isinstance(corpus.continued(grammar(), random.Random(i)), corpus.StayingStory) for i in range(30))
     assert all(isinstance(corpus.continued(words, random.Random(i)), corpus.StayingStory) for i in range(30))
 
@@ -6660,29 +6692,29 @@ def test_rows_of_the_training_are_of_its_tokenizer(tmp_path):
     work, other, bare = tmp_path / "work", tmp_path / "other", tmp_path / "bare"
     prepare, larger = tiny_work(work), tiny_work(other)
     for command, size in (prepare, 280), (larger, 300):
-        result = run(*command, "--set", f"vocab_size={size}")
+        result = run_forked(*command, "--set", f"vocab_size={size}")
         assert result.returncode == 0, result.stderr
     largest = lambda: max(max(rows.max(), (-2 - rows).max()) for rows in (np.load(work / name) for name in ("rows.npy", "held-out.npy")))
     made = {name: (work / name).read_bytes() for name in ("rows.npy", "held-out.npy")}
     assert largest() < 280
     for name in made:
         (work / name).unlink()
-        result = run(*prepare)
+        result = run_forked(*prepare)
         assert result.returncode == 0 and all((work / name).read_bytes() == data for name, data in made.items()), result.stderr
     old = (work / "tokenizer.json").read_bytes()
     (work / "tokenizer.json").unlink()
     (other / "model.safetensors").touch()                       # --prepare-only does not read it
-    result = run(*prepare, "--start", other)
+    result = run_forked(*prepare, "--start", other)
     assert result.returncode == 0 and largest() >= 280, result.stderr
     (work / "tokenizer.json").write_bytes(old)                  # as when a run is stopped between the tokenizer and its rows
     shutil.copytree(work, bare, ignore=shutil.ignore_patterns("documents.jsonl"))
-    result = run(*prepare[:-1], bare)
+    result = run_forked(*prepare[:-1], bare)
     assert result.returncode == 1 and b"documents.jsonl: not there" in result.stderr and b"older than tokenizer.json" in result.stderr, result.stderr
-    result = run(*prepare)
+    result = run_forked(*prepare)
     assert result.returncode == 0 and largest() < 280 and (work / "rows.npy").read_bytes() == made["rows.npy"], result.stderr
-    result = run(*prepare, "--set", "vocab_size=270")
+    result = run_forked(*prepare, "--set", "vocab_size=270")
     assert result.returncode == 1 and b"tokenizer.json: has 280 tokens, more than --set vocab_size=270; remove it" in result.stderr, result.stderr
-    result = run(*prepare, "--set", "vocab_size=290")
+    result = run_forked(*prepare, "--set", "vocab_size=290")
     assert result.returncode == 0 and b"fewer than --set vocab_size=290" in result.stdout, result.stderr
 
 
@@ -6763,24 +6795,24 @@ def test_training_of_the_demo(tmp_path):
     for wrong, words in ('"text"', b"wanted a list of strings"), ("[]", b"wanted a list of strings"), ('["", 1]', b"wanted a list of strings"), \
             ("{no", b"documents.jsonl: wanted JSON"), ('["\udcff"]', b"documents.jsonl: wanted JSON"):
         (work / "documents.jsonl").write_bytes(wrong.encode(errors="surrogateescape") + b"\n")
-        result = run(*base)
+        result = run_forked(*base)
         assert result.returncode == 1 and words in result.stderr and b"Traceback" not in result.stderr, result.stderr
     (work / "documents.jsonl").write_text("".join(json.dumps(pieces) + "\n" for pieces in documents))
-    result = run(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
+    result = run_forked(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
     assert result.returncode == 0 and (work / "state.pt").exists(), result.stderr
-    result = run(*base)
+    result = run_forked(*base)
     assert result.returncode == 0, result.stderr
-    result = run(*base, "--lr", 1e-4)
+    result = run_forked(*base, "--lr", 1e-4)
     assert result.returncode == 1 and b"another run" in result.stderr
     whole = (work / "rows.npy").read_bytes()
     (work / "rows.npy").write_bytes(whole[:-1])
-    result = run(*base)
+    result = run_forked(*base)
     assert result.returncode == 1 and b"rows.npy: no rows, or not the whole" in result.stderr and result.stderr.count(b"\n") == 1, result.stderr
     (work / "rows.npy").write_bytes(whole)
     for wrong, words in ((["--set", "hidden_size=x"], b"hidden_size=x"), (["--set", "vocab_size=40000"], b"vocab_size"), (["--steps", 0], b"--steps"),
                          (["--set", "vocab_size=10"], b"vocab_size"), (["--lr", -1], b"--lr"), (["--seconds", "nan"], b"--seconds"),
                          (["--work", tmp_path / "none"], b"documents.jsonl")):
-        result = run(*base, *wrong)
+        result = run_forked(*base, *wrong)
         assert result.returncode and words in result.stderr and b"Traceback" not in result.stderr
 
     state = torch.load(work / "state.pt", weights_only=True)
@@ -6842,22 +6874,22 @@ def test_training_of_the_demo(tmp_path):
     shutil.copytree(work / "hf", torn)
     (torn / "tokenizer.json").write_text("{")
     for folder, words in (tmp_path / "nosuch", b"nosuch"), (more, b"model.safetensors"), (other, b"not the tokenizer of"), (torn, b"no tokenizer"):
-        result = run(*going_on, folder)
+        result = run_forked(*going_on, folder)
         assert result.returncode == 1 and words in result.stderr and b"Traceback" not in result.stderr, result.stderr
     for made in "tokenizer.json", "rows.npy", "held-out.npy":
         (more / made).unlink()                                  # the tokenizer is that of the weights, too
-    result = run(*going_on, work / "hf")
+    result = run_forked(*going_on, work / "hf")
     assert result.returncode == 0, result.stderr
     assert (more / "tokenizer.json").read_bytes() == (work / "hf" / "tokenizer.json").read_bytes()
     before, after = (load_file(folder / "hf" / "model.safetensors") for folder in (work, more))
     assert before.keys() == after.keys() and all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
-    result = run(*going_on[:-1])                                # from random weights it is another run
+    result = run_forked(*going_on[:-1])                                # from random weights it is another run
     assert result.returncode == 1 and b"another run" in result.stderr, result.stderr
     (more / "state.pt").unlink()
     for wrong, words in ({"model.norm.weight": torch.zeros(3)}, b"wanted [32], found [3]"), ({"model.norm.weight": None}, b"no tensor 'model.norm.weight'"):
         shutil.copytree(work / "hf", tmp_path / "wrong", dirs_exist_ok=True)
         save_file({name: tensor for name, tensor in {**before, **wrong}.items() if tensor is not None}, tmp_path / "wrong" / "model.safetensors")
-        result = run(*going_on, tmp_path / "wrong")
+        result = run_forked(*going_on, tmp_path / "wrong")
         assert result.returncode == 1 and words in result.stderr and result.stderr.count(b"Traceback") == 0, result.stderr
     path = tmp_path / "model.bin"
     assert run(*EXPORT, work / "hf", "-o", path, "--type", "f32").returncode == 0

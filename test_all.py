@@ -96,7 +96,7 @@ DEMO_TOKENIZER = DEMO.with_name("tokenizer.bin")           # a small vocabulary 
 WORK = Path(tempfile.mkdtemp(prefix="qwen3next-test-"))   # every file that the tests make
 atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
-torch.set_num_threads(1)                                 # pytest runs as many processes as there are cores
+torch.set_num_threads(1)                                 # of so small models two would only wait for each other
 torch.set_grad_enabled(False)
 
 for ignored in (signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):   # as jobs in the background may have them; the engine, which
@@ -909,7 +909,9 @@ def test_demo_checkpoint_quantized_and_in_transformers(report):
         story = engine(DEMO, "--ids", "-i", spaced(map(int, prompt)), "-s", seed, "-n", 700).split()
         assert len(story) > 100
         ids, told = [int(word) for word in prompt + story], slice(len(prompt) - 1, None)
+        torch.set_num_threads(2)
         reference = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()[told]
+        torch.set_num_threads(1)
         tokens.append(len(reference))
         for name, path in paths.items():
             kl[name].append(mean_kl(reference, engine_logits(path, ids)[told]))

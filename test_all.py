@@ -44,6 +44,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pty
 import random
@@ -59,7 +60,6 @@ import sys
 import tempfile
 import termios
 import time
-import traceback
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -131,30 +131,22 @@ def run(*command, stdin=b"", timeout=120, **kwargs):
 
 def run_forked(python, script, *arguments):
     """run(PYTHON, SCRIPT, ...) in a fork of this process, which has loaded PyTorch, as SCRIPT would have to for seconds."""
+    def child():
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.argv, sys.path[:0] = [str(word) for word in (script, *arguments)], [str(Path(script).parent)]
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"          # or that library says that it has been forked
+        torch.set_grad_enabled(True)
+        runpy.run_path(str(script), run_name="__main__")
+
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if not (child := os.fork()):
-            status = 1
-            try:
-                signal.alarm(300)
-                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
-                sys.argv, sys.path[:0] = [str(word) for word in (script, *arguments)], [str(Path(script).parent)]
-                os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or that library says that it has been forked
-                torch.set_grad_enabled(True)
-                runpy.run_path(str(script), run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(120)                                       # as run waits
+        process.kill()
+        process.join()
         out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess([python, script, *arguments], status, out.read(), err.read())
+        return subprocess.CompletedProcess([python, script, *arguments], process.exitcode, out.read(), err.read())
 
 
 def engine(model, *options, **kwargs):
@@ -6283,8 +6275,8 @@ def staying_grammar():
 
 @pytest.mark.parametrize("name", re.findall(r"^staying (\S+)", (ROOT / "demo" / "tales" / "staying.txt").read_text(), re.M))
 def test_staying_tales_give_everything_its_moment(name):
-    """Behind beginnings of all sorts: what these name comes again in the first half and in the second, with how it comes out; nothing is said twice, and who tells of
-    himself stays "I"."""
+    """Behind beginnings of all sorts: what these name comes again in the first half and in the second, with how it comes out; nothing is said
+    twice, and who tells of himself stays "I"."""
     corpus, words, sorts = demo_module("corpus"), staying_grammar(), collections.Counter()
     tale, situations = words.staying_tales[name], list(words.situations.values())
     own = [situation for situation in situations if situation.told_by_one]
@@ -6340,9 +6332,10 @@ def test_situations_come_out_well():
     tales, refused, told = list(words.staying_tales.values()), 0, 0
     for name, situation in words.situations.items():
         known = {slot for text in situation.begin for slot in corpus.roots(text)} | corpus.PRONOUNS["he"].keys()
+        rng = random.Random(f"situation {name}")
         assert all(corpus.roots(text) <= known for text in situation.well), name
         try:
-            story = corpus.StayingStory(words, (rng := random.Random(f"situation {name}")).choice(tales), rng, situation)
+            story = corpus.StayingStory(words, rng.choice(tales), rng, situation)
         except ValueError:
             refused += 1
             continue
@@ -6819,7 +6812,7 @@ def test_training_of_the_demo(tmp_path):
         result = run_forked(*base)
         assert result.returncode == 1 and words in result.stderr and b"Traceback" not in result.stderr, result.stderr
     (work / "documents.jsonl").write_text("".join(json.dumps(pieces) + "\n" for pieces in documents))
-    result = run_forked(*base, "--seconds", 0)                        # stopped before the first step, with the state kept
+    result = run_forked(*base, "--seconds", 0)                 # stopped before the first step, with the state kept
     assert result.returncode == 0 and (work / "state.pt").exists(), result.stderr
     result = run_forked(*base)
     assert result.returncode == 0, result.stderr
@@ -6904,7 +6897,7 @@ def test_training_of_the_demo(tmp_path):
     assert (more / "tokenizer.json").read_bytes() == (work / "hf" / "tokenizer.json").read_bytes()
     before, after = (load_file(folder / "hf" / "model.safetensors") for folder in (work, more))
     assert before.keys() == after.keys() and all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
-    result = run_forked(*going_on[:-1])                                # from random weights it is another run
+    result = run_forked(*going_on[:-1])                         # from random weights it is another run
     assert result.returncode == 1 and b"another run" in result.stderr, result.stderr
     (more / "state.pt").unlink()
     for wrong, words in ({"model.norm.weight": torch.zeros(3)}, b"wanted [32], found [3]"), ({"model.norm.weight": None}, b"no tensor 'model.norm.weight'"):

@@ -878,6 +878,15 @@ SORTS = ("person", "animal", "many", "place", "nature", "thing", "gone", "wrong"
 # What is always there: the rest of the word list's nature is things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
 
+# What no moment is told of: no thing, place or being, or no noun.
+UNTOLD = set("""he she it they different same voice word words color colors winter summer spring noise noises hiccups birthday trip class adventure
+            vacation holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles line landing wash way idea turn
+            laugh shout leak test visit walk wish dark""".split())
+
+# The words of a beginning by which something is wrong, or not yet so.
+TROUBLE = re.compile(r"(?i)\b(but|not|[a-z]+n't|never|no|nobody|nothing|nowhere|cry|cried|crying|sad|afraid|scared|lost|wish(ed|es)?|want(ed|s)?|could|stuck|"
+                     r"broken?|torn|trouble|problem|hurt|sick|hungry|lonely|alone|too|gone|missing|worr(y|ied)|fell|angry|dark|tired)\b")
+
 # The words by which a beginning says of a noun, NOUN, perhaps with an article and an adjective before it, that it is not there; that something is
 # the matter with it; or, of somebody, that he is not happy.
 NOUN = "Qq"
@@ -907,9 +916,9 @@ def is_said(text, noun, fate):
 class Staying(Tale):
     """A tale that can be told behind any beginning, as it is of nothing but what that names: everybody and everything there has a moment in its
     first half and another in its second. `lines[key]` are parsed texts, one of which is drawn; {it} is what has its moment, and {all} lists it. Those of
-    "start several" and so on are told only where two or more have one."""
+    "start several" and so on are told only where two or more have one. "end" puts right what was wrong, "close" only ends the tale."""
 
-    KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
+    KEYS = ("start", "turn", "end", "close", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
 
     def __init__(self, name):
         super().__init__(name)
@@ -988,7 +997,7 @@ class Situation(Tale):
 
     def __init__(self, name):
         super().__init__(name)
-        self.begin, self.well, self.plain = [], [], name.startswith("plain-")          # plain: fit for any words
+        self.begin, self.well, self.plain = [], [], name.startswith("plain-")       # plain: fit for any words
 
     @functools.cached_property
     def says(self):
@@ -1064,8 +1073,8 @@ def read_situations(path, grammar):
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
     for situation in grammar.situations.values():
-        if not situation.begin:
-            raise ValueError(f"situation {situation.name}: wanted begin")
+        if not (situation.begin and situation.well):
+            raise ValueError(f"situation {situation.name}: wanted begin and well")
         named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys() - {"color"}
         situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named]
 
@@ -1415,7 +1424,8 @@ class StayingStory(Story):
             told, members = set(slots(text)), roots(text)
             self.names, self.hero = [], None
             self.hero = self.find_hero(told)
-            self.names = [one.name for role, one in self.cast.characters.items() if one is not self.hero and one.name and role in members]
+            self.names = [one.name for role, one in self.cast.characters.items()
+                          if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
             self.names += [self.cast[slot] for slot in FURTHER if slot in told]
             self.named = self.all_named()
             self.others = self.draw_others()
@@ -1444,7 +1454,7 @@ class StayingStory(Story):
             self.cast = self.opened = source.draw_cast(grammar, rng)
             if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < 0.25:
                 text = Sequence([Rule("meet"), " ", *text])
-            elif text and isinstance(text[0], Slot) and "hero" in roots(text[:1]) and rng.random() < 0.2:
+            elif "hero" in roots(text[:1]) and rng.random() < 0.2:
                 text = Sequence([Rule("scene"), " ", *text])
         else:
             text = source.text
@@ -1498,8 +1508,9 @@ class StayingStory(Story):
         hero, nouns = self.hero, self.grammar.nouns
         kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
-        no_noun = {"he", "she", "it", "they", "different", "same"} | nouns.adjectives
+        no_noun = UNTOLD | nouns.adjectives
         phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun] + self.names
+        phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
                        for phrase in phrases]
@@ -1527,10 +1538,10 @@ class StayingStory(Story):
             return "many"
         if one in nouns.people:
             return "person"
-        if one in nouns.animals or one in nouns.beings:
-            return "animal"
         if noun in GREAT:
             return "nature"
+        if one in nouns.animals or one in nouns.beings - {"house", "wave"}:
+            return "animal"
         return "place" if one in nouns.events or one in nouns.places and one not in words["things"] else "thing"
 
     def draw_others(self):
@@ -1556,7 +1567,7 @@ class StayingStory(Story):
         return text
 
     def draw_well(self, source, members):
-        """How what SOURCE tells comes out, of whose slots the beginning has MEMBERS; "" where it does not say."""
+        """How what SOURCE tells comes out, of whose slots the beginning has MEMBERS; "" where no line of its speaks of these alone."""
         known = members | PRONOUNS["he"].keys()
         fit = [text for text in source.well if roots(text) <= known] if isinstance(source, Situation) else []
         return self.with_others(self.grammar.expand(self.rng.choice(fit), self.cast, self.rng)) if fit else ""
@@ -1585,23 +1596,35 @@ class StayingStory(Story):
                     told[sort] += 1
 
         cast["all"] = listed([phrase for _, phrase in self.named] or [""])
-        first, then, end = " ".join([line("start"), *moments("first")]), " ".join([line("turn"), *moments("then")]), [line("end")]
+        troubled = TROUBLE.search(self.begun) is not None or any(sort in ("gone", "wrong", "sad") for sort, _ in self.named)
+        first, then = " ".join([line("start"), *moments("first")]), " ".join([line("turn"), *moments("then")])
+        outcome, end = [], line("end" if troubled and not self.well else "close")
         if self.well:
-            end[:0] = [grammar.expand_rule("comes out", cast, rng)] * (rng.random() < 0.5) + [self.well]
-        elif self.hero.gender in PRONOUNS and rng.random() < 0.9 and (wish := self.wish(alone)):
-            cast["wish"] = wish
-            end.append(grammar.expand(rng.choice(grammar.thread_on("wish", rng).last), cast, rng))
-        elif (retold := grammar.nouns.retold(self.begun, [self.hero.name, *self.names])) and rng.random() < 0.45 \
-                and not A_STATE.match(retold) and not re.search(r"\b(it|him|her|them|there|that|one|he|she|they)\b", retold):
-            cast["retold"] = retold
-            end.append(grammar.expand_rule("told again", cast, rng))
+            outcome = [grammar.expand_rule("comes out", cast, rng)] * (rng.random() < 0.5) + [self.well]
         if any(is_said(self.begun, name, "sad") for name in ((self.hero.name or self.hero.kind).split()[-1], cast["he"], cast["he"].capitalize())):
-            end.insert(len(end) - 1 if self.well else 0, grammar.expand_rule("glad", cast, rng))
-        begun = self.begun + rng.choice([" ", "\n\n"]) + first
-        text = tidy("\n\n".join([begun, then]) + rng.choice([" ", "\n\n"]) + " ".join(end))
+            outcome.append(grammar.expand_rule("glad", cast, rng))
+        gap, begun = rng.choice([" ", "\n\n"]), self.begun + rng.choice([" ", "\n\n"]) + first
+        if self.well and rng.random() < 0.6:
+            last = [then + " " + end, " ".join(outcome)]
+        else:
+            last = [then + gap + " ".join([*outcome, end, *([] if self.well else self.looking_back(troubled, alone))])]
+        text = tidy("\n\n".join([begun, *last]))
         if self.hero.gender == "they":
             text = re.sub(rf"\b([Tt]hey|{re.escape(cast['hero'])}) was\b", r"\1 were", text)
         self.text, self.length = text, len(tidy(begun))
+
+    def looking_back(self, troubled, alone):
+        """[a sentence behind the end] on what the hero wished, or on what was TROUBLED, or []; ALONE as in `tell`."""
+        grammar, cast, rng = self.grammar, self.cast, self.rng
+        if self.hero.gender in PRONOUNS and rng.random() < 0.9 and (wish := self.wish(alone)) and wish != "go":
+            cast["wish"] = wish
+            return [grammar.expand(rng.choice(grammar.thread_on("wish", rng).last), cast, rng)]
+        retold = grammar.nouns.retold(self.begun, [self.hero.name, *self.names])
+        if troubled and retold and rng.random() < 0.45 and not A_STATE.match(retold) \
+                and not re.search(r"\b(it|him|her|them|there|that|one|he|she|they)\b", retold):
+            cast["retold"] = retold
+            return [grammar.expand_rule("told again", cast, rng)]
+        return []
 
 
 # 7. Requests for a story, and questions about it
@@ -2093,7 +2116,7 @@ def continued(grammar, rng, named=False):
 def stayed(grammar, rng, named=False):
     """A StayingStory that goes on from a beginning of any sort, NAMED as in `continued`."""
     tales = list(grammar.staying_tales.values())
-    sorts = {"a situation": 6, "any words": 1, "one's own": 1, "foreign": 3, "a tale's": 1}
+    sorts = {"a situation": 6, "any words": 1, "one's own": 1, "foreign": 2, "a tale's": 1}
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
         if sort == "foreign":

@@ -75,12 +75,12 @@ def parse(text):
 
 class Grammar:
     """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
-    (question, answer). `staying` is the share of the beginnings behind which one of the `staying_tales` is told; the `situations` are most of these."""
+    (question, answer). `plotted` is the share of the beginnings behind which one of the `plots` is told; the `situations` are most of these."""
 
-    def __init__(self, folder=HERE, staying=0.0):
-        self.words, self.staying = read_words(folder / "words.txt"), staying
+    def __init__(self, folder=HERE, plotted=0.0):
+        self.words, self.plotted = read_words(folder / "words.txt"), plotted
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
-        self.threads, self.staying_tales, self.situations, self.questions = {}, {}, {}, collections.defaultdict(list)
+        self.threads, self.plots, self.situations, self.questions = {}, {}, {}, collections.defaultdict(list)
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
@@ -90,9 +90,12 @@ class Grammar:
             raise ValueError(f"tale {idle[0]}: wanted needs, tells, ask, a body, and open, or start and event")
         if idle := [thread.name for thread in self.threads.values() if not thread.needs]:
             raise ValueError(f"thread {idle[0]}: wanted needs")
-        for tale in self.staying_tales.values():
-            if lacking := [key for key in Staying.KEYS if not tale.lines[key]]:
-                raise ValueError(f"staying {tale.name}: wanted a line {lacking[0]!r}")
+        for plot in self.plots.values():
+            if lacking := [key for key in Plot.KEYS if len(plot.lines[key]) < 2]:
+                raise ValueError(f"plot {plot.name}: wanted two lines {lacking[0]!r}")
+        self.plots_for = {trouble: [plot for plot in self.plots.values() if plot.trouble == trouble] for trouble in TROUBLES}
+        if lacking := [trouble for trouble, plots in self.plots_for.items() if not plots]:
+            raise ValueError(f"{folder / 'tales'}: no plot for {lacking[0]!r}")
         situations = self.situations.values()
         self.situations_of = {"any words": [each for each in situations if each.plain], "a situation": [each for each in situations if not each.plain],
                               "one's own": [each for each in situations if each.told_by_one]}
@@ -872,8 +875,11 @@ class Thread(Tale):
         self.first, self.middle, self.last = [], [], []
 
 
-# What may have a moment in a staying tale.
-SORTS = ("person", "animal", "many", "place", "nature", "thing", "gone", "wrong", "sad")
+# What may have a line in a plot; what plots are about, and which of that has nothing that it is about.
+SORTS = ("person", "animal", "many", "place", "nature", "thing")
+TROUBLES = ("gone", "away", "wrong", "stuck", "sad", "low", "afraid", "wish", "want", "quarrel", "sorry", "riddle", "odd", "weather", "guest", "plain",
+            "fix")
+GOALLESS = ("low", "sorry", "plain", "fix")
 
 # What is always there: the rest of the word list's nature is things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
@@ -883,46 +889,51 @@ UNTOLD = set("""he she it they different same voice word words color colors wint
             vacation holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles line landing wash way idea turn
             laugh shout leak test visit walk wish dark""".split())
 
-# The words of a beginning by which something is wrong, or not yet so.
-TROUBLE = re.compile(r"(?i)\b(but|not|[a-z]+n't|never|no|nobody|nothing|nowhere|cry|cried|crying|sad|afraid|scared|lost|wish(ed|es)?|want(ed|s)?|could|stuck|"
-                     r"broken?|torn|trouble|problem|hurt|sick|hungry|lonely|alone|too|gone|missing|worr(y|ied)|fell|angry|dark|tired)\b")
+# The words of a beginning's last sentence by which nothing has happened yet, and those of any by which something is wrong, or not yet so.
+AT_PEACE = re.compile(r"\b(loved|loves|liked|likes|lived|lives|named|called|always|every|together|best|enjoyed)\b")
+WORRY = re.compile(r"(?i)\b(but|not|[a-z]+n't|never|no|nobody|nothing|nowhere|cry|cried|crying|sad|afraid|scared|lost|wish(ed|es)?|want(ed|s)?|could|stuck|"
+                   r"broken?|torn|trouble|problem|hurt|sick|hungry|lonely|alone|too|gone|missing|worr(y|ied)|fell|angry|dark|tired)\b")
 
-# The words by which a beginning says of a noun, NOUN, perhaps with an article and an adjective before it, that it is not there; that something is
-# the matter with it; or, of somebody, that he is not happy.
+# The words by which a beginning says of a noun, NOUN, perhaps with an article and an adjective before it, what trouble there is with it.
 NOUN = "Qq"
-WAS = r"(?:was|were|is|are|had|has|felt|looked|got) (?:suddenly |now |still |all |already |very |so |too |always |stuck and )*"
-IS = {sort: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for sort, words in {
+WAS = r"(?:was|were|is|are|had|has|felt|looked|got) (?:suddenly |now |still |all |already |very |so |too |always )*"
+ITS = r"(?: (?:an?|the|his|her|my|our|their|some|one|[A-Z]\w*'s))?(?: [a-z-]+)?"
+IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, words in {
     "gone": rf"""
-        \b(?:lost|los(?:es|ing)|(?:look|search|wait|wish)(?:ed|ing) for|missed|missing|needed|dreamed of|longed for|not find|never found|without|
-        (?:had|was|were|has|is|are|there's) (?:no|not an?)|(?:wanted|wants|want)(?= (?:an?|the|his|her|some)\b))
-        (?: (?:an?|the|his|her|my|our|their|some|one|[A-Z]\w*'s))?(?: [a-z-]+)? {NOUN}\b|
+        \b(?:lost|los(?:es|ing)|(?:look|search)(?:ed|ing) for|missed|missing|not find|never found){ITS} {NOUN}\b|
         \b{NOUN} (?:{WAS}(?:gone|missing|lost|nowhere|disappeared|vanished|run away|flown away|not (?:yet )?(?:there|come))|
         did not come|disappeared|vanished|ran away|flew away|rolled away)\b""",
+    "want": rf"""
+        \b(?:wish(?:ed|ing) for|needed|dreamed of|longed for|(?:had|has) no|(?:wanted|wants|want)(?= (?:an?|the|his|her|some)\b)){ITS} {NOUN}\b""",
+    "stuck": rf"""
+        \b{NOUN} {WAS}(?:stuck|caught|trapped|locked in|shut in)\b""",
     "wrong": rf"""
-        \b{NOUN} (?:{WAS}(?:broken|torn|stuck|locked|cracked|dirty|empty|wet|bent|ruined|spoiled|frozen|flat|crooked|rotten|burned|soaked|tangled|dark|
+        \b{NOUN} (?:{WAS}(?:broken|torn|locked|cracked|dirty|empty|wet|bent|ruined|spoiled|frozen|flat|crooked|rotten|burned|soaked|tangled|dark|
         silent|stained|worn out|out of order|small|big|short|long|heavy|loose)|
         broke|tore|cracked|leaked|burst|stopped|popped|would not|did not|could not|came loose|(?:tipped|fell|went|gone|blew) (?:over|down|apart|off|out))\b""",
     "sad": rf"""
         \b{NOUN} (?:{WAS}(?:sad|afraid|scared|frightened|sick|ill|lonely|alone|angry|cross|shy|tired|worried|upset|bored|hungry|cold|hurt|homesick|nervous|
         ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|would not|could not|had a (?:cold|toothache|sore throat))\b""",
+    "afraid": rf"""
+        \b(?:afraid|scared|frightened) of{ITS} {NOUN}\b""",
 }.items()}
 
 
-def is_said(text, noun, fate):
-    """Whether TEXT says of the word NOUN what FATE, a key of IS, stands for."""
-    return noun in text and IS[fate].search(text.replace(noun, NOUN)) is not None
+def is_said(text, noun, trouble):
+    """Whether TEXT says of the word NOUN what TROUBLE, a key of IS, stands for."""
+    return noun in text and IS[trouble].search(text.replace(noun, NOUN)) is not None
 
 
-class Staying(Tale):
-    """A tale that can be told behind any beginning, as it is of nothing but what that names: everybody and everything there has a moment in its
-    first half and another in its second. `lines[key]` are parsed texts, one of which is drawn; {it} is what has its moment, and {all} lists it. Those of
-    "start several" and so on are told only where two or more have one. "end" puts right what was wrong, "close" only ends the tale."""
+class Plot(Tale):
+    """What is told behind beginnings in which there is one sort of `trouble`, put together of `lines` {key: [parsed text, ...]}: a "start", a line
+    "first SORT" for all that the beginning names and a "turn"; some lines "then SORT" and the "end". {it} is what a line is of, {goal} what the
+    trouble is about: what is lost, who is sad."""
 
-    KEYS = ("start", "turn", "end", "close", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
+    KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
 
     def __init__(self, name):
         super().__init__(name)
-        self.lines = collections.defaultdict(list)
+        self.trouble, self.lines = None, collections.defaultdict(list)
 
 
 def read_tales(path, grammar):
@@ -933,7 +944,7 @@ def read_tales(path, grammar):
         try:
             if line.startswith("#"):
                 continue
-            if line.split(" ")[0] in ("tale", "thread", "staying") or key.startswith("rule "):
+            if line.split(" ")[0] in ("tale", "thread", "plot") or key.startswith("rule "):
                 if body is not None:
                     tale.body = [parse(" ".join(paragraph.split("\n"))) for paragraph in re.split(r"\n\s*\n", "\n".join(body).strip())]
                     body = None
@@ -941,15 +952,17 @@ def read_tales(path, grammar):
                 grammar.rules[key[5:].strip()].append(parse(value))
             elif key.startswith("opening "):
                 grammar.openings.append(Opening(key.split()[1:], parse(value)))
-            elif line.startswith(("tale ", "thread ", "staying ")):
+            elif line.startswith(("tale ", "thread ", "plot ")):
                 sort, name = line.split(maxsplit=1)
-                known, make = {"tale": (grammar.tales, Tale), "thread": (grammar.threads, Thread), "staying": (grammar.staying_tales, Staying)}[sort]
+                known, make = {"tale": (grammar.tales, Tale), "thread": (grammar.threads, Thread), "plot": (grammar.plots, Plot)}[sort]
                 if name in known:
                     raise ValueError(f"a second {sort} named {name}")
                 tale = known[name] = make(name)
             elif body is not None:
                 body.append(line)
-            elif isinstance(tale, Staying) and key.removesuffix(" several") in Staying.KEYS:
+            elif isinstance(tale, Plot) and key == "for" and value in TROUBLES:
+                tale.trouble = value
+            elif isinstance(tale, Plot) and key in Plot.KEYS:
                 tale.lines[key].append(parse(value))
             elif tale is None and line not in ("", "tale") and not key.startswith("q "):
                 raise ValueError(f"stands in no tale: {line[:60]!r}")
@@ -990,19 +1003,20 @@ ROLES = ("hero", "friend", "other")
 
 
 class Situation(Tale):
-    """Something that happens, for a staying tale to go on from: `begin` [Sequence], ways in which a user may write it, `well` [Sequence], ways in
-    which it comes out, `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
+    """Something that happens, for a plot to go on from: `begin` [Sequence], ways in which a user may write it, `trouble` what it is, one of
+    TROUBLES, and `goal` what that is about, a Sequence or None, `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
 
     OWN = ("thing", "place", "deed", "food", "nature", "animal", "event")           # what may be anything where it has no list
 
     def __init__(self, name):
         super().__init__(name)
-        self.begin, self.well, self.plain = [], [], name.startswith("plain-")       # plain: fit for any words
+        self.begin, self.trouble, self.goal = [], None, None
+        self.plain = name.startswith("plain-")                                      # fit for any words
 
     @functools.cached_property
     def says(self):
         """All slots of its texts, in their forms."""
-        return {slot for text in (*self.begin, *self.well) for slot in slots(text)}
+        return {slot for text in self.begin for slot in slots(text)}
 
     @functools.cached_property
     def told_by_one(self):
@@ -1063,8 +1077,11 @@ def read_situations(path, grammar):
                 if name in grammar.situations:
                     raise ValueError(f"a second situation named {name}")
                 situation = grammar.situations[name] = Situation(name)
-            elif colon and situation and key in ("begin", "well"):
-                getattr(situation, key).append(parse(value))
+            elif colon and situation and key == "begin":
+                situation.begin.append(parse(value))
+            elif situation and key == "trouble" and value.split(" = ")[0] in TROUBLES and (value in GOALLESS) == (" = " not in value):
+                situation.trouble, _, goal = value.partition(" = ")
+                situation.goal = parse(goal) if goal else None
             elif colon and situation and re.fullmatch(r"[a-z]+\d?", key):
                 names = [name.strip() for name in value.split(",") if name.strip()]
                 situation.lists[key] = names if key in ROLES else [entry for name in names for entry in grammar.words.get(name) or [name]]
@@ -1073,8 +1090,8 @@ def read_situations(path, grammar):
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
     for situation in grammar.situations.values():
-        if not (situation.begin and situation.well):
-            raise ValueError(f"situation {situation.name}: wanted begin and well")
+        if not (situation.begin and situation.trouble):
+            raise ValueError(f"situation {situation.name}: wanted begin and trouble")
         named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys() - {"color"}
         situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named]
 
@@ -1402,42 +1419,53 @@ class Story:
         return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
 
 
-# {he} {him} {his} {himself} of heroes of staying tales who are neither he nor she.
+# {he} {him} {his} {himself} of heroes of plots who are neither he nor she.
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
 
 
-class StayingStory(Story):
-    """A staying tale told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
-    ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
-    names first."""
+def as_told_by_me(text):
+    """TEXT in which "I" stands for a name in any place, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
+    text = re.sub(rf"\b{SAID} I\b", r"I \1", text)
+    text = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", text)
+    return re.sub(r"(?<!\band)(?<!\bthan)(?<!\bas)(?<!\bor)(?<!\bwas)(?<!\bis)(?<!\bcame)(?<!\bpopped)(?<!\bdid)(?<!\bstood)(?<!\bback)(?<![,.!?\"])( I)(?=[.,!?]| and | with | to | from | in | on | at )(?! and I)",
+                  lambda match: " me", text)
 
-    def __init__(self, grammar, tale, rng, source, named=False):
-        """Go on from SOURCE, an Opening or a Situation, that a user has written; NAMED: its first word is a slot.
+
+class PlotStory(Story):
+    """A plot told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
+    ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
+    names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None."""
+
+    def __init__(self, grammar, rng, source, named=False, plot=None):
+        """Go on from SOURCE, an Opening or a Situation, that a user has written, with PLOT or any for its trouble; NAMED: its first word is a slot.
         Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and where SOURCE names nobody,
-        or not its hero."""
-        self.grammar, self.staying, self.rng, self.foreign, self.own, self.did = grammar, tale, rng, True, False, False
-        self.must, self.threads, self.extra = [], [], []
-        self.tale = source if isinstance(source, Situation) else tale
+        not its hero, or no trouble that is known, or not PLOT's."""
+        self.grammar, self.rng, self.foreign, self.own, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, False, [], [], []
         for _ in range(20):
             text = self.draw(source, named)
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
             self.names, self.hero = [], None
-            self.hero = self.find_hero(told)
+            told_goal = getattr(source, "goal", None)
+            self.hero = self.find_hero(told, grammar.expand(told_goal, self.cast, rng).split()[-1] if told_goal else "")
             self.names = [one.name for role, one in self.cast.characters.items()
                           if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
             self.names += [self.cast[slot] for slot in FURTHER if slot in told]
             self.named = self.all_named()
-            self.others = self.draw_others()
-            self.begun = self.with_others(self.begun)
+            self.trouble, goal = self.told_trouble(source) if isinstance(source, Situation) else self.read_trouble(alone=not members & {"friend", "other"})
+            others = self.draw_others()
+            self.begun, self.goal = (text and self.exchanged(text, others) for text in (self.begun, goal))
             self.named = self.all_named()
             if grammar.held_out.refuses([phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]):
                 continue
-            self.well = self.draw_well(source, members)
-            self.tell(alone=not members & {"friend", "other"})
+            if plot and plot.trouble != self.trouble:
+                raise ValueError(f"plot {plot.name}: is for {plot.trouble}, found {self.trouble}")
+            self.plot = plot or rng.choice(grammar.plots_for[self.trouble])
+            self.tale = source if isinstance(source, Situation) else self.plot
+            self.tell(self.plot)
             if not repeats(self.text):
                 return
-        raise ValueError(f"staying {tale.name}: always repeats a sentence, or is held out")
+        raise ValueError(f"{self.begun!r}: always repeats a sentence, or is held out")
 
     @property
     def of_its_cast(self):
@@ -1465,8 +1493,9 @@ class StayingStory(Story):
             self.cast["clause"] = self.clause(rng.choice(["clause", "past clause"]) if isinstance(source, Situation) else "past clause")
         return text
 
-    def find_hero(self, told):
-        """The hero of `begun`, which has the slots TOLD; the cast gets his pronouns and name. Raises ValueError where it has none."""
+    def find_hero(self, told, goal):
+        """The hero of `begun`, which has the slots TOLD, and is not what the trouble is about, of which GOAL is the noun; the cast gets his pronouns
+        and name. Raises ValueError where it has none."""
         hero = self.cast.characters["hero"]
         has = lambda role: any(role in slot.split(".")[0].split() for slot in told)
         if not has("hero"):
@@ -1475,7 +1504,7 @@ class StayingStory(Story):
             elif of_one(self.begun):
                 hero = Character("child", "I", "I")
             else:
-                hero = self.first_named()
+                hero = self.first_named(goal)
         elif not re.search(rf"\b{re.escape(str(hero).removeprefix('the '))}\b", self.begun):
             hero = Character(hero.kind, None, hero.gender)          # "a fox" whose name is not said
             if not re.search(rf"\b{re.escape(hero.kind)}\b", self.begun):
@@ -1484,11 +1513,11 @@ class StayingStory(Story):
         self.cast.update(zip(PRONOUNS["he"], pronouns), hero=str(hero))
         return hero
 
-    def first_named(self):
-        """What `begun` names first, as a hero: "the cup", it; "the ducks", they; a place or the night, or what something lies in, only where there
-        is nothing else. Raises ValueError where it names nothing."""
+    def first_named(self, goal):
+        """What `begun` names first, as a hero, but the noun GOAL: "the cup", it; "the ducks", they; a place or the night, or what something lies in,
+        only where there is nothing else. Raises ValueError where it names nothing."""
         words, text = self.grammar.words, re.sub(r'"[^"]*"', lambda match: "-" * len(match[0]), self.begun)
-        phrases = self.grammar.nouns.noticed(text, set()) or self.grammar.nouns.noticed(self.begun, set())
+        phrases = [phrase for each in (text, self.begun) for phrase in self.grammar.nouns.noticed(each, set()) if phrase.split()[-1] != goal]
         if not phrases:
             raise ValueError(f"nobody there: {self.begun}")
         inside = r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with) (?:an?|the|his|her|my) (?:[a-z]+ )?$"
@@ -1514,18 +1543,39 @@ class StayingStory(Story):
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
                        for phrase in phrases]
-        return [(self.fate(phrase), phrase) for phrase in sorted(dict.fromkeys(phrases), key=self.at)][:6]
+        return [(self.sort(phrase), phrase) for phrase in sorted(dict.fromkeys(phrases), key=self.at)][:6]
 
-    def fate(self, phrase):
-        """Which of SORTS the PHRASE is of: "gone", "wrong" or "sad" where `begun` says so of it, else what it is."""
-        sort, noun = self.sort(phrase), phrase.split()[-1]
-        if is_said(self.begun, noun, "gone"):
-            return "gone"
-        nouns = self.grammar.nouns
-        one = nouns.forms.get(noun)
-        alive = sort in ("person", "animal") or sort == "many" and (one in nouns.animals or one in nouns.people)
-        fate = "sad" if alive else "wrong"
-        return fate if sort != "nature" and is_said(self.begun, noun, fate) else sort
+    def told_trouble(self, situation):
+        """(trouble, goal) as SITUATION says. Raises ValueError where the beginning does not name the goal."""
+        if situation.goal is None:
+            return situation.trouble, None
+        goal = self.grammar.expand(situation.goal, self.cast, self.rng)
+        if situation.trouble == "wish":
+            return "wish", goal
+        last = goal.split()[-1]
+        if last not in self.begun and situation.trouble != "weather":
+            raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
+        for _, phrase in self.named:
+            if phrase.split()[-1] == last:
+                return situation.trouble, phrase
+        return situation.trouble, goal if " " in goal or goal[0].isupper() else f"the {goal}"
+
+    def read_trouble(self, alone):
+        """(trouble, goal) of a beginning that does not say it; ALONE: "he" is nobody but the hero. Raises ValueError where it has none that is known."""
+        if self.hero.gender in PRONOUNS and self.hero is self.cast.characters["hero"] and (wish := self.wish(alone)) and wish != "go":
+            return "wish", wish
+        alive = lambda sort, one: sort in ("person", "animal") or one in self.grammar.nouns.animals | self.grammar.nouns.people
+        for trouble in IS:
+            for sort, phrase in self.named:
+                noun = phrase.split()[-1]
+                if sort != "nature" and is_said(self.begun, noun, trouble) and (
+                        trouble not in ("wrong", "sad") or alive(sort, self.grammar.nouns.forms.get(noun, noun)) == (trouble == "sad")):
+                    return "away" if trouble == "gone" and alive(sort, noun) else trouble, phrase
+        if any(is_said(self.begun, name, "sad") for name in ((self.hero.name or self.hero.kind).split()[-1], self.cast["he"], self.cast["he"].capitalize())):
+            return "low", None
+        if WORRY.search(self.begun) or not AT_PEACE.search(sentences(self.begun)[-1]):
+            raise ValueError(f"what is the trouble? {self.begun}")
+        return "plain", None
 
     def sort(self, phrase):
         """What the PHRASE is, by the word lists: a place is one that is no thing besides."""
@@ -1549,9 +1599,8 @@ class StayingStory(Story):
         words, rng, others = self.grammar.words, self.rng, {}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
-            if sort in ("person", "nature", "gone", "sad") or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
+            if sort in ("person", "nature") or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
-            sort = self.sort(phrase) if sort == "wrong" else sort
             other = made_up_noun(words, rng) if rng.random() < 0.1 else rng.choice(
                 [place for _, place in words["places"]] if sort == "place" else words["animals" if sort == "animal" else "things"])
             other = plural(other) if sort == "many" else other
@@ -1559,72 +1608,51 @@ class StayingStory(Story):
                 others[noun] = other
         return others
 
-    def with_others(self, text):
-        """TEXT with the nouns of `others` exchanged."""
-        for noun, other in self.others.items():
+    def exchanged(self, text, others):
+        """TEXT with the nouns of OTHERS exchanged."""
+        for noun, other in others.items():
             text = re.sub(rf"\b([Aa])n? ((?:[a-z-]+ )?){noun}\b", lambda match: an(f"{match[1]} {match[2]}{other}"), text)
             text = re.sub(rf"\b{noun}\b", other, text)
         return text
 
-    def draw_well(self, source, members):
-        """How what SOURCE tells comes out, of whose slots the beginning has MEMBERS; "" where no line of its speaks of these alone."""
-        known = members | PRONOUNS["he"].keys()
-        fit = [text for text in source.well if roots(text) <= known] if isinstance(source, Situation) else []
-        return self.with_others(self.grammar.expand(self.rng.choice(fit), self.cast, self.rng)) if fit else ""
-
-    def tell(self, alone):
-        """Make `text` of the beginning, a moment for each that it names, another for each, how it comes out, and an end; ALONE: "she" is nobody but
-        the hero."""
+    def tell(self, plot):
+        """Make `text` of the beginning and PLOT: its start, a line for each that is named, its turn, lines for some of these, and its end."""
         grammar, cast, rng = self.grammar, self.cast, self.rng
+        about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
+        if not about and rng.random() < 0.5:
+            raise ValueError(f"too little to tell of: {self.begun}")
+        cast["goal"] = self.goal
+        if self.trouble == "wish":
+            forms = conjugate(self.goal, grammar.words["irregular verbs"])
+            cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
+            about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split()] or about
 
-        def line(key, it="", nth=None):
-            """A text of KEY; the NTH of those that may not be told twice is drawn from its own third of them, or half."""
+        def line(key, it="", nth=0):
+            """A text of KEY, of the NTH third or half of them, so that the second of a sort is told of otherwise than the first."""
             cast["it"] = it
-            fit = [text for text in self.staying.lines[key] + self.staying.lines[f"{key} several"] * (len(self.named) > 1)
-                   if self.named or "all" not in slots(text)]
-            if nth is not None:
-                parts = 3 if len(fit) > 5 else 2
-                fit = fit[nth % parts::parts]
-            return re.sub('^"?[a-z]', lambda match: match[0].upper(), grammar.expand(rng.choice(fit), cast, rng))
+            parts = 3 if len(plot.lines[key]) > 5 else 2
+            text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
+            return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
-        def moments(half):
-            """A text for each that is named; in the second half that is for what `well` does not tell of."""
-            told = collections.Counter()
-            for sort, phrase in self.named:
-                if half == "first" or not re.search(rf"\b{re.escape(phrase.split()[-1])}\b", self.well):
-                    yield line(f"{half} {sort}", phrase, told[sort])
-                    told[sort] += 1
+        told, lines = collections.Counter(), []
+        for sort, phrase in about * (2 if len(about) == 1 else 1):
+            lines.append((line(f"first {sort}", phrase, told[sort]), line(f"then {sort}", phrase, told[sort])))
+            told[sort] += 1
+        again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([1, 2, 2, 3]))))
+        begun = " ".join([self.begun + rng.choice([" ", "\n\n"]) + line("start"), *(first for first, _ in lines)])
+        then = " ".join([line("turn"), *(lines[i][1] for i in again)])
+        text = tidy(begun + "\n\n" + then + rng.choice([" ", "\n\n"]) + line("end"))
+        self.text, first = (self.begun + self.agreeing(each[len(self.begun):]) for each in (text, tidy(begun)))
+        self.length = len(first)
 
-        cast["all"] = listed([phrase for _, phrase in self.named] or [""])
-        troubled = TROUBLE.search(self.begun) is not None or any(sort in ("gone", "wrong", "sad") for sort, _ in self.named)
-        first, then = " ".join([line("start"), *moments("first")]), " ".join([line("turn"), *moments("then")])
-        outcome, end = [], line("end" if troubled and not self.well else "close")
-        if self.well:
-            outcome = [grammar.expand_rule("comes out", cast, rng)] * (rng.random() < 0.5) + [self.well]
-        if any(is_said(self.begun, name, "sad") for name in ((self.hero.name or self.hero.kind).split()[-1], cast["he"], cast["he"].capitalize())):
-            outcome.append(grammar.expand_rule("glad", cast, rng))
-        gap, begun = rng.choice([" ", "\n\n"]), self.begun + rng.choice([" ", "\n\n"]) + first
-        if self.well and rng.random() < 0.6:
-            last = [then + " " + end, " ".join(outcome)]
-        else:
-            last = [then + gap + " ".join([*outcome, end, *([] if self.well else self.looking_back(troubled, alone))])]
-        text = tidy("\n\n".join([begun, *last]))
-        if self.hero.gender == "they":
-            text = re.sub(rf"\b([Tt]hey|{re.escape(cast['hero'])}) was\b", r"\1 were", text)
-        self.text, self.length = text, len(tidy(begun))
-
-    def looking_back(self, troubled, alone):
-        """[a sentence behind the end] on what the hero wished, or on what was TROUBLED, or []; ALONE as in `tell`."""
-        grammar, cast, rng = self.grammar, self.cast, self.rng
-        if self.hero.gender in PRONOUNS and rng.random() < 0.9 and (wish := self.wish(alone)) and wish != "go":
-            cast["wish"] = wish
-            return [grammar.expand(rng.choice(grammar.thread_on("wish", rng).last), cast, rng)]
-        retold = grammar.nouns.retold(self.begun, [self.hero.name, *self.names])
-        if troubled and retold and rng.random() < 0.45 and not A_STATE.match(retold) \
-                and not re.search(r"\b(it|him|her|them|there|that|one|he|she|they)\b", retold):
-            cast["retold"] = retold
-            return [grammar.expand_rule("told again", cast, rng)]
-        return []
+    def agreeing(self, text):
+        """TEXT of the plot with "were" for what is many, hero or goal, and told by "me" where that is the hero."""
+        many = [self.cast["hero"]] * (self.hero.gender == "they")
+        if self.goal and self.trouble != "wish" and self.sort(self.goal) == "many":
+            many.append(self.goal)
+        for name in many:
+            text = re.sub(rf"\bwas (?={re.escape(name)}\b)", "were ", re.sub(rf"\b([Tt]hey|{re.escape(name)}) was\b", r"\1 were", text))
+        return as_told_by_me(text) if self.hero.gender == "I" else text
 
 
 # 7. Requests for a story, and questions about it
@@ -2074,7 +2102,9 @@ def chat(turns, system=None):
 
 def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
-    made-up nouns."""
+    made-up nouns, or a plot."""
+    if asked and not characters and grammar.plotted and rng.random() < PLOTS_ASKED:
+        return plot_to_ask_for(grammar, rng)
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -2091,12 +2121,59 @@ def tell(grammar, rng, characters=None, asked=True):
             continue
 
 
+# The share of the stories asked for that have a plot, where --plots lets there be any.
+PLOTS_ASKED = 0.4
+
+
+def plot_to_ask_for(grammar, rng):
+    """A PlotStory with a `topic`: its trouble, "a fox who looks for his hat in the park", or who and what is in it, "a fox, a hat and a park"."""
+    by_trouble = rng.random() < 0.6
+    while True:
+        situation = rng.choice(grammar.situations_of["a situation"])
+        if by_trouble and f"who {situation.trouble}" not in grammar.rules:
+            continue
+        try:
+            story = PlotStory(grammar, rng, situation)
+        except ValueError:
+            continue
+        if story.of_its_cast and story.hero.gender in PRONOUNS and (by_trouble or story.named):
+            break
+    story.foreign = False
+    story.topic = story.hero.asked_for(rng, story.text) + (trouble_topic(story) if by_trouble else members_topic(story))
+    return story
+
+
+def as_asked(story, phrase):
+    """PHRASE, "the red kite" or "his hat", as a user may name it: "a red kite", "a hat", but "the dark"."""
+    new = re.search(rf"\b(an?|his|her) ([a-z-]+ )?{re.escape(phrase.split()[-1])}\b", story.begun)
+    return re.sub("^(the|his|her) ", "a ", phrase) if new and story.sort(phrase) not in ("nature", "many") and story.rng.random() < 0.7 else phrase
+
+
+def trouble_topic(story):
+    """Of STORY's trouble, behind its hero: " who looks for his hat in the park"."""
+    cast, rng, goal = story.cast, story.rng, story.goal
+    if goal and story.trouble != "wish":
+        cast["goal"] = as_asked(story, goal)
+    topic = " " + story.grammar.expand_rule(f"who {story.trouble}", cast, rng)
+    places = [phrase.split()[-1] for sort, phrase in story.named if sort == "place" and phrase != goal and phrase.split()[-1] not in topic]
+    where = places and re.search(rf"\b(in|at|on|under|near|behind|by) (the|an?|his|her) ([a-z]+ )?{places[0]}\b", story.begun)
+    return f"{topic} {where[0]}" if where and rng.random() < 0.6 else topic
+
+
+def members_topic(story):
+    """Of one to three of those whom STORY names, behind its hero: ", a hat and a park", " and a hat in the park"."""
+    rng = story.rng
+    phrases = [phrase for _, phrase in story.named[:5]]
+    phrases = [as_asked(story, phrase) for phrase in rng.sample(phrases, min(len(phrases), rng.choice([1, 1, 2, 2, 3])))]
+    return (rng.choice([" and ", " and ", " with "]) if len(phrases) == 1 else rng.choice([", ", ", ", " with "])) + listed(phrases)
+
+
 def continued(grammar, rng, named=False):
     """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own. NAMED: one whose
     first word is a slot."""
     while True:
-        if grammar.staying and rng.random() < grammar.staying:
-            return stayed(grammar, rng, named=named)
+        if grammar.plotted and rng.random() < grammar.plotted:
+            return plotted(grammar, rng, named=named)
         if rng.random() < 0.4:
             opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
         else:
@@ -2113,22 +2190,18 @@ def continued(grammar, rng, named=False):
             continue
 
 
-def stayed(grammar, rng, named=False):
-    """A StayingStory that goes on from a beginning of any sort, NAMED as in `continued`."""
-    tales = list(grammar.staying_tales.values())
-    sorts = {"a situation": 6, "any words": 1, "one's own": 1, "foreign": 2, "a tale's": 1}
+def plotted(grammar, rng, named=False):
+    """A PlotStory that goes on from a beginning of any sort, NAMED as in `continued`."""
+    sorts = {"a situation": 7, "any words": 1, "one's own": 1, "foreign": 2}
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
-        if sort == "foreign":
-            source = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
-        elif sort == "a tale's":
-            source = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
-        else:
-            source = rng.choice(grammar.situations_of[sort])
-        if isinstance(source, Opening) and (source.pair or named and not isinstance(next(filter(None, source.text)), Slot)):
-            continue
+        source = rng.choice(grammar.situations_of[sort] if sort != "foreign" else rng.choice([grammar.openings, grammar.own_openings]))
+        if isinstance(source, Opening):
+            source = source.drawn(grammar, rng)
+            if source.pair or named and not isinstance(next(filter(None, source.text)), Slot):
+                continue
         try:
-            return StayingStory(grammar, rng.choice(tales), rng, source, named)
+            return PlotStory(grammar, rng, source, named)
         except ValueError:
             continue
 
@@ -2178,11 +2251,23 @@ def story_turn(story, speaker):
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
     names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
+    if isinstance(story, PlotStory):
+        return plot_asked_for(story)
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
     first = " ".join(story.grammar.expand_rule(rule, story.cast, story.rng) for rule in echo)
     return asked, tidy(first) + " " + coda(story, aside(story))
+
+
+def plot_asked_for(story):
+    """(a request for STORY by its `topic`, its text), which says first and mostly last what it is about."""
+    grammar, cast, rng, hero = story.grammar, story.cast, story.rng, story.hero
+    asked, names_hero = ask(story, story.topic)
+    cast["topic"] = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, story.topic, count=1) if names_hero else story.topic
+    cast["kept"] = re.sub("^an? ", "the ", cast["topic"])
+    last = [rng.choice([" ", "\n\n"]) + tidy(grammar.expand_rule("closing", cast, rng))] if rng.random() < 0.5 else []
+    return informal(tidy(asked), rng), " ".join([tidy(grammar.expand_rule("echo", cast, rng)), story.text]) + "".join(last)
 
 
 def aside(story):
@@ -2255,7 +2340,7 @@ def begun(grammar, rng):
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
     other_words, length = rng.random() < 0.5, story.length - len(story.begun) if story.foreign else ends[1]
-    if other_words and not isinstance(story, StayingStory):
+    if other_words and not isinstance(story, PlotStory):
         length = ends[0]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:
@@ -2354,7 +2439,7 @@ def document(grammar, rng):
         grammar.words["made-up names"].clear()
         pieces = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
         if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
-            return with_common_names(pieces, grammar.words, rng) if grammar.staying else pieces
+            return with_common_names(pieces, grammar.words, rng) if grammar.plotted else pieces
 
 
 def with_common_names(pieces, words, rng):
@@ -2444,8 +2529,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--staying", metavar="SHARE", type=float, default=0.0,
-                        help="the share of beginnings that a staying tale goes on from (0, as for stories.bin)")
+    parser.add_argument("--plots", metavar="SHARE", type=float, default=0.0,
+                        help="the share of beginnings that a plot for their trouble goes on from (0, as for stories.bin)")
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
     parser.add_argument("--count", type=int, help="how many (5)")
@@ -2453,12 +2538,12 @@ def main():
     arguments = parser.parse_args()
     if arguments.documents < 1 or arguments.count is not None and arguments.count < 1:
         parser.error("--documents and --count must be at least 1")
-    if not 0 <= arguments.staying <= 1:
-        parser.error("--staying must be from 0 to 1")
+    if not 0 <= arguments.plots <= 1:
+        parser.error("--plots must be from 0 to 1")
     if arguments.count is not None and arguments.show is None:
         parser.error("--count: of what --show shows, which is not given")
     try:
-        grammar = Grammar(staying=arguments.staying)
+        grammar = Grammar(plotted=arguments.plots)
         if arguments.show is not None and arguments.show not in {"all", *grammar.tales, *(kind.__name__ for kind in KINDS)}:
             parser.error(f"--show: no tale {arguments.show}; there are {', '.join(sorted(grammar.tales))}")
         if arguments.check:

@@ -6283,9 +6283,8 @@ def test_plots_give_everything_its_line(trouble):
     assert words.plots_for[trouble] and len(situations) > 10
     for i in range(60):
         rng = random.Random(f"{trouble} {i}")
-        plot = rng.choice(words.plots_for[trouble])
         try:
-            story = corpus.PlotStory(words, rng, rng.choice(own if own and i % 4 == 0 else situations), plot=plot)
+            story = corpus.PlotStory(words, rng, rng.choice(own if own and i % 4 == 0 else situations))
         except ValueError as error:                             # a beginning that names nobody, not what the trouble is about, or a held-out noun
             assert re.search("nobody|is not in|too little|held out|always alike", str(error)), error
             continue
@@ -6293,12 +6292,12 @@ def test_plots_give_everything_its_line(trouble):
         assert not re.search(r"[{}|<>]|  |\bthey was\b", story.text), story.text
         first, then = story.text[len(story.begun):story.length].lower(), story.text[story.length:].lower()
         goal = (story.goal or "").lower()
-        assert all(phrase.lower() in first or phrase.split()[-1].lower() in goal for _, phrase in story.named[:5]), (story.named, story.text)
+        assert all(phrase.split()[-1].lower() in first + goal for _, phrase in story.named[:5]), (story.named, story.text)
         if trouble not in (*corpus.GOALLESS, "wish", "quarrel"):
             assert goal in then, (goal, story.text)
         if trouble == "wish":
             assert corpus.conjugate(story.goal, words.words["irregular verbs"])[2].lower() in then, story.text
-        again += any(phrase.lower() in then for _, phrase in story.named)
+        again += any(phrase.split()[-1].lower() in then for _, phrase in story.named)
         assert not re.search(r"[.!?] [a-z]", story.text[len(story.begun):]), story.text
         if story.hero.gender == "I":
             assert re.search(r"\b(I|[Mm]y|[Mm]e)\b", story.text[story.length:]), story.text
@@ -6379,9 +6378,13 @@ def test_situations_are_gone_on_with():
     corpus, words = demo_module("corpus"), plotted_grammar()
     refused = 0
     for name, situation in words.situations.items():
-        try:
-            story = corpus.PlotStory(words, random.Random(f"situation {name}"), situation)
-        except ValueError:
+        for seed in range(3):                                   # some beginnings of one may have too little to tell of
+            try:
+                story = corpus.PlotStory(words, random.Random(f"situation {name} {seed}"), situation)
+                break
+            except ValueError:
+                continue
+        else:
             refused += 1
             continue
         assert story.foreign and not re.search(r"[{}|<>]", story.text) and all(question and answer for question, answer in corpus.questions(story))

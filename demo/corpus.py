@@ -881,13 +881,18 @@ TROUBLES = ("gone", "away", "wrong", "stuck", "sad", "low", "afraid", "wish", "w
             "fix")
 GOALLESS = ("low", "sorry", "plain", "fix")
 
+# Where a sentence goes on behind speech, which keeps its small letter through tidy(): "Boo!" to nobody.
+GOES_ON, KEPT = re.compile(r'([!?]" )(?=(?:to|and|because|in|across|eleven|at|came|again|from|out)\b)'), "\N{WORD JOINER}"
+
 # What is always there: the rest of the word list's nature is things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
 
 # What no moment is told of: no thing, place or being, or no noun.
 UNTOLD = set("""he she it they different same voice word words color colors winter summer spring noise noises hiccups birthday trip class adventure
             vacation holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles line landing wash way idea turn
-            laugh shout leak test visit walk wish dark""".split())
+            laugh shout leak test visit walk wish dark heat cold game song music story poem joke secret sound dream dance
+            nose mouth tail tooth teeth leg legs foot feet hand hands head ear ears eye eyes hair belly tummy arm arms neck paw paws wing wings beak
+            fur skin knee knees finger fingers toe toes cheek cheeks""".split())
 
 # The words of a beginning's last sentence by which nothing has happened yet, and those of any by which something is wrong, or not yet so.
 AT_PEACE = re.compile(r"\b(loved|loves|liked|likes|lived|lives|named|called|always|every|together|best|enjoyed)\b")
@@ -927,13 +932,13 @@ def is_said(text, noun, trouble):
 class Plot(Tale):
     """What is told behind beginnings in which there is one sort of `trouble`, put together of `lines` {key: [parsed text, ...]}: a "start", a line
     "first SORT" for all that the beginning names and a "turn"; some lines "then SORT" and the "end". {it} is what a line is of, {goal} what the
-    trouble is about: what is lost, who is sad."""
+    trouble is about: what is lost, who is sad. `verbs` those of the wishes that it is for, [] if for all."""
 
     KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
 
     def __init__(self, name):
         super().__init__(name)
-        self.trouble, self.lines = None, collections.defaultdict(list)
+        self.trouble, self.verbs, self.lines = None, [], collections.defaultdict(list)
 
 
 def read_tales(path, grammar):
@@ -960,8 +965,8 @@ def read_tales(path, grammar):
                 tale = known[name] = make(name)
             elif body is not None:
                 body.append(line)
-            elif isinstance(tale, Plot) and key == "for" and value in TROUBLES:
-                tale.trouble = value
+            elif isinstance(tale, Plot) and key == "for" and value.split()[:1] and value.split()[0] in TROUBLES:
+                tale.trouble, *tale.verbs = value.split()
             elif isinstance(tale, Plot) and key in Plot.KEYS:
                 tale.lines[key].append(parse(value))
             elif tale is None and line not in ("", "tale") and not key.startswith("q "):
@@ -1425,7 +1430,9 @@ OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "i
 
 def as_told_by_me(text):
     """TEXT in which "I" stands for a name in any place, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
-    text = re.sub(rf"\b{SAID} I\b", r"I \1", text)
+    text = re.sub(rf'(?<=" ){SAID} I\b|\b(went|came|ran|sat|stood|lay|said) I\b', lambda match: f"I {match[1] or match[2]}", text)
+    text = re.sub(r"\b(gave|told|asked|showed|handed|helped|pulled|took|let|made|brought|hugged|saw|followed|led|called|thanked|woke|caught|left|carried|"
+                  r"pushed|watched|heard|dusted|praised|kissed|patted|tickled|lent) I\b", r"\1 me", text)
     text = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", text)
     return re.sub(r"(?<!\band)(?<!\bthan)(?<!\bas)(?<!\bor)(?<!\bwas)(?<!\bis)(?<!\bcame)(?<!\bpopped)(?<!\bdid)(?<!\bstood)(?<!\bback)(?<![,.!?\"])( I)(?=[.,!?]| and | with | to | from | in | on | at )(?! and I)",
                   lambda match: " me", text)
@@ -1436,10 +1443,10 @@ class PlotStory(Story):
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None."""
 
-    def __init__(self, grammar, rng, source, named=False, plot=None):
-        """Go on from SOURCE, an Opening or a Situation, that a user has written, with PLOT or any for its trouble; NAMED: its first word is a slot.
+    def __init__(self, grammar, rng, source, named=False):
+        """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot.
         Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and where SOURCE names nobody,
-        not its hero, or no trouble that is known, or not PLOT's."""
+        not its hero, or no trouble that is known."""
         self.grammar, self.rng, self.foreign, self.own, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, False, [], [], []
         for _ in range(20):
             text = self.draw(source, named)
@@ -1458,9 +1465,9 @@ class PlotStory(Story):
             self.named = self.all_named()
             if grammar.held_out.refuses([phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]):
                 continue
-            if plot and plot.trouble != self.trouble:
-                raise ValueError(f"plot {plot.name}: is for {plot.trouble}, found {self.trouble}")
-            self.plot = plot or rng.choice(grammar.plots_for[self.trouble])
+            if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
+                raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
+            self.plot = rng.choice([each for each in grammar.plots_for[self.trouble] if not each.verbs or goal.split()[0] in each.verbs])
             self.tale = source if isinstance(source, Situation) else self.plot
             self.tell(self.plot)
             if not repeats(self.text):
@@ -1523,6 +1530,8 @@ class PlotStory(Story):
         inside = r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with) (?:an?|the|his|her|my) (?:[a-z]+ )?$"
         subjects = [phrase for phrase in phrases if self.sort(phrase) not in ("place", "nature")
                     and not re.search(inside, self.begun[:max(self.at(phrase), 0)])]
+        if goal and not subjects:
+            raise ValueError(f"nobody there but what it is about: {self.begun}")
         phrase = (subjects or phrases)[0]
         noun = phrase if phrase[0].isupper() else self.grammar.nouns.parted(phrase)[2]
         said = re.findall(r"\b(he|his|him|himself|she|her|herself|it|its|itself)\b", self.begun[max(self.at(phrase), 0):].lower())
@@ -1632,24 +1641,28 @@ class PlotStory(Story):
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
             text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
-            return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
+            return re.sub('^"?[a-z]', lambda match: match[0].upper(), re.sub(GOES_ON, rf"\1{KEPT}", text))
 
         told, lines = collections.Counter(), []
         for sort, phrase in about * (2 if len(about) == 1 else 1):
             lines.append((line(f"first {sort}", phrase, told[sort]), line(f"then {sort}", phrase, told[sort])))
             told[sort] += 1
         again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([1, 2, 2, 3]))))
-        begun = " ".join([self.begun + rng.choice([" ", "\n\n"]) + line("start"), *(first for first, _ in lines)])
+        gap = lambda: "\n\n" if rng.random() < 0.75 else " "
+        begun = " ".join([self.begun + gap() + line("start"), *(first for first, _ in lines)])
         then = " ".join([line("turn"), *(lines[i][1] for i in again)])
-        text = tidy(begun + "\n\n" + then + rng.choice([" ", "\n\n"]) + line("end"))
-        self.text, first = (self.begun + self.agreeing(each[len(self.begun):]) for each in (text, tidy(begun)))
+        text = tidy(begun + "\n\n" + then + gap() + line("end"))
+        self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length = len(first)
 
     def agreeing(self, text):
-        """TEXT of the plot with "were" for what is many, hero or goal, and told by "me" where that is the hero."""
+        """TEXT of the plot with "were" for what is many, hero or goal, "my hat" for "his" where he says it, and told by "me" where that is the hero."""
         many = [self.cast["hero"]] * (self.hero.gender == "they")
         if self.goal and self.trouble != "wish" and self.sort(self.goal) == "many":
             many.append(self.goal)
+        for phrase in filter(re.compile("(his|her) ").match, [self.goal or "", *(phrase for _, phrase in self.named)]):
+            mine = f"my {phrase.split(' ', 1)[1]}"
+            text = re.sub(r'"[^"]*\b(I|me|my)\b[^"]*"', lambda match: re.sub(rf"\b{re.escape(phrase)}\b", mine, match[0]), text)
         for name in many:
             text = re.sub(rf"\bwas (?={re.escape(name)}\b)", "were ", re.sub(rf"\b([Tt]hey|{re.escape(name)}) was\b", r"\1 were", text))
         return as_told_by_me(text) if self.hero.gender == "I" else text

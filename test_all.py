@@ -6326,10 +6326,11 @@ def test_plots_that_are_asked_for():
     assert sum(isinstance(corpus.tell(words, random.Random(i)), corpus.PlotStory) for i in range(60)) > 8
 
 
-def test_troubles_that_a_beginning_tells():
+def test_troubles_that_a_beginning_tells(monkeypatch):
     """What is read of a beginning that does not say its trouble: what is wished, what is lost, who is sad; none where nothing is wrong; and no plot
     behind one in which it cannot be told."""
     corpus, words = demo_module("corpus"), plotted_grammar()
+    monkeypatch.setattr(corpus.PlotStory, "draw_others", lambda self: {})       # no noun is exchanged
     for text, trouble, goal in (
             ("{a hero} wanted to cross the river.", "wish", "cross the river"), ("{a hero} looked for the key.", "gone", "the key"),
             ("{hero} went to the barn. The goat had run away and was gone.", "away", "the goat"),
@@ -6340,7 +6341,7 @@ def test_troubles_that_a_beginning_tells():
         for i in range(30):
             try:
                 story = corpus.PlotStory(words, random.Random(f"{text} {i}"), corpus.Opening(["any"], corpus.parse(text)))
-                found.add((story.trouble, goal if goal and story.goal and story.goal.split()[0] == goal.split()[0] else story.goal))
+                found.add((story.trouble, story.goal))
             except ValueError as error:
                 assert re.search("nobody|too little|held out|alike", str(error)), error
         assert found == {(trouble, goal)}, (text, found)
@@ -6349,9 +6350,10 @@ def test_troubles_that_a_beginning_tells():
             corpus.PlotStory(words, random.Random(i), corpus.Opening(["any"], corpus.parse("{hero} came, but the moon did not.")))
 
 
-def test_what_a_beginning_names():
+def test_what_a_beginning_names(monkeypatch):
     """Its hero by a name, by "I", or by what it names first that is no place; all else in its order, by its sort."""
     corpus, words = demo_module("corpus"), plotted_grammar()
+    monkeypatch.setattr(corpus.PlotStory, "draw_others", lambda self: {})       # no noun is exchanged
     for text, hero, named in (
             ("My grandma has a drawer.", "I", [("person", "my grandma"), ("thing", "the drawer")]),
             ("In the garden stood a blue cup with three spoons.", "the cup", [("place", "the garden"), ("many", "the spoons")]),
@@ -6361,13 +6363,8 @@ def test_what_a_beginning_names():
              [("thing", "the shoe"), ("thing", "the door"), ("animal", "the mouse")])):
         situation = corpus.Situation("test")
         situation.begin, situation.trouble = [corpus.parse(text)], "plain"
-        for i in range(600):
-            story = corpus.PlotStory(words, random.Random(f"{text} {i}"), situation)
-            if story.begun == text:                             # no noun was exchanged
-                assert (str(story.hero), story.named) == (hero, named), story.text
-                break
-        else:
-            raise AssertionError(f"{text} was never told as it stands")
+        story = corpus.PlotStory(words, random.Random(text), situation)
+        assert (story.begun, str(story.hero), story.named) == (text, hero, named), story.text
     with pytest.raises(ValueError, match="nobody there"):
         situation.begin = [corpus.parse("It was late.")]
         corpus.PlotStory(words, random.Random(1), situation)

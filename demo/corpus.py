@@ -97,7 +97,7 @@ class Grammar:
         if lacking := [trouble for trouble, plots in self.plots_for.items() if not plots]:
             raise ValueError(f"{folder / 'tales'}: no plot for {lacking[0]!r}")
         situations = self.situations.values()
-        self.situations_of = {"any words": [each for each in situations if each.plain], "a situation": [each for each in situations if not each.plain],
+        self.situations_of = {"any words": [each for each in situations if each.fits_any], "a situation": [each for each in situations if not each.fits_any],
                               "one's own": [each for each in situations if each.told_by_one]}
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
         often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
@@ -875,7 +875,7 @@ class Thread(Tale):
         self.first, self.middle, self.last = [], [], []
 
 
-# What may have a line in a plot; what plots are about, and which of that has nothing that it is about.
+# What may have a line in a plot; what plots are for, see notation.txt; those of them without a {goal}.
 SORTS = ("person", "animal", "many", "place", "nature", "thing")
 TROUBLES = ("gone", "away", "wrong", "stuck", "sad", "low", "afraid", "wish", "want", "quarrel", "sorry", "riddle", "odd", "weather", "guest", "plain",
             "fix")
@@ -884,15 +884,14 @@ GOALLESS = ("low", "sorry", "plain", "fix")
 # Where a sentence goes on behind speech, which keeps its small letter through tidy(): "Boo!" to nobody.
 GOES_ON, KEPT = re.compile(r'([!?]" )(?=(?:to|and|because|in|across|eleven|at|came|again|from|out)\b)'), "\N{WORD JOINER}"
 
-# What is always there: the rest of the word list's nature is things.
+# Of the word list's nature what counts as nature; the rest are things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
 
-# What no moment is told of: no thing, place or being, or no noun.
-UNTOLD = set("""he she it they different same voice word words color colors winter summer spring noise noises hiccups birthday trip class adventure
-            vacation holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles line landing wash way idea turn
-            laugh shout leak test visit walk wish dark heat cold game song music story poem joke secret sound dream dance
-            nose mouth tail tooth teeth leg legs foot feet hand hands head ear ears eye eyes hair belly tummy arm arms neck paw paws wing wings beak
-            fur skin knee knees finger fingers toe toes cheek cheeks""".split())
+# Nouns, and words taken for some, that get no line of a plot.
+UNTOLD = set("""he she it they different voice word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
+            holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles landing wash laugh shout leak test
+            visit dark heat game song music poem joke secret dream dance tail tooth teeth eye belly neck paw paws wing wings beak fur skin
+            knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms""".split())
 
 # The words of a beginning's last sentence by which nothing has happened yet, and those of any by which something is wrong, or not yet so.
 AT_PEACE = re.compile(r"\b(loved|loves|liked|likes|lived|lives|named|called|always|every|together|best|enjoyed)\b")
@@ -1016,7 +1015,7 @@ class Situation(Tale):
     def __init__(self, name):
         super().__init__(name)
         self.begin, self.trouble, self.goal = [], None, None
-        self.plain = name.startswith("plain-")                                      # fit for any words
+        self.fits_any = name.startswith("plain-")                                   # any hero, thing, place and deed
 
     @functools.cached_property
     def says(self):
@@ -1112,6 +1111,11 @@ class Opening:
         self.pair, self.nameless = "pair" in named, "pair" in named and "hero" not in named
         self.answered = tale is not None            # whether a tale was chosen for what it speaks of, so that its thing is the tale's
         self.slots = named & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"} | ({"friend"} if self.pair else set())
+
+    @property
+    def starts_with_slot(self):
+        """Whether its first word is a slot, once it is drawn."""
+        return isinstance(next(filter(None, self.text)), Slot)
 
     def drawn(self, grammar, rng):
         """This opening with its alternatives drawn: only its slots are open."""
@@ -1431,11 +1435,10 @@ OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "i
 def as_told_by_me(text):
     """TEXT in which "I" stands for a name in any place, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
     text = re.sub(rf'(?<=" ){SAID} I\b|\b(went|came|ran|sat|stood|lay|said) I\b', lambda match: f"I {match[1] or match[2]}", text)
-    text = re.sub(r"\b(gave|told|asked|showed|handed|helped|pulled|took|let|made|brought|hugged|saw|followed|led|called|thanked|woke|caught|left|carried|"
-                  r"pushed|watched|heard|dusted|praised|kissed|patted|tickled|lent) I\b", r"\1 me", text)
+    text = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled) I\b", r"\1 me", text)
     text = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", text)
-    return re.sub(r"(?<!\band)(?<!\bthan)(?<!\bas)(?<!\bor)(?<!\bwas)(?<!\bis)(?<!\bcame)(?<!\bpopped)(?<!\bdid)(?<!\bstood)(?<!\bback)(?<![,.!?\"])( I)(?=[.,!?]| and | with | to | from | in | on | at )(?! and I)",
-                  lambda match: " me", text)
+    no_object = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}
+    return re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )", lambda match: match[0] if match[1] in no_object else f"{match[1]} me", text)
 
 
 class PlotStory(Story):
@@ -1445,16 +1448,17 @@ class PlotStory(Story):
 
     def __init__(self, grammar, rng, source, named=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot.
-        Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and where SOURCE names nobody,
-        not its hero, or no trouble that is known."""
+        Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn
+        names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
+        or "I" am one of two who quarrel."""
         self.grammar, self.rng, self.foreign, self.own, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, False, [], [], []
         for _ in range(20):
             text = self.draw(source, named)
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
-            self.names, self.hero = [], None
+            self.names = []
             told_goal = getattr(source, "goal", None)
-            self.hero = self.find_hero(told, grammar.expand(told_goal, self.cast, rng).split()[-1] if told_goal else "")
+            self.hero = self.find_hero(members, grammar.expand(told_goal, self.cast, rng).split()[-1] if told_goal else "")
             self.names = [one.name for role, one in self.cast.characters.items()
                           if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
             self.names += [self.cast[slot] for slot in FURTHER if slot in told]
@@ -1469,7 +1473,7 @@ class PlotStory(Story):
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
             self.plot = rng.choice([each for each in grammar.plots_for[self.trouble] if not each.verbs or goal.split()[0] in each.verbs])
             self.tale = source if isinstance(source, Situation) else self.plot
-            self.tell(self.plot)
+            self.tell()
             if not repeats(self.text):
                 return
         raise ValueError(f"{self.begun!r}: always repeats a sentence, or is held out")
@@ -1500,13 +1504,12 @@ class PlotStory(Story):
             self.cast["clause"] = self.clause(rng.choice(["clause", "past clause"]) if isinstance(source, Situation) else "past clause")
         return text
 
-    def find_hero(self, told, goal):
-        """The hero of `begun`, which has the slots TOLD, and is not what the trouble is about, of which GOAL is the noun; the cast gets his pronouns
-        and name. Raises ValueError where it has none."""
+    def find_hero(self, members, goal):
+        """The hero of `begun`, which has slots of MEMBERS, and is not what the trouble is about, of which GOAL is the noun; the cast gets his
+        pronouns and name. Raises ValueError where it has none."""
         hero = self.cast.characters["hero"]
-        has = lambda role: any(role in slot.split(".")[0].split() for slot in told)
-        if not has("hero"):
-            if has("friend"):
+        if "hero" not in members:
+            if "friend" in members:
                 hero = self.cast.characters["friend"]
             elif of_one(self.begun):
                 hero = Character("child", "I", "I")
@@ -1552,7 +1555,7 @@ class PlotStory(Story):
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
                        for phrase in phrases]
-        return [(self.sort(phrase), phrase) for phrase in sorted(dict.fromkeys(phrases), key=self.at)][:6]
+        return [(self.sort(phrase), phrase) for phrase in sorted(phrases, key=self.at)][:6]
 
     def told_trouble(self, situation):
         """(trouble, goal) as SITUATION says. Raises ValueError where the beginning does not name the goal."""
@@ -1571,7 +1574,7 @@ class PlotStory(Story):
 
     def read_trouble(self, alone):
         """(trouble, goal) of a beginning that does not say it; ALONE: "he" is nobody but the hero. Raises ValueError where it has none that is known."""
-        if self.hero.gender in PRONOUNS and self.hero is self.cast.characters["hero"] and (wish := self.wish(alone)) and wish != "go":
+        if self.of_its_cast and (wish := self.wish(alone)) and wish != "go":
             return "wish", wish
         alive = lambda sort, one: sort in ("person", "animal") or one in self.grammar.nouns.animals | self.grammar.nouns.people
         for trouble in IS:
@@ -1624,9 +1627,10 @@ class PlotStory(Story):
             text = re.sub(rf"\b{noun}\b", other, text)
         return text
 
-    def tell(self, plot):
-        """Make `text` of the beginning and PLOT: its start, a line for each that is named, its turn, lines for some of these, and its end."""
-        grammar, cast, rng = self.grammar, self.cast, self.rng
+    def tell(self):
+        """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for some of these,
+        and its end."""
+        grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
         if not about and rng.random() < 0.5:
             raise ValueError(f"too little to tell of: {self.begun}")
@@ -1706,13 +1710,18 @@ def request(story):
             echo = re.sub(rf"\b(an? (?:little )?{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
         asked, names_hero = ask(story, topic)
         if names_hero:
-            echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
+            echo = by_name(echo, hero)
         if more and asked[-1] not in ".?!:":
             asked += "."
         return informal(tidy(" ".join([asked, *more])), rng), echo
     finally:
         for each in casts:
             each.asking = None
+
+
+def by_name(text, hero):
+    """TEXT with the name of the HERO, who has one, in the place of "a girl" or "a little girl named Mia"."""
+    return re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, text, count=1)
 
 
 def attach(topic, extra, grammar, rng):
@@ -2149,7 +2158,7 @@ def plot_to_ask_for(grammar, rng):
             story = PlotStory(grammar, rng, situation)
         except ValueError:
             continue
-        if story.of_its_cast and story.hero.gender in PRONOUNS and (by_trouble or story.named):
+        if story.of_its_cast and (by_trouble or story.named):
             break
     story.foreign = False
     story.topic = story.hero.asked_for(rng, story.text) + (trouble_topic(story) if by_trouble else members_topic(story))
@@ -2191,7 +2200,7 @@ def continued(grammar, rng, named=False):
             opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
         else:
             opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
-        if named and not isinstance(next(filter(None, opening.text)), Slot):
+        if named and not opening.starts_with_slot:
             continue
         tales = [opening.tale] if opening.tale else answering(grammar, opening, rng)
         opening.answered = bool(tales)
@@ -2211,7 +2220,7 @@ def plotted(grammar, rng, named=False):
         source = rng.choice(grammar.situations_of[sort] if sort != "foreign" else rng.choice([grammar.openings, grammar.own_openings]))
         if isinstance(source, Opening):
             source = source.drawn(grammar, rng)
-            if source.pair or named and not isinstance(next(filter(None, source.text)), Slot):
+            if source.pair or named and not source.starts_with_slot:
                 continue
         try:
             return PlotStory(grammar, rng, source, named)
@@ -2277,7 +2286,7 @@ def plot_asked_for(story):
     """(a request for STORY by its `topic`, its text), which says first and mostly last what it is about."""
     grammar, cast, rng, hero = story.grammar, story.cast, story.rng, story.hero
     asked, names_hero = ask(story, story.topic)
-    cast["topic"] = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, story.topic, count=1) if names_hero else story.topic
+    cast["topic"] = by_name(story.topic, hero) if names_hero else story.topic
     cast["kept"] = re.sub("^an? ", "the ", cast["topic"])
     last = [rng.choice([" ", "\n\n"]) + tidy(grammar.expand_rule("closing", cast, rng))] if rng.random() < 0.5 else []
     return informal(tidy(asked), rng), " ".join([tidy(grammar.expand_rule("echo", cast, rng)), story.text]) + "".join(last)

@@ -6286,7 +6286,7 @@ def test_plots_give_everything_its_line(trouble):
         try:
             story = corpus.PlotStory(words, rng, rng.choice(own if own and i % 4 == 0 else situations))
         except ValueError as error:                             # a beginning that names nobody, not what the trouble is about, or a held-out noun
-            assert re.search("nobody|is not in|too little|held out|always alike", str(error)), error
+            assert re.search("nobody|is not in|too little|always is held out$|always alike", str(error)), error
             continue
         assert story.text.startswith(story.begun) and corpus.repeats(story.text) is None
         assert not re.search(r"[{}|<>]|  |\bthey was\b", story.text), story.text
@@ -6375,7 +6375,7 @@ def test_situations_are_gone_on_with():
     corpus, words = demo_module("corpus"), plotted_grammar()
     refused = 0
     for name, situation in words.situations.items():
-        for seed in range(3):                                   # some beginnings of one may have too little to tell of
+        for seed in range(12):                                  # some beginnings of one may have too little to tell of
             try:
                 story = corpus.PlotStory(words, random.Random(f"situation {name} {seed}"), situation)
                 break
@@ -6385,9 +6385,43 @@ def test_situations_are_gone_on_with():
             refused += 1
             continue
         assert story.foreign and not re.search(r"[{}|<>]", story.text) and all(question and answer for question, answer in corpus.questions(story))
-    assert refused < 0.05 * len(words.situations), refused
+    assert refused < 0.005 * len(words.situations), refused
     assert not any(isinstance(corpus.continued(grammar(), random.Random(i)), corpus.PlotStory) for i in range(30))
     assert all(isinstance(corpus.continued(words, random.Random(i)), corpus.PlotStory) for i in range(30))
+
+
+def test_answers_about_a_plot_are_true():
+    """Whom, what and where an answer names stands in the story, the place behind the same word; and what is asked of its trouble is its goal."""
+    corpus, words, asked = demo_module("corpus"), plotted_grammar(), collections.Counter()
+    for i in range(600):
+        story = corpus.plotted(words, random.Random(f"true {i}"))
+        for question, answer in corpus.questions(story):
+            thing, where = story.cast.thing, re.search(r"\b([a-z]+) the ([a-z -]+)[.]$", answer)
+            if question.lower().startswith("where") and not answer.startswith("To "):
+                assert re.search(rf"\b{where[1]} (the|an?) {where[2]}\b", story.begun), (answer, story.begun)
+                asked["place"] += 1
+            elif re.search("object|thing was|important|(is|was) there an?", question.lower()) and not answer.startswith("No"):
+                assert thing in answer and re.search(rf"\b(an?|the|his|her) ([a-z]+ )?{thing}\b", story.begun), (question, answer, story.begun)
+                asked["thing"] += 1
+            elif answer.startswith("No, there was no "):
+                assert re.search("no (.+) in", answer)[1] not in story.text, (answer, story.text)
+                asked["not there"] += 1
+            elif match := re.search(" look(?:ed|ing) for (.+)[.]$", answer):
+                assert story.trouble in ("gone", "away") and match[1] == story.goal, (answer, story.text)
+                asked["goal"] += 1
+            elif match := re.fullmatch("(.+) was (?:called|named) (.+)[.]", answer):
+                assert match[2] in story.begun and match[1].split()[-1] in story.text, (answer, story.text)
+                asked["name"] += 1
+    assert all(asked[sort] > 20 for sort in ("place", "thing", "not there", "goal", "name")), asked
+
+
+def test_i_is_no_object():
+    """A story told by its hero is told as one tells of oneself."""
+    corpus = demo_module("corpus")
+    for text, wanted in {'"Ho!" said I, for I was glad.': '"Ho!" I said, for I was glad.', "The owl looked at I, and went by I did not know where.":
+                         "The owl looked at me, and went by I did not know where.", "On the nose of I sat a fly.": "On my nose sat a fly.",
+                         "Then came I and the cat.": "Then I came and the cat."}.items():
+        assert corpus.as_told_by_me(text) == wanted
 
 
 def test_names_are_made_up_where_the_user_says_them_alone():
@@ -6696,11 +6730,23 @@ def test_wrong_lines_of_the_tales_are_named(tmp_path):
     """A slip in a file of tales ends in one line with the file, the line's number and what is wrong with it."""
     shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*.bin", "__pycache__"))
     for text, wanted in {"does: hop": "aa.txt:1: stands in no tale: 'does: hop'", "tale a\ndoes: lose (a": "aa.txt:2: a parenthesis is not closed",
-                         "tale a\nhum: hop": "aa.txt:2: not understood: 'hum: hop'", "tale a\n\ntale a": "aa.txt:3: a second tale named a"}.items():
+                         "tale a\nhum: hop": "aa.txt:2: not understood: 'hum: hop'", "tale a\n\ntale a": "aa.txt:3: a second tale named a",
+                         "plot a\nstart: Hop.": "aa.txt:2: plot a: wanted for: TROUBLE, then its lines, found 'start: Hop.'",
+                         "plot a\nfor: gone\nneeds: thing": "aa.txt:3: plot a: wanted for: TROUBLE, then its lines, found 'needs: thing'",
+                         "plot a\nfor: low\nend: {goal}": "aa.txt:3: plot a: no slot {goal} in its 'end'",
+                         "plot a\nfor: gone\nend: {it}": "aa.txt:3: plot a: no slot {it} in its 'end'",
+                         "plot a\nfor: gone\nend: Hop.": "plot a: wanted two lines 'start'"}.items():
         (tmp_path / "demo" / "tales" / "aa.txt").write_text(text + "\n")
         done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists()
+    (tmp_path / "demo" / "tales" / "aa.txt").unlink()
+    for text, wanted in {"begin: {hero} ran.": "situations-zz.txt:1: not understood", "situation a\ntrouble: plain = x": "situations-zz.txt:2: not understood",
+                         "situation a\nbegin: {hero} ran.": "situation a: wanted begin and trouble",
+                         "situation a\nbegin: {hero} ran.\ntrouble: plain\nplaec: pond": "situation a: no text has {plaec}, which it lists"}.items():
+        (tmp_path / "demo" / "tales" / "situations-zz.txt").write_text(text + "\n")
+        done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_tale_is_asked_for_by_what_its_hero_does():

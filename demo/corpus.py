@@ -880,9 +880,10 @@ SORTS = ("person", "animal", "many", "place", "nature", "thing")
 TROUBLES = ("gone", "away", "wrong", "stuck", "sad", "low", "afraid", "wish", "want", "quarrel", "sorry", "riddle", "odd", "weather", "guest", "plain",
             "fix")
 GOALLESS = ("low", "sorry", "plain", "fix")
+ALONE = {"sad": "low", "odd": "plain", "afraid": "low"}         # what they are for the hero himself, where it is about nobody else; all others: "fix"
 
-# Where a sentence goes on behind speech, which keeps its small letter through tidy(): "Boo!" to nobody.
-GOES_ON, KEPT = re.compile(r'([!?]" )(?=(?:to|and|because|in|across|eleven|at|came|again|from|out)\b)'), "\N{WORD JOINER}"
+# Behind speech in a line of a plot, before a letter that tidy() leaves small: "Boo!" to nobody.
+KEPT = "\N{WORD JOINER}"
 
 # Of the word list's nature what counts as nature; the rest are things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
@@ -891,7 +892,15 @@ GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunde
 UNTOLD = set("""he she it they different voice word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
             holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles landing wash laugh shout leak test
             visit dark heat game song music poem joke secret dream dance tail tooth teeth eye belly neck paw paws wing wings beak fur skin
-            knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms""".split())
+            knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms elbow thumb tongue mane claw hump beard heart breath
+            day days month weekend noon hard crazy code job air could how what like far all along wide wild shame truth trouble crack squeak
+            roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage south nature quarrel
+            knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale language step hug
+            somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
+            upstairs nerve height heights fun luck life love peace rest turn way""".split())
+
+# Whom the word list has among neither its people nor its kin.
+PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir".split())
 
 # The words of a beginning's last sentence by which nothing has happened yet, and those of any by which something is wrong, or not yet so.
 AT_PEACE = re.compile(r"\b(loved|loves|liked|likes|lived|lives|named|called|always|every|together|best|enjoyed)\b")
@@ -939,6 +948,11 @@ class Plot(Tale):
         super().__init__(name)
         self.trouble, self.verbs, self.lines = None, [], collections.defaultdict(list)
 
+    @property
+    def members(self):
+        """The slot of what it is about."""
+        return {"wish"} if self.trouble == "wish" else set() if self.trouble in GOALLESS else {"goal"}
+
 
 def read_tales(path, grammar):
     """Add the tales, threads and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
@@ -966,8 +980,12 @@ def read_tales(path, grammar):
                 body.append(line)
             elif isinstance(tale, Plot) and key == "for" and value.split()[:1] and value.split()[0] in TROUBLES:
                 tale.trouble, *tale.verbs = value.split()
-            elif isinstance(tale, Plot) and key in Plot.KEYS:
-                tale.lines[key].append(parse(value))
+            elif isinstance(tale, Plot) and key in Plot.KEYS and tale.trouble:
+                tale.lines[key].append(text := parse(re.sub(r'([!?]" )(?=\(?[a-z])', rf"\1{KEPT}", value)))
+                if unknown := roots(text) - {"hero", *PRONOUNS["he"], *({"it"} if " " in key else ()), *tale.members}:
+                    raise ValueError(f"plot {tale.name}: no slot {{{min(unknown)}}} in its {key!r}")
+            elif isinstance(tale, Plot) and line.strip() and line != "tale":
+                raise ValueError(f"plot {tale.name}: wanted for: TROUBLE, then its lines, found {line[:60]!r}")
             elif tale is None and line not in ("", "tale") and not key.startswith("q "):
                 raise ValueError(f"stands in no tale: {line[:60]!r}")
             elif key == "body":
@@ -1023,6 +1041,12 @@ class Situation(Tale):
         return {slot for text in self.begin for slot in slots(text)}
 
     @functools.cached_property
+    def calls_by_name(self):
+        """Those of ROLES whose texts want a name: they say the kind besides, "{hero} the dog"."""
+        called = {text[i] for text in self.begin for i in range(len(text) - 1) if isinstance(text[i], Slot) and re.match(" the [a-z]", str(text[i + 1]))}
+        return {role for role in ROLES if role in called or f"{role}.kind" in self.says}
+
+    @functools.cached_property
     def told_by_one(self):
         """Whether a user tells of himself in it."""
         return any(of_one(literal(text)) and "hero" not in roots(text) for text in self.begin)
@@ -1061,7 +1085,7 @@ class Situation(Tale):
         kind = rng.choice({"child": ["boy", "girl"], "animal": words["animals"], "creature": words["creatures"]}.get(kind, [kind]))
         sexes = [sex for sex in PRONOUNS if kind in (*words[f"{sex} people"], *words[f"{sex} family"])]      # boys and girls are among them
         gender = SEX.get(kind) or rng.choice(sexes or list(PRONOUNS))
-        named = kind in ("boy", "girl") or f"{role}.kind" in self.says or rng.random() < 0.8
+        named = kind in ("boy", "girl") or role in self.calls_by_name or rng.random() < 0.8
         return Character(kind, draw_name(words, rng, gender, 0.0 if sexes else 0.4) if named else None, gender)
 
 
@@ -1083,10 +1107,10 @@ def read_situations(path, grammar):
                 situation = grammar.situations[name] = Situation(name)
             elif colon and situation and key == "begin":
                 situation.begin.append(parse(value))
-            elif situation and key == "trouble" and value.split(" = ")[0] in TROUBLES and (value in GOALLESS) == (" = " not in value):
+            elif situation and key == "trouble" and value.split(" = ")[0] in TROUBLES and (value.split(" = ")[0] in GOALLESS) == (" = " not in value):
                 situation.trouble, _, goal = value.partition(" = ")
                 situation.goal = parse(goal) if goal else None
-            elif colon and situation and re.fullmatch(r"[a-z]+\d?", key):
+            elif colon and situation and key not in ("begin", "trouble") and re.fullmatch(r"[a-z]+\d?", key):
                 names = [name.strip() for name in value.split(",") if name.strip()]
                 situation.lists[key] = names if key in ROLES else [entry for name in names for entry in grammar.words.get(name) or [name]]
             elif line.strip() and not line.startswith("#"):
@@ -1096,8 +1120,10 @@ def read_situations(path, grammar):
     for situation in grammar.situations.values():
         if not (situation.begin and situation.trouble):
             raise ValueError(f"situation {situation.name}: wanted begin and trouble")
-        named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys() - {"color"}
-        situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named]
+        named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys()
+        if unused := situation.lists.keys() - named - {"hero"} - (roots(situation.goal) if situation.goal else set()):
+            raise ValueError(f"situation {situation.name}: no text has {{{min(unused)}}}, which it lists")
+        situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named - {"color"}]
 
 
 class Opening:
@@ -1434,9 +1460,10 @@ OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "i
 
 def as_told_by_me(text):
     """TEXT in which "I" stands for a name in any place, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
-    text = re.sub(rf'(?<=" ){SAID} I\b|\b(went|came|ran|sat|stood|lay|said) I\b', lambda match: f"I {match[1] or match[2]}", text)
-    text = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled) I\b", r"\1 me", text)
+    text = re.sub(rf'(?<=" )({SAID[1:-1]}|[a-z]+ed) I\b|\b(went|came|ran|sat|stood|lay|said) I\b', lambda match: f"I {match[1] or match[2]}", text)
     text = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", text)
+    text = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled|"
+                  r"at|from|to|behind|beside|with|of|around|under|past|onto|into|toward|between|against) I\b", r"\1 me", text)
     no_object = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}
     return re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )", lambda match: match[0] if match[1] in no_object else f"{match[1]} me", text)
 
@@ -1468,15 +1495,17 @@ class PlotStory(Story):
             self.begun, self.goal = (text and self.exchanged(text, others) for text in (self.begun, goal))
             self.named = self.all_named()
             if grammar.held_out.refuses([phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]):
+                why = "is held out"
                 continue
             if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
             self.plot = rng.choice([each for each in grammar.plots_for[self.trouble] if not each.verbs or goal.split()[0] in each.verbs])
             self.tale = source if isinstance(source, Situation) else self.plot
             self.tell()
-            if not repeats(self.text):
+            if not (twice := repeats(self.text)):
                 return
-        raise ValueError(f"{self.begun!r}: always repeats a sentence, or is held out")
+            why = f"repeats {twice!r}"
+        raise ValueError(f"{self.begun!r}: always {why}")
 
     @property
     def of_its_cast(self):
@@ -1491,7 +1520,9 @@ class PlotStory(Story):
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
             self.cast = self.opened = source.draw_cast(grammar, rng)
-            if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < 0.25:
+            if named:
+                pass
+            elif "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < 0.25:
                 text = Sequence([Rule("meet"), " ", *text])
             elif "hero" in roots(text[:1]) and rng.random() < 0.2:
                 text = Sequence([Rule("scene"), " ", *text])
@@ -1534,10 +1565,10 @@ class PlotStory(Story):
         subjects = [phrase for phrase in phrases if self.sort(phrase) not in ("place", "nature")
                     and not re.search(inside, self.begun[:max(self.at(phrase), 0)])]
         if goal and not subjects:
-            raise ValueError(f"nobody there but what it is about: {self.begun}")
+            phrases = [phrase for phrase in self.grammar.nouns.noticed(text, set()) if phrase.split()[-1] == goal] or phrases
         phrase = (subjects or phrases)[0]
         noun = phrase if phrase[0].isupper() else self.grammar.nouns.parted(phrase)[2]
-        said = re.findall(r"\b(he|his|him|himself|she|her|herself|it|its|itself)\b", self.begun[max(self.at(phrase), 0):].lower())
+        said = re.findall(r"\b(he|his|him|himself|she|her|herself|its|itself|it(?! (?:was|is|rained|snowed|got)\b))\b", self.begun[max(self.at(phrase), 0):].lower())
         sex = "it" if not said or said[0].startswith("it") else "she" if said[0] in ("she", "her", "herself") else "he"
         sexes = [sex for sex in PRONOUNS if noun.lower().split()[0] in (*words[f"{sex} people"], *words[f"{sex} family"])]
         if len(sexes) == 1 or sexes and sex == "it":
@@ -1565,12 +1596,25 @@ class PlotStory(Story):
         if situation.trouble == "wish":
             return "wish", goal
         last = goal.split()[-1]
+        if last == self.hero.kind.split()[-1]:
+            return ALONE.get(situation.trouble, "fix"), None
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
         for _, phrase in self.named:
             if phrase.split()[-1] == last:
                 return situation.trouble, phrase
         return situation.trouble, goal if " " in goal or goal[0].isupper() else f"the {goal}"
+
+    def begun_with(self):
+        """Those of friend, place and thing that stand in `begun` as the cast has them, so that one can ask of them; a place with what is before it."""
+        cast, (_, place) = self.cast, self.cast.place
+        found = ["friend"] * (cast["friend"].removeprefix("the ") in [phrase.removeprefix("the ") for _, phrase in self.named])
+        if where := re.search(rf"\b(in|at|on|under|by|near|behind) (?:the|an?) {re.escape(place)}\b", self.begun):
+            cast.place = (where[1], place)
+            found.append("place")
+        if cast.thing in self.grammar.words["things"] and re.search(rf"\b(an?|the|his|her) {re.escape(cast['thing.noun'])}\b", self.begun):
+            found.append("thing")
+        return found
 
     def read_trouble(self, alone):
         """(trouble, goal) of a beginning that does not say it; ALONE: "he" is nobody but the hero. Raises ValueError where it has none that is known."""
@@ -1598,7 +1642,7 @@ class PlotStory(Story):
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
-        if one in nouns.people:
+        if one in nouns.people | PEOPLE:
             return "person"
         if noun in GREAT:
             return "nature"
@@ -1645,7 +1689,7 @@ class PlotStory(Story):
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
             text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
-            return re.sub('^"?[a-z]', lambda match: match[0].upper(), re.sub(GOES_ON, rf"\1{KEPT}", text))
+            return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
         told, lines = collections.Counter(), []
         for sort, phrase in about * (2 if len(about) == 1 else 1):
@@ -1664,11 +1708,15 @@ class PlotStory(Story):
         many = [self.cast["hero"]] * (self.hero.gender == "they")
         if self.goal and self.trouble != "wish" and self.sort(self.goal) == "many":
             many.append(self.goal)
-        for phrase in filter(re.compile("(his|her) ").match, [self.goal or "", *(phrase for _, phrase in self.named)]):
-            mine = f"my {phrase.split(' ', 1)[1]}"
-            text = re.sub(r'"[^"]*\b(I|me|my)\b[^"]*"', lambda match: re.sub(rf"\b{re.escape(phrase)}\b", mine, match[0]), text)
+        own = [phrase for phrase in [self.goal or "", *(phrase for _, phrase in self.named)] if phrase.startswith(self.cast["his"] + " ")]
+        parts = text.split('"')
+        for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind
+            if re.search(r"\b(I|me|my|myself)\b", parts[i]) and re.match(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b", parts[i + 1]):
+                for phrase in own:
+                    parts[i] = re.sub(rf"\b{re.escape(phrase)}\b", f"my {phrase.split(' ', 1)[1]}", parts[i])
+        text = '"'.join(parts)
         for name in many:
-            text = re.sub(rf"\bwas (?={re.escape(name)}\b)", "were ", re.sub(rf"\b([Tt]hey|{re.escape(name)}) was\b", r"\1 were", text))
+            text = re.sub(rf"\bwas (?={re.escape(name)}\b)", "were ", re.sub(rf"\b((?i:they|{re.escape(name)})) was\b", r"\1 were", text))
         return as_told_by_me(text) if self.hero.gender == "I" else text
 
 
@@ -1900,20 +1948,24 @@ def questions(story):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     if not story.of_its_cast:
         return []                                               # of "I", or of the cup, one asks otherwise
-    pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in story.tale.questions]
+    plotted, own = isinstance(story, PlotStory), story.tale.questions
+    if plotted:
+        own, cast["goal"] = grammar.questions.get(f"who {story.trouble}", []), story.goal
+    pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in own]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     nameless = {"hero": "nameless", "friend": "nameless friend"}
     asked = lambda slot, each: nameless[slot] if slot in nameless and not each.characters[slot].name else slot
     known = [(asked("hero", cast), cast), ("not there", cast)]
-    members = dict.fromkeys([(slot, cast) for slot in story.tale.needs] + story.must)
+    needs = story.begun_with() if plotted else story.tale.needs
+    members = dict.fromkeys([(slot, cast) for slot in needs] + story.must)
     known += [(asked(slot, each), each) for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
     known += [("did", cast)] * 2 * story.did
-    if "thing" in story.tale.needs:
+    if "thing" in needs:
         known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
     for name, each in known * 2:
         if name in grammar.questions and not (name == "not there" and cast["animal"] in story.text):
             pairs.append(tuple(grammar.expand(side, each, rng) for side in rng.choice(grammar.questions[name])))
-    if hero.kind == friend.kind and "friend" in story.tale.needs:               # "What was the boy called?" could mean both
+    if hero.kind == friend.kind and "friend" in needs:               # "What was the boy called?" could mean both
         pairs = [pair for pair in pairs if hero.kind not in pair[0] or any(one.name and one.name in pair[0] for one in (hero, friend))]
     for one in (hero, friend):                                  # only a request would have told it
         kind = re.compile(rf"\b{re.escape(one.kind)}\b")

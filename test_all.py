@@ -6292,7 +6292,7 @@ def test_plots_give_everything_its_line(trouble):
         assert not re.search(r"[{}|<>]|  |\bthey was\b", story.text), story.text
         first, then = story.text[len(story.begun):story.length].lower(), story.text[story.length:].lower()
         goal = (story.goal or "").lower()
-        assert all(phrase.split()[-1].lower() in first + goal for _, phrase in story.named[:5]), (story.named, story.text)
+        assert all(phrase.split()[-1].lower() in first + goal for _, phrase in story.named[:5] if phrase not in story.absent), (story.named, story.text)
         if trouble not in (*corpus.GOALLESS, "wish", "quarrel"):
             assert goal in then, (goal, story.text)
         if trouble == "wish":

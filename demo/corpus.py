@@ -885,6 +885,9 @@ ALONE = {"sad": "low", "odd": "plain", "afraid": "low"}         # what they are 
 # Behind speech in a line of a plot, before a letter that tidy() leaves small: "Boo!" to nobody.
 KEPT = "\N{WORD JOINER}"
 
+# What no scene, "Nobody was looking when", stands before.
+STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|always|never)\\b")
+
 # Of the word list's nature what counts as nature; the rest are things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
 
@@ -897,7 +900,13 @@ UNTOLD = set("""he she it they different voice word words color colors winter su
             roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage south nature quarrel
             knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale language step hug
             somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
-            upstairs nerve height heights fun luck life love peace rest turn way""".split())
+            pocket pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs upstairs nerve height heights fun luck life love peace rest turn way""".split())
+
+# Places that are too small to walk around in.
+SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi car wagon bus cart basket box trunk chair bed sofa table shelf".split())
+
+# What one takes or has, and nothing else instead.
+TAKEN = set("bath nap walk look break turn rest trip swim race party visit picnic".split())
 
 # Whom the word list has among neither its people nor its kin.
 PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir".split())
@@ -919,14 +928,14 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
     "want": rf"""
         \b(?:wish(?:ed|ing) for|needed|dreamed of|longed for|(?:had|has) no|(?:wanted|wants|want)(?= (?:an?|the|his|her|some)\b)){ITS} {NOUN}\b""",
     "stuck": rf"""
-        \b{NOUN} {WAS}(?:stuck|caught|trapped|locked in|shut in)\b""",
+        \b{NOUN} {WAS}(?:stuck|caught(?! an?\b| the\b)|trapped|locked in|shut in)\b""",
     "wrong": rf"""
         \b{NOUN} (?:{WAS}(?:broken|torn|locked|cracked|dirty|empty|wet|bent|ruined|spoiled|frozen|flat|crooked|rotten|burned|soaked|tangled|dark|
         silent|stained|worn out|out of order|small|big|short|long|heavy|loose)|
         broke|tore|cracked|leaked|burst|stopped|popped|would not|did not|could not|came loose|(?:tipped|fell|went|gone|blew) (?:over|down|apart|off|out))\b""",
     "sad": rf"""
         \b{NOUN} (?:{WAS}(?:sad|afraid|scared|frightened|sick|ill|lonely|alone|angry|cross|shy|tired|worried|upset|bored|hungry|cold|hurt|homesick|nervous|
-        ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|would not|could not|had a (?:cold|toothache|sore throat))\b""",
+        ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|(?:would|could) not(?! believe| stop| wait| say| see| find| help| remember)|had a (?:cold|toothache|sore throat))\b""",
     "afraid": rf"""
         \b(?:afraid|scared|frightened) of{ITS} {NOUN}\b""",
 }.items()}
@@ -1459,19 +1468,28 @@ OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "i
 
 
 def as_told_by_me(text):
-    """TEXT in which "I" stands for a name in any place, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
-    text = re.sub(rf'(?<=" )({SAID[1:-1]}|[a-z]+ed) I\b|\b(went|came|ran|sat|stood|lay|said) I\b', lambda match: f"I {match[1] or match[2]}", text)
-    text = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", text)
-    text = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled|"
-                  r"at|from|to|behind|beside|with|of|around|under|past|onto|into|toward|between|against) I\b", r"\1 me", text)
-    no_object = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}
-    return re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )", lambda match: match[0] if match[1] in no_object else f"{match[1]} me", text)
+    """TEXT in which "I" stands for a name in any place but in speech, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
+    parts = text.split('"')
+    for i in range(0, len(parts), 2):                           # what nobody says
+        part = re.sub(rf"^ (?:{SAID[1:-1]}|[a-z]+ed) I\b", lambda match: f" I {match[0].split()[0]}", parts[i]) if i else parts[i]
+        part = re.sub(r"\b(went|came|ran|sat|stood|lay|said) I\b", r"I \1", part)
+        part = re.sub(r"\b(I [a-z]+), who\b", r"\1, and I", part)
+        part = re.sub(r"\bI and (my (?:[a-z]+ )?[a-z]+|[A-Z][a-z]+)\b", r"\1 and I", part)
+        part = re.sub(r"(^|[.!?] |\n)my\b", r"\1My", part)
+        part = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", part)
+        part = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled|"
+                      r"at|from|to|behind|beside|with|of|around|under|past|onto|into|toward|between|against) I\b", r"\1 me", part)
+        no_object = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}
+        parts[i] = re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )",
+                          lambda match: match[0] if match[1] in no_object else f"{match[1]} me", part)
+    return '"'.join(parts)
 
 
 class PlotStory(Story):
     """A plot told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
-    names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None."""
+    names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
+    and has no line; `sorts` {noun: sort} of nouns put in for others of that sort."""
 
     def __init__(self, grammar, rng, source, named=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot.
@@ -1480,7 +1498,7 @@ class PlotStory(Story):
         or "I" am one of two who quarrel."""
         self.grammar, self.rng, self.foreign, self.own, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, False, [], [], []
         for _ in range(20):
-            text = self.draw(source, named)
+            text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
             self.names = []
@@ -1524,7 +1542,7 @@ class PlotStory(Story):
                 pass
             elif "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < 0.25:
                 text = Sequence([Rule("meet"), " ", *text])
-            elif "hero" in roots(text[:1]) and rng.random() < 0.2:
+            elif "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and rng.random() < 0.2:
                 text = Sequence([Rule("scene"), " ", *text])
         else:
             text = source.text
@@ -1532,7 +1550,7 @@ class PlotStory(Story):
         if rng.random() < 0.25:
             self.cast.invent()
         if "clause" in roots(text):
-            self.cast["clause"] = self.clause(rng.choice(["clause", "past clause"]) if isinstance(source, Situation) else "past clause")
+            self.cast["clause"] = self.clause("past clause")
         return text
 
     def find_hero(self, members, goal):
@@ -1573,6 +1591,8 @@ class PlotStory(Story):
         sexes = [sex for sex in PRONOUNS if noun.lower().split()[0] in (*words[f"{sex} people"], *words[f"{sex} family"])]
         if len(sexes) == 1 or sexes and sex == "it":
             sex = sexes[0]
+        if sex == "it" and self.sort(phrase) == "person":
+            sex = "she" if re.search("(?i)(sister|mom|mother|aunt|gran|niece|woman|lady|queen|girl)", noun) else "he"
         return Character(noun, noun if noun[0].isupper() else None, "they" if self.sort(phrase) == "many" else sex)
 
     def all_named(self):
@@ -1582,6 +1602,9 @@ class PlotStory(Story):
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
         no_noun = UNTOLD | nouns.adjectives
         phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun] + self.names
+        owned = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister)\b")
+        kin = {match[0].split()[-1] for match in owned.finditer(self.begun)}
+        phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
@@ -1596,7 +1619,7 @@ class PlotStory(Story):
         if situation.trouble == "wish":
             return "wish", goal
         last = goal.split()[-1]
-        if last == self.hero.kind.split()[-1]:
+        if last == self.hero.kind.split()[-1] and "toy" not in goal:
             return ALONE.get(situation.trouble, "fix"), None
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
@@ -1639,6 +1662,10 @@ class PlotStory(Story):
         noun = nouns.parted(phrase)[2].lower()
         if phrase in self.names or phrase[0].isupper():
             return "person"
+        if noun in self.sorts:                                  # it stands for a noun of that sort
+            return self.sorts[noun]
+        if noun in {one.kind for one in self.cast.characters.values()}:
+            return "person" if noun in nouns.people | PEOPLE else "animal"
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
@@ -1648,20 +1675,20 @@ class PlotStory(Story):
             return "nature"
         if one in nouns.animals or one in nouns.beings - {"house", "wave"}:
             return "animal"
-        return "place" if one in nouns.events or one in nouns.places and one not in words["things"] else "thing"
+        return "place" if one in nouns.events or one in nouns.places and one not in words["things"] and last not in SMALL else "thing"
 
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
         words, rng, others = self.grammar.words, self.rng, {}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
-            if sort in ("person", "nature") or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
+            if sort in ("person", "nature") or noun in TAKEN or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
             other = made_up_noun(words, rng) if rng.random() < 0.1 else rng.choice(
                 [place for _, place in words["places"]] if sort == "place" else words["animals" if sort == "animal" else "things"])
             other = plural(other) if sort == "many" else other
-            if " " not in other and other not in self.begun and other not in others.values() and other != self.hero.kind:
-                others[noun] = other
+            if " " not in other and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
+                others[noun], self.sorts[other] = other, sort
         return others
 
     def exchanged(self, text, others):
@@ -1675,33 +1702,51 @@ class PlotStory(Story):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for some of these,
         and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
+        absent = rf"\b(?:no|without|ate|eaten|swallowed)(?: (?:an?|the|one|only an?|any))? {NOUN}\b"
         about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
-        if not about and rng.random() < 0.5:
-            raise ValueError(f"too little to tell of: {self.begun}")
+        self.absent = [phrase for _, phrase in about if re.search(absent, self.begun.replace(phrase.split()[-1], NOUN))]
+        about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
             about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split()] or about
 
+        where = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}
+
         def line(key, it="", nth=0):
             """A text of KEY, of the NTH third or half of them, so that the second of a sort is told of otherwise than the first."""
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
-            text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
+            text = grammar.expand(rng.choice(plot.lines[key][(nth + shift) % parts::parts] if it else plot.lines[key]), cast, rng)
+            if it in where:
+                text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it].capitalize() if match[1] == "I" else where[it], text)
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
-        told, lines = collections.Counter(), []
+        told, lines, shift, visit = collections.Counter(), [], rng.randrange(6), []
+        if not about:
+            cast["visitor"] = rng.choice([each for each in grammar.words["animals"] if each not in self.begun.lower()])
+            about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
         for sort, phrase in about * (2 if len(about) == 1 else 1):
             lines.append((line(f"first {sort}", phrase, told[sort]), line(f"then {sort}", phrase, told[sort])))
             told[sort] += 1
         again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([1, 2, 2, 3]))))
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
-        begun = " ".join([self.begun + gap() + line("start"), *(first for first, _ in lines)])
+        firsts = visit + [first for first, _ in lines]
+        if len(firsts) > 3:
+            firsts[1] += "\n\n" + firsts.pop(2)
+        begun = " ".join([self.begun + gap() + line("start"), *firsts])
         then = " ".join([line("turn"), *(lines[i][1] for i in again)])
-        text = tidy(begun + "\n\n" + then + gap() + line("end"))
+        text = tidy(begun + "\n\n" + then + ("\n\n" if len(again) > 1 else gap()) + line("end"))
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length = len(first)
+
+    def in_it(self, phrase):
+        """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
+        noun = phrase.split()[-1]
+        said = re.search(rf"\b(in|at|on|under|by|near|behind) (?:the|an?|his|her|my) (?:[a-z]+ )?{re.escape(noun)}\b", self.begun)
+        listed = next((preposition for preposition, place in self.grammar.words["places"] if place.split()[-1] == noun), "in")
+        return f"{said[1] if said else listed} {phrase}"
 
     def agreeing(self, text):
         """TEXT of the plot with "were" for what is many, hero or goal, "my hat" for "his" where he says it, and told by "me" where that is the hero."""
@@ -1710,8 +1755,9 @@ class PlotStory(Story):
             many.append(self.goal)
         own = [phrase for phrase in [self.goal or "", *(phrase for _, phrase in self.named)] if phrase.startswith(self.cast["his"] + " ")]
         parts = text.split('"')
-        for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind
-            if re.search(r"\b(I|me|my|myself)\b", parts[i]) and re.match(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b", parts[i + 1]):
+        speaker = re.compile(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b")
+        for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind it, or before where he goes on
+            if re.search(r"\b(I|me|my|myself)\b", parts[i]) and (speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1])):
                 for phrase in own:
                     parts[i] = re.sub(rf"\b{re.escape(phrase)}\b", f"my {phrase.split(' ', 1)[1]}", parts[i])
         text = '"'.join(parts)
@@ -2203,14 +2249,11 @@ def plot_to_ask_for(grammar, rng):
     """A PlotStory with a `topic`: its trouble, "a fox who looks for his hat in the park", or who and what is in it, "a fox, a hat and a park"."""
     by_trouble = rng.random() < 0.6
     while True:
-        situation = rng.choice(grammar.situations_of["a situation"])
-        if by_trouble and f"who {situation.trouble}" not in grammar.rules:
-            continue
         try:
-            story = PlotStory(grammar, rng, situation)
+            story = PlotStory(grammar, rng, rng.choice(grammar.situations_of["a situation"]))
         except ValueError:
             continue
-        if story.of_its_cast and (by_trouble or story.named):
+        if story.of_its_cast and (f"who {story.trouble}" in grammar.rules if by_trouble else story.named):
             break
     story.foreign = False
     story.topic = story.hero.asked_for(rng, story.text) + (trouble_topic(story) if by_trouble else members_topic(story))

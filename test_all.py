@@ -6304,28 +6304,6 @@ def test_plots_give_everything_its_line(trouble):
     assert again > 25, again
 
 
-def test_plots_that_are_asked_for():
-    """A request names the hero and either the trouble or others that are in the story; all of these have a part in it, between its first sentence
-    and its last; and without --plots nobody gets a plot."""
-    corpus, words, by_trouble = demo_module("corpus"), plotted_grammar(), 0
-    for i in range(120):
-        story = corpus.plot_to_ask_for(words, random.Random(f"asked {i}"))
-        asked, text = corpus.asked_for(story)
-        assert not re.search(r"[{}|<>]|  ", asked + text) and story.text in text and not story.foreign, (asked, text)
-        body, topic = story.text.lower(), story.topic.lower()
-        who = re.search(r" (who|that) ", topic)
-        by_trouble += bool(who)
-        named = [] if who else [phrase.split()[-1].lower() for _, phrase in story.named if re.search(rf"\b{phrase.split()[-1].lower()}\b", topic)]
-        assert who or named, topic
-        if who and story.trouble not in (*corpus.GOALLESS, "wish"):
-            named = [story.goal.split()[-1].lower()]
-        assert all(body.count(word) > 1 for word in named), (story.topic, story.text)
-        assert all(question and answer for question, answer in corpus.questions(story))
-    assert 40 < by_trouble < 100
-    assert not any(isinstance(corpus.tell(grammar(), random.Random(i)), corpus.PlotStory) for i in range(30))
-    assert sum(isinstance(corpus.tell(words, random.Random(i)), corpus.PlotStory) for i in range(60)) > 8
-
-
 def test_troubles_that_a_beginning_tells(monkeypatch):
     """What is read of a beginning that does not say its trouble: what is wished, what is lost, who is sad; none where nothing is wrong; and no plot
     behind one in which it cannot be told."""

@@ -1032,6 +1032,9 @@ def read_tales(path, grammar):
 
 ROLES = ("hero", "friend", "other")
 
+# What people call grown-ups, or the very small, in beginnings.
+TITLES = {"he": ["Mr.", "Mr.", "Uncle", "Grandpa", "Old", "Little", "Captain"], "she": ["Mrs.", "Miss", "Aunt", "Grandma", "Granny", "Old", "Little"]}
+
 
 class Situation(Tale):
     """Something that happens, for a plot to go on from: `begin` [Sequence], ways in which a user may write it, `trouble` what it is, one of
@@ -1090,12 +1093,15 @@ class Situation(Tale):
         if role == "hero" and len(kinds) > 1 and set(kinds) <= set(words["animals"]) and rng.random() < 0.5:
             kind = "animal"
         if kind == "any":
-            kind = rng.choice(["child", "child", "animal", "animal", "creature"])
-        kind = rng.choice({"child": ["boy", "girl"], "animal": words["animals"], "creature": words["creatures"]}.get(kind, [kind]))
+            kind = rng.choice(["child", "child", "animal", "animal", "creature", "adult"])
+        kind = rng.choice({"adult": words[rng.choice(["he people", "she people"])], "child": ["boy", "girl"], "animal": words["animals"], "creature": words["creatures"]}.get(kind, [kind]))
         sexes = [sex for sex in PRONOUNS if kind in (*words[f"{sex} people"], *words[f"{sex} family"])]      # boys and girls are among them
         gender = SEX.get(kind) or rng.choice(sexes or list(PRONOUNS))
         named = kind in ("boy", "girl") or role in self.calls_by_name or rng.random() < 0.8
-        return Character(kind, draw_name(words, rng, gender, 0.0 if sexes else 0.4) if named else None, gender)
+        name = draw_name(words, rng, gender, 0.0 if sexes else 0.4) if named else None
+        if name and f"a {role}" not in self.says and role not in self.calls_by_name and sexes and rng.random() < 0.2:
+            name = f"{rng.choice(TITLES[gender])} {name}"
+        return Character(kind, name, gender)
 
 
 def of_one(text):
@@ -1715,21 +1721,20 @@ class PlotStory(Story):
         where = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}
 
         def line(key, it="", nth=0):
-            """A text of KEY, of the NTH third or half of them, so that the second of a sort is told of otherwise than the first."""
+            """A text of KEY, of the NTH third or half of them, so that the second noun is told of otherwise than the first."""
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
-            text = grammar.expand(rng.choice(plot.lines[key][(nth + shift) % parts::parts] if it else plot.lines[key]), cast, rng)
+            text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
             if it in where:
                 text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it].capitalize() if match[1] == "I" else where[it], text)
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
-        told, lines, shift, visit = collections.Counter(), [], rng.randrange(6), []
+        visit = []
         if not about:
             cast["visitor"] = rng.choice([each for each in grammar.words["animals"] if each not in self.begun.lower()])
             about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
-        for sort, phrase in about * (2 if len(about) == 1 else 1):
-            lines.append((line(f"first {sort}", phrase, told[sort]), line(f"then {sort}", phrase, told[sort])))
-            told[sort] += 1
+        about *= 2 if len(about) == 1 else 1
+        lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
         again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([1, 2, 2, 3]))))
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
@@ -1996,7 +2001,7 @@ def questions(story):
         return []                                               # of "I", or of the cup, one asks otherwise
     plotted, own = isinstance(story, PlotStory), story.tale.questions
     if plotted:
-        own, cast["goal"] = grammar.questions.get(f"who {story.trouble}", []), story.goal
+        own = grammar.questions.get(f"plot {story.trouble}", [])
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in own]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     nameless = {"hero": "nameless", "friend": "nameless friend"}
@@ -2222,9 +2227,7 @@ def chat(turns, system=None):
 
 def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
-    made-up nouns, or a plot."""
-    if asked and not characters and grammar.plotted and rng.random() < PLOTS_ASKED:
-        return plot_to_ask_for(grammar, rng)
+    made-up nouns."""
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -2239,50 +2242,6 @@ def tell(grammar, rng, characters=None, asked=True):
             return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25, pair=pair)
         except ValueError:
             continue
-
-
-# The share of the stories asked for that have a plot, where --plots lets there be any.
-PLOTS_ASKED = 0.4
-
-
-def plot_to_ask_for(grammar, rng):
-    """A PlotStory with a `topic`: its trouble, "a fox who looks for his hat in the park", or who and what is in it, "a fox, a hat and a park"."""
-    by_trouble = rng.random() < 0.6
-    while True:
-        try:
-            story = PlotStory(grammar, rng, rng.choice(grammar.situations_of["a situation"]))
-        except ValueError:
-            continue
-        if story.of_its_cast and (f"who {story.trouble}" in grammar.rules if by_trouble else story.named):
-            break
-    story.foreign = False
-    story.topic = story.hero.asked_for(rng, story.text) + (trouble_topic(story) if by_trouble else members_topic(story))
-    return story
-
-
-def as_asked(story, phrase):
-    """PHRASE, "the red kite" or "his hat", as a user may name it: "a red kite", "a hat", but "the dark"."""
-    new = re.search(rf"\b(an?|his|her) ([a-z-]+ )?{re.escape(phrase.split()[-1])}\b", story.begun)
-    return re.sub("^(the|his|her) ", "a ", phrase) if new and story.sort(phrase) not in ("nature", "many") and story.rng.random() < 0.7 else phrase
-
-
-def trouble_topic(story):
-    """Of STORY's trouble, behind its hero: " who looks for his hat in the park"."""
-    cast, rng, goal = story.cast, story.rng, story.goal
-    if goal and story.trouble != "wish":
-        cast["goal"] = as_asked(story, goal)
-    topic = " " + story.grammar.expand_rule(f"who {story.trouble}", cast, rng)
-    places = [phrase.split()[-1] for sort, phrase in story.named if sort == "place" and phrase != goal and phrase.split()[-1] not in topic]
-    where = places and re.search(rf"\b(in|at|on|under|near|behind|by) (the|an?|his|her) ([a-z]+ )?{places[0]}\b", story.begun)
-    return f"{topic} {where[0]}" if where and rng.random() < 0.6 else topic
-
-
-def members_topic(story):
-    """Of one to three of those whom STORY names, behind its hero: ", a hat and a park", " and a hat in the park"."""
-    rng = story.rng
-    phrases = [phrase for _, phrase in story.named[:5]]
-    phrases = [as_asked(story, phrase) for phrase in rng.sample(phrases, min(len(phrases), rng.choice([1, 1, 2, 2, 3])))]
-    return (rng.choice([" and ", " and ", " with "]) if len(phrases) == 1 else rng.choice([", ", ", ", " with "])) + listed(phrases)
 
 
 def continued(grammar, rng, named=False):
@@ -2318,9 +2277,11 @@ def plotted(grammar, rng, named=False):
             if source.pair or named and not source.starts_with_slot:
                 continue
         try:
-            return PlotStory(grammar, rng, source, named)
+            story = PlotStory(grammar, rng, source, named)
         except ValueError:
             continue
+        if story.trouble != "plain" or rng.random() < 0.5:          # a user's beginning mostly has some trouble
+            return story
 
 
 def beginning_of(tale, grammar, rng):
@@ -2368,23 +2329,11 @@ def story_turn(story, speaker):
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
     names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
-    if isinstance(story, PlotStory):
-        return plot_asked_for(story)
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
     first = " ".join(story.grammar.expand_rule(rule, story.cast, story.rng) for rule in echo)
     return asked, tidy(first) + " " + coda(story, aside(story))
-
-
-def plot_asked_for(story):
-    """(a request for STORY by its `topic`, its text), which says first and mostly last what it is about."""
-    grammar, cast, rng, hero = story.grammar, story.cast, story.rng, story.hero
-    asked, names_hero = ask(story, story.topic)
-    cast["topic"] = by_name(story.topic, hero) if names_hero else story.topic
-    cast["kept"] = re.sub("^an? ", "the ", cast["topic"])
-    last = [rng.choice([" ", "\n\n"]) + tidy(grammar.expand_rule("closing", cast, rng))] if rng.random() < 0.5 else []
-    return informal(tidy(asked), rng), " ".join([tidy(grammar.expand_rule("echo", cast, rng)), story.text]) + "".join(last)
 
 
 def aside(story):
@@ -2421,11 +2370,12 @@ def coda(story, text):
 
 def plain_story(grammar, rng):
     """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is only read, but half of those
-    that lead to a tale of ours, which are told as from "Once upon a time"; so is now and then a story that says first what it is about."""
+    that are our own and lead to a tale or a plot, which are told as from "Once upon a time"; so is now and then a story that says first what it is about."""
     if rng.random() < 0.1:
         return ["", asked_for(tell(grammar, rng))[1]]
     story = continued(grammar, rng)
-    begun = "" if story.own and rng.random() < 0.5 else story.begun
+    ours = isinstance(story, PlotStory) and not story.sorts and isinstance(story.tale, Situation)
+    begun = "" if (story.own or ours) and rng.random() < 0.5 else story.begun
     return [begun, story.text[len(begun):]]
 
 
@@ -2548,13 +2498,15 @@ def sums_chat(grammar, rng):
 
 
 KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
+PLOTTED_KINDS = {plain_story: 0.22, story_chat: 0.30, begun: 0.30, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.06}     # there is more to learn of beginnings
 
 
 def document(grammar, rng):
-    """One document of the corpus, its kind drawn by KINDS, without held-out words."""
+    """One document of the corpus, its kind drawn by KINDS, with plots by PLOTTED_KINDS, without held-out words."""
+    kinds = PLOTTED_KINDS if grammar.plotted else KINDS
     while True:
         grammar.words["made-up names"].clear()
-        pieces = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
+        pieces = rng.choices(list(kinds), kinds.values())[0](grammar, rng)
         if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
             return with_common_names(pieces, grammar.words, rng) if grammar.plotted else pieces
 

@@ -889,7 +889,7 @@ KEPT = "\N{WORD JOINER}"
 STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|always|never)\\b")
 
 # Of the word list's nature what counts as nature; the rest are things.
-GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder clouds stars""".split())
+GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder cloud clouds rainbow stars""".split())
 
 # Nouns, and words taken for some, that get no line of a plot.
 UNTOLD = set("""he she it they different voice word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
@@ -900,13 +900,17 @@ UNTOLD = set("""he she it they different voice word words color colors winter su
             roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage south nature quarrel
             knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale language step hug
             somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
-            pocket pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs upstairs nerve height heights fun luck life love peace rest turn way""".split())
+            pocket pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass hay mud light track tracks
+            trail footprint footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
 
 # Places that are too small to walk around in.
 SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi car wagon bus cart basket box trunk chair bed sofa table shelf".split())
 
+# Who may come by anywhere.
+VISITORS = "mouse beetle snail sparrow frog hedgehog rabbit squirrel cat hen duck toad mole ladybug goat".split()
+
 # What one takes or has, and nothing else instead.
-TAKEN = set("bath nap walk look break turn rest trip swim race party visit picnic".split())
+TAKEN = set("bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town".split())
 
 # Whom the word list has among neither its people nor its kin.
 PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir".split())
@@ -1054,8 +1058,9 @@ class Situation(Tale):
 
     @functools.cached_property
     def calls_by_name(self):
-        """Those of ROLES whose texts want a name: they say the kind besides, "{hero} the dog"."""
-        called = {text[i] for text in self.begin for i in range(len(text) - 1) if isinstance(text[i], Slot) and re.match(" the [a-z]", str(text[i + 1]))}
+        """Those of ROLES whose texts want a name: they say the kind besides, "{hero} the dog", "a dog named {hero}"."""
+        called = {slot for text in self.begin for before, slot, behind in zip(["", *text], text, [*text[1:], ""])
+                  if isinstance(slot, Slot) and (re.match(" the [a-z]", str(behind)) or str(before).endswith(" named "))}
         return {role for role in ROLES if role in called or f"{role}.kind" in self.says}
 
     @functools.cached_property
@@ -1708,7 +1713,8 @@ class PlotStory(Story):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for some of these,
         and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
-        absent = rf"\b(?:no|without|ate|eaten|swallowed)(?: (?:an?|the|one|only an?|any))? {NOUN}\b"
+        absent = (rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled)(?: (?:an?|the|one|only an?|any|his|her|[A-Z]\w*'s))? {NOUN}\b|"
+                  rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off)\b")
         about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
         self.absent = [phrase for _, phrase in about if re.search(absent, self.begun.replace(phrase.split()[-1], NOUN))]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
@@ -1731,11 +1737,11 @@ class PlotStory(Story):
 
         visit = []
         if not about:
-            cast["visitor"] = rng.choice([each for each in grammar.words["animals"] if each not in self.begun.lower()])
+            cast["visitor"] = rng.choice([each for each in VISITORS if each not in self.begun.lower()])
             about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
         about *= 2 if len(about) == 1 else 1
         lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
-        again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([1, 2, 2, 3]))))
+        again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([2, 2, 3, 3]))))
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
@@ -1762,7 +1768,7 @@ class PlotStory(Story):
         parts = text.split('"')
         speaker = re.compile(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b")
         for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind it, or before where he goes on
-            if re.search(r"\b(I|me|my|myself)\b", parts[i]) and (speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1])):
+            if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]):
                 for phrase in own:
                     parts[i] = re.sub(rf"\b{re.escape(phrase)}\b", f"my {phrase.split(' ', 1)[1]}", parts[i])
         text = '"'.join(parts)

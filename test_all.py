@@ -6349,7 +6349,8 @@ def test_what_a_beginning_names(monkeypatch):
 
 
 def test_situations_are_gone_on_with():
-    """Each situation has a plot behind it, and questions that have answers; and none of them is told unless --plots asks for it."""
+    """Each situation has a plot behind it, and questions that have answers; and none of them is told unless --plots asks for it, nor to who asks
+    for a story."""
     corpus, words = demo_module("corpus"), plotted_grammar()
     refused = 0
     for name, situation in words.situations.items():
@@ -6365,6 +6366,7 @@ def test_situations_are_gone_on_with():
         assert story.foreign and not re.search(r"[{}|<>]", story.text) and all(question and answer for question, answer in corpus.questions(story))
     assert refused < 0.005 * len(words.situations), refused
     assert not any(isinstance(corpus.continued(grammar(), random.Random(i)), corpus.PlotStory) for i in range(30))
+    assert not any(isinstance(corpus.tell(words, random.Random(i)), corpus.PlotStory) for i in range(30))         # what is asked for gets none
     assert all(isinstance(corpus.continued(words, random.Random(i)), corpus.PlotStory) for i in range(30))
 
 

@@ -900,8 +900,8 @@ UNTOLD = set("""he she it they different voice word words color colors winter su
             roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage south nature quarrel
             knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale language step hug
             somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
-            pocket pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass hay mud light track tracks
-            trail footprint footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
+            pocket pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass
+            hay mud light track tracks trail footprint footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
 
 # Places that are too small to walk around in.
 SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi car wagon bus cart basket box trunk chair bed sofa table shelf".split())
@@ -939,15 +939,26 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
         broke|tore|cracked|leaked|burst|stopped|popped|would not|did not|could not|came loose|(?:tipped|fell|went|gone|blew) (?:over|down|apart|off|out))\b""",
     "sad": rf"""
         \b{NOUN} (?:{WAS}(?:sad|afraid|scared|frightened|sick|ill|lonely|alone|angry|cross|shy|tired|worried|upset|bored|hungry|cold|hurt|homesick|nervous|
-        ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|(?:would|could) not(?! believe| stop| wait| say| see| find| help| remember)|had a (?:cold|toothache|sore throat))\b""",
+        ashamed|jealous|unhappy|crying|weeping|sulking|lost)|cried|wept|sobbed|sulked|trembled|shivered|
+        (?:would|could) not(?! believe| stop| wait| say| see| find| help| remember)|had a (?:cold|toothache|sore throat))\b""",
     "afraid": rf"""
         \b(?:afraid|scared|frightened) of{ITS} {NOUN}\b""",
 }.items()}
 
 
-def is_said(text, noun, trouble):
-    """Whether TEXT says of the word NOUN what TROUBLE, a key of IS, stands for."""
-    return noun in text and IS[trouble].search(text.replace(noun, NOUN)) is not None
+# The words by which it says that NOUN is not there, or not any more.
+ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled)(?: (?:an?|the|one|only an?|any|his|her|[A-Z]\w*'s))? {NOUN}\b|"
+                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off)\b")
+
+# The words by which it says whose kin somebody is, and where something is.
+KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
+                 r"(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister)\b")
+WHERE = "(in|at|on|under|by|near|behind)"
+
+
+def is_said(text, noun, pattern):
+    """Whether TEXT says of the word NOUN what PATTERN, ABSENT or one of IS, stands for."""
+    return noun in text and pattern.search(text.replace(noun, NOUN)) is not None
 
 
 class Plot(Tale):
@@ -1044,8 +1055,6 @@ class Situation(Tale):
     """Something that happens, for a plot to go on from: `begin` [Sequence], ways in which a user may write it, `trouble` what it is, one of
     TROUBLES, and `goal` what that is about, a Sequence or None, `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
 
-    OWN = ("thing", "place", "deed", "food", "nature", "animal", "event")           # what may be anything where it has no list
-
     def __init__(self, name):
         super().__init__(name)
         self.begin, self.trouble, self.goal = [], None, None
@@ -1099,7 +1108,8 @@ class Situation(Tale):
             kind = "animal"
         if kind == "any":
             kind = rng.choice(["child", "child", "animal", "animal", "creature", "adult"])
-        kind = rng.choice({"adult": words[rng.choice(["he people", "she people"])], "child": ["boy", "girl"], "animal": words["animals"], "creature": words["creatures"]}.get(kind, [kind]))
+        kind = rng.choice({"adult": words[rng.choice(["he people", "she people"])], "child": ["boy", "girl"], "animal": words["animals"],
+                           "creature": words["creatures"]}.get(kind, [kind]))
         sexes = [sex for sex in PRONOUNS if kind in (*words[f"{sex} people"], *words[f"{sex} family"])]      # boys and girls are among them
         gender = SEX.get(kind) or rng.choice(sexes or list(PRONOUNS))
         named = kind in ("boy", "girl") or role in self.calls_by_name or rng.random() < 0.8
@@ -1119,6 +1129,7 @@ def read_situations(path, grammar):
     situation = None
     for number, line in enumerate(path.read_text().splitlines(), 1):
         key, colon, value = (part.strip() for part in line.partition(":"))
+        trouble, about, goal = value.partition(" = ")
         try:
             if line.startswith("situation "):
                 name = line.split(maxsplit=1)[1]
@@ -1127,9 +1138,8 @@ def read_situations(path, grammar):
                 situation = grammar.situations[name] = Situation(name)
             elif colon and situation and key == "begin":
                 situation.begin.append(parse(value))
-            elif situation and key == "trouble" and value.split(" = ")[0] in TROUBLES and (value.split(" = ")[0] in GOALLESS) == (" = " not in value):
-                situation.trouble, _, goal = value.partition(" = ")
-                situation.goal = parse(goal) if goal else None
+            elif situation and key == "trouble" and trouble in TROUBLES and (trouble in GOALLESS) == (not about):
+                situation.trouble, situation.goal = trouble, parse(goal) if goal else None
             elif colon and situation and key not in ("begin", "trouble") and re.fullmatch(r"[a-z]+\d?", key):
                 names = [name.strip() for name in value.split(",") if name.strip()]
                 situation.lists[key] = names if key in ROLES else [entry for name in names for entry in grammar.words.get(name) or [name]]
@@ -1140,10 +1150,9 @@ def read_situations(path, grammar):
     for situation in grammar.situations.values():
         if not (situation.begin and situation.trouble):
             raise ValueError(f"situation {situation.name}: wanted begin and trouble")
-        named = {slot for text in situation.begin for slot in roots(text)} - PRONOUNS["he"].keys()
-        if unused := situation.lists.keys() - named - {"hero"} - (roots(situation.goal) if situation.goal else set()):
+        used = {"hero"}.union(*map(roots, situation.begin), roots(situation.goal or ()))
+        if unused := situation.lists.keys() - used:
             raise ValueError(f"situation {situation.name}: no text has {{{min(unused)}}}, which it lists")
-        situation.needs = [slot for slot in dict.fromkeys([*ROLES, *situation.lists, *Situation.OWN]) if slot in named - {"color"}]
 
 
 class Opening:
@@ -1465,6 +1474,10 @@ class Story:
         self.length = len(tidy(begun))
         self.text = begun + rng.choice([" ", "\n\n"]) + "\n\n".join(paragraphs)
 
+    def to_be_asked(self):
+        """([(question, answer), ...] of its own, [the slots that can be asked about, ...])."""
+        return self.tale.questions, self.tale.needs
+
     def matters(self, slot, cast=None):
         """Whether the story names what SLOT of CAST (the tale's own) stands for more than once, and in its second half, too, so that a
         request may ask for it."""
@@ -1480,7 +1493,7 @@ OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "i
 
 def as_told_by_me(text):
     """TEXT in which "I" stands for a name in any place but in speech, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
-    parts = text.split('"')
+    no_object, parts = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}, text.split('"')
     for i in range(0, len(parts), 2):                           # what nobody says
         part = re.sub(rf"^ (?:{SAID[1:-1]}|[a-z]+ed) I\b", lambda match: f" I {match[0].split()[0]}", parts[i]) if i else parts[i]
         part = re.sub(r"\b(went|came|ran|sat|stood|lay|said) I\b", r"I \1", part)
@@ -1490,7 +1503,6 @@ def as_told_by_me(text):
         part = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", part)
         part = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled|"
                       r"at|from|to|behind|beside|with|of|around|under|past|onto|into|toward|between|against) I\b", r"\1 me", part)
-        no_object = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}
         parts[i] = re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )",
                           lambda match: match[0] if match[1] in no_object else f"{match[1]} me", part)
     return '"'.join(parts)
@@ -1507,7 +1519,7 @@ class PlotStory(Story):
         Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn
         names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
         or "I" am one of two who quarrel."""
-        self.grammar, self.rng, self.foreign, self.own, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, False, [], [], []
+        self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, [], [], []
         for _ in range(20):
             text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
@@ -1529,6 +1541,7 @@ class PlotStory(Story):
             if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
             self.plot = rng.choice([each for each in grammar.plots_for[self.trouble] if not each.verbs or goal.split()[0] in each.verbs])
+            self.own = isinstance(source, Situation) and not others
             self.tale = source if isinstance(source, Situation) else self.plot
             self.tell()
             if not (twice := repeats(self.text)):
@@ -1549,12 +1562,8 @@ class PlotStory(Story):
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
             self.cast = self.opened = source.draw_cast(grammar, rng)
-            if named:
-                pass
-            elif "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and rng.random() < 0.25:
-                text = Sequence([Rule("meet"), " ", *text])
-            elif "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and rng.random() < 0.2:
-                text = Sequence([Rule("scene"), " ", *text])
+            if not named:
+                text = self.led_up_to(text)
         else:
             text = source.text
             self.cast = self.opened = Cast(grammar, None, rng, source.characters(grammar, rng, {}))
@@ -1562,6 +1571,14 @@ class PlotStory(Story):
             self.cast.invent()
         if "clause" in roots(text):
             self.cast["clause"] = self.clause("past clause")
+        return text
+
+    def led_up_to(self, text):
+        """TEXT, now and then behind a first meeting with its hero, or with a scene."""
+        if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and self.rng.random() < 0.25:
+            return Sequence([Rule("meet"), " ", *text])
+        if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and self.rng.random() < 0.2:
+            return Sequence([Rule("scene"), " ", *text])
         return text
 
     def find_hero(self, members, goal):
@@ -1597,7 +1614,8 @@ class PlotStory(Story):
             phrases = [phrase for phrase in self.grammar.nouns.noticed(text, set()) if phrase.split()[-1] == goal] or phrases
         phrase = (subjects or phrases)[0]
         noun = phrase if phrase[0].isupper() else self.grammar.nouns.parted(phrase)[2]
-        said = re.findall(r"\b(he|his|him|himself|she|her|herself|its|itself|it(?! (?:was|is|rained|snowed|got)\b))\b", self.begun[max(self.at(phrase), 0):].lower())
+        said = re.findall(r"\b(he|his|him|himself|she|her|herself|its|itself|it(?! (?:was|is|rained|snowed|got)\b))\b",
+                          self.begun[max(self.at(phrase), 0):].lower())
         sex = "it" if not said or said[0].startswith("it") else "she" if said[0] in ("she", "her", "herself") else "he"
         sexes = [sex for sex in PRONOUNS if noun.lower().split()[0] in (*words[f"{sex} people"], *words[f"{sex} family"])]
         if len(sexes) == 1 or sexes and sex == "it":
@@ -1613,8 +1631,7 @@ class PlotStory(Story):
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
         no_noun = UNTOLD | nouns.adjectives
         phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun] + self.names
-        owned = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister)\b")
-        kin = {match[0].split()[-1] for match in owned.finditer(self.begun)}
+        kin = {match[0].split()[-1] for match in KIN.finditer(self.begun)}
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
         if hero.gender == "I":
@@ -1630,7 +1647,7 @@ class PlotStory(Story):
         if situation.trouble == "wish":
             return "wish", goal
         last = goal.split()[-1]
-        if last == self.hero.kind.split()[-1] and "toy" not in goal:
+        if last == self.hero.kind.split()[-1] and "toy" not in goal:            # a rabbit may have a toy rabbit
             return ALONE.get(situation.trouble, "fix"), None
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
@@ -1639,16 +1656,17 @@ class PlotStory(Story):
                 return situation.trouble, phrase
         return situation.trouble, goal if " " in goal or goal[0].isupper() else f"the {goal}"
 
-    def begun_with(self):
-        """Those of friend, place and thing that stand in `begun` as the cast has them, so that one can ask of them; a place with what is before it."""
+    def to_be_asked(self):
+        """As of any story: the questions of its trouble, and those of friend, place and thing that stand in `begun` as the cast has them. The cast's
+        place gets the preposition that is before it there."""
         cast, (_, place) = self.cast, self.cast.place
         found = ["friend"] * (cast["friend"].removeprefix("the ") in [phrase.removeprefix("the ") for _, phrase in self.named])
-        if where := re.search(rf"\b(in|at|on|under|by|near|behind) (?:the|an?) {re.escape(place)}\b", self.begun):
+        if where := re.search(rf"\b{WHERE} (?:the|an?) {re.escape(place)}\b", self.begun):
             cast.place = (where[1], place)
             found.append("place")
         if cast.thing in self.grammar.words["things"] and re.search(rf"\b(an?|the|his|her) {re.escape(cast['thing.noun'])}\b", self.begun):
             found.append("thing")
-        return found
+        return self.grammar.questions.get(f"plot {self.trouble}", []), found
 
     def read_trouble(self, alone):
         """(trouble, goal) of a beginning that does not say it; ALONE: "he" is nobody but the hero. Raises ValueError where it has none that is known."""
@@ -1658,10 +1676,11 @@ class PlotStory(Story):
         for trouble in IS:
             for sort, phrase in self.named:
                 noun = phrase.split()[-1]
-                if sort != "nature" and is_said(self.begun, noun, trouble) and (
+                if sort != "nature" and is_said(self.begun, noun, IS[trouble]) and (
                         trouble not in ("wrong", "sad") or alive(sort, self.grammar.nouns.forms.get(noun, noun)) == (trouble == "sad")):
                     return "away" if trouble == "gone" and alive(sort, noun) else trouble, phrase
-        if any(is_said(self.begun, name, "sad") for name in ((self.hero.name or self.hero.kind).split()[-1], self.cast["he"], self.cast["he"].capitalize())):
+        words = (self.hero.name or self.hero.kind).split()[-1], self.cast["he"], self.cast["he"].capitalize()
+        if any(is_said(self.begun, word, IS["sad"]) for word in words):
             return "low", None
         if WORRY.search(self.begun) or not AT_PEACE.search(sentences(self.begun)[-1]):
             raise ValueError(f"what is the trouble? {self.begun}")
@@ -1713,10 +1732,8 @@ class PlotStory(Story):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for some of these,
         and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
-        absent = (rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled)(?: (?:an?|the|one|only an?|any|his|her|[A-Z]\w*'s))? {NOUN}\b|"
-                  rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off)\b")
         about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
-        self.absent = [phrase for _, phrase in about if re.search(absent, self.begun.replace(phrase.split()[-1], NOUN))]
+        self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal
         if self.trouble == "wish":
@@ -1755,7 +1772,7 @@ class PlotStory(Story):
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
         noun = phrase.split()[-1]
-        said = re.search(rf"\b(in|at|on|under|by|near|behind) (?:the|an?|his|her|my) (?:[a-z]+ )?{re.escape(noun)}\b", self.begun)
+        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{re.escape(noun)}\b", self.begun)
         listed = next((preposition for preposition, place in self.grammar.words["places"] if place.split()[-1] == noun), "in")
         return f"{said[1] if said else listed} {phrase}"
 
@@ -1815,18 +1832,13 @@ def request(story):
             echo = re.sub(rf"\b(an? (?:little )?{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
         asked, names_hero = ask(story, topic)
         if names_hero:
-            echo = by_name(echo, hero)
+            echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
         if more and asked[-1] not in ".?!:":
             asked += "."
         return informal(tidy(" ".join([asked, *more])), rng), echo
     finally:
         for each in casts:
             each.asking = None
-
-
-def by_name(text, hero):
-    """TEXT with the name of the HERO, who has one, in the place of "a girl" or "a little girl named Mia"."""
-    return re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, text, count=1)
 
 
 def attach(topic, extra, grammar, rng):
@@ -2005,15 +2017,12 @@ def questions(story):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     if not story.of_its_cast:
         return []                                               # of "I", or of the cup, one asks otherwise
-    plotted, own = isinstance(story, PlotStory), story.tale.questions
-    if plotted:
-        own = grammar.questions.get(f"plot {story.trouble}", [])
+    own, needs = story.to_be_asked()
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in own]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     nameless = {"hero": "nameless", "friend": "nameless friend"}
     asked = lambda slot, each: nameless[slot] if slot in nameless and not each.characters[slot].name else slot
     known = [(asked("hero", cast), cast), ("not there", cast)]
-    needs = story.begun_with() if plotted else story.tale.needs
     members = dict.fromkeys([(slot, cast) for slot in needs] + story.must)
     known += [(asked(slot, each), each) for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
     known += [("did", cast)] * 2 * story.did
@@ -2376,12 +2385,12 @@ def coda(story, text):
 
 def plain_story(grammar, rng):
     """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is only read, but half of those
-    that are our own and lead to a tale or a plot, which are told as from "Once upon a time"; so is now and then a story that says first what it is about."""
+    that are our own and lead to a tale or a plot, which are told as from "Once upon a time"; so is now and then a story that says first what it is
+    about."""
     if rng.random() < 0.1:
         return ["", asked_for(tell(grammar, rng))[1]]
     story = continued(grammar, rng)
-    ours = isinstance(story, PlotStory) and not story.sorts and isinstance(story.tale, Situation)
-    begun = "" if (story.own or ours) and rng.random() < 0.5 else story.begun
+    begun = "" if story.own and rng.random() < 0.5 else story.begun
     return [begun, story.text[len(begun):]]
 
 
@@ -2504,7 +2513,7 @@ def sums_chat(grammar, rng):
 
 
 KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
-PLOTTED_KINDS = {plain_story: 0.22, story_chat: 0.30, begun: 0.30, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.06}     # there is more to learn of beginnings
+PLOTTED_KINDS = {plain_story: 0.22, story_chat: 0.30, begun: 0.30, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.06}    # more beginnings
 
 
 def document(grammar, rng):

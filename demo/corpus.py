@@ -1729,8 +1729,8 @@ class PlotStory(Story):
         return text
 
     def tell(self):
-        """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for some of these,
-        and its end."""
+        """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for three or four of
+        these, and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
         self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT)]
@@ -1758,7 +1758,7 @@ class PlotStory(Story):
             about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
         about *= 2 if len(about) == 1 else 1
         lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
-        again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([2, 2, 3, 3]))))
+        again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([3, 4]))))
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:

@@ -241,6 +241,50 @@ def conjugate(phrase, irregular):
     return phrase, third + rest, past + rest, ing + rest
 
 
+# Stems in "-ed" that lack an e: "decided", "noticed", "danced", but not "waited", "sailed".
+LACKS_E = re.compile(r"([^e]id|(?<![oe])at|[cvn]it|i[vz]|iev|(?<![ao])il|o[vs]|a[vzg]|(?<![aeo])[aiu][srkp]|[aeo][iu]s|eas|[iau]c|nc|[hr]ang|nj|[dr]g|[rl]v|"
+                     "[bdtgpfkz]l|(?<!o)ast|(?<!e)ach|eath|ee[sz]|u)$")
+AUXILIARIES = set("was were is are be been being had has have got did does a an the his her my their its your so too very never really quite".split())
+BETWEEN = set("never always already just still only not almost nearly quite really very so too all".split())
+
+
+def base_of(past, irregular):
+    """The verb of which PAST is the past: "went" -> "go", "stopped" -> "stop"; None where it is no verb's."""
+    for base, forms in irregular.items():
+        if forms[0] == past:
+            return base
+    if past in ("were", "was") or not past.endswith("ed") or len(past) < 5:
+        return None
+    stem = past[:-2]
+    doubled = len(stem) > 3 and stem[-1] == stem[-2] and stem[-1] not in "lszfr"
+    return stem[:-1] + "y" if stem.endswith("i") else stem[:-1] if doubled else stem + "e" if LACKS_E.search(stem) or conjugate(stem, {})[2] != past else stem
+
+
+def as_of_now(text, irregular):
+    """TEXT, told in the past, as one speaks of what happens in a story: "Mia lost her hat and was sad" -> "Mia loses her hat and is sad". By the word
+    lists alone, so that it errs now and then, as do people who ask."""
+    modal = {"was": "is", "were": "are", "had": "has", "did": "does", "would": "will", "could": "can", "couldn't": "can't", "wouldn't": "won't",
+             "didn't": "doesn't", "wasn't": "isn't", "hadn't": "hasn't"}
+    parts, many = re.split(r"([A-Za-z]+(?:'[a-z]+)?)", text), False
+    words = parts[1::2]
+    for i, word in enumerate(words):
+        many = many and not re.search("[.!?]", parts[2 * i])
+        before = next((each for each in reversed(words[:i]) if each.lower() not in BETWEEN), "").lower()
+        if before in ("i", "you", "we", "they") or i > 1 and words[i - 2] == "and" and (words[i - 1][0].isupper() or i > 2 and words[i - 3][0].isupper()):
+            many = True
+        elif before in ("he", "she", "it", "nobody", "somebody", "who"):
+            many = False
+        if word in modal:
+            words[i] = "have" if many and word == "had" else "do" if many and word == "did" else modal[word]
+            continue
+        named = word in ("named", "called") and words[i + 1:i + 2] and words[i + 1][0].isupper()
+        base = None if named or not word.islower() or before in AUXILIARIES or not before else base_of(word, irregular)
+        if base:
+            words[i] = base if many else conjugate(base, irregular)[1]
+    parts[1::2] = words
+    return "".join(parts).replace("can not", "cannot")
+
+
 def plural(noun):
     """ "foxes", "ponies", "mice", "lighthouse keepers". """
     irregular = ("mouse mice goose geese moose moose man men sheep sheep fish fish deer deer wolf wolves calf calves elf elves leaf leaves "
@@ -1077,12 +1121,17 @@ class Situation(Tale):
         """Whether a user tells of himself in it."""
         return any(of_one(literal(text)) and "hero" not in roots(text) for text in self.begin)
 
-    def draw_cast(self, grammar, rng):
-        """A Cast of it: its people of the kinds that it names, no two alike, and an entry of each of its lists. Raises ValueError where they always
-        are alike."""
+    def may_be_about(self, hero, words):
+        """Whether it may happen to HERO, a Character of an earlier story."""
+        kinds = self.lists.get("hero", ["any"])
+        return "hero" in self.says and bool({hero.kind, "any", "child" if hero.child else "animal" if hero.kind in words["animals"] else ""} & set(kinds))
+
+    def draw_cast(self, grammar, rng, hero=None):
+        """A Cast of it: its people, HERO or those of the kinds that it names, no two alike, and an entry of each of its lists. Raises ValueError where
+        they always are alike."""
         alike = lambda one, other: one.name[:2] == other.name[:2] if one.name and other.name else one.kind == other.kind
         for _ in range(1000):
-            people = [self.draw_person(role, grammar.words, rng) for role in ROLES]
+            people = [hero if hero and role == "hero" else self.draw_person(role, grammar.words, rng) for role in ROLES]
             if not any(alike(one, other) for one, other in itertools.combinations(people, 2)):
                 break
         else:
@@ -1514,12 +1563,14 @@ class PlotStory(Story):
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
     and has no line; `sorts` {noun: sort} of nouns put in for others of that sort."""
 
-    def __init__(self, grammar, rng, source, named=False):
-        """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot.
+    def __init__(self, grammar, rng, source, named=False, asked=False, known=None):
+        """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
+        user has only asked for it, and it begins with how its hero is met; KNOWN: it is about this Character, of whom there was a story.
         Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn
         names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
         or "I" am one of two who quarrel."""
-        self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, True, False, [], [], []
+        self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
+        self.known = known
         for _ in range(20):
             text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
@@ -1561,8 +1612,8 @@ class PlotStory(Story):
             if not texts:
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
-            self.cast = self.opened = source.draw_cast(grammar, rng)
-            if not named:
+            self.cast = self.opened = source.draw_cast(grammar, rng, self.known)
+            if not (named or self.known):
                 text = self.led_up_to(text)
         else:
             text = source.text
@@ -1574,8 +1625,10 @@ class PlotStory(Story):
         return text
 
     def led_up_to(self, text):
-        """TEXT, now and then behind a first meeting with its hero, or with a scene."""
-        if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and self.rng.random() < 0.25:
+        """TEXT, now and then, and mostly where it is asked for, behind a first meeting with its hero, or with a scene."""
+        hero = self.cast.characters["hero"]
+        if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and " " not in (hero.name or "") \
+                and not re.match(rf"x was an? {hero.kind}\b", literal(text)) and self.rng.random() < (0.25 if self.foreign else 0.8):
             return Sequence([Rule("meet"), " ", *text])
         if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and self.rng.random() < 0.2:
             return Sequence([Rule("scene"), " ", *text])
@@ -1795,6 +1848,105 @@ class PlotStory(Story):
 
 
 # 7. Requests for a story, and questions about it
+
+# How a user asks for a PlotStory, and how often: by what happens, its trouble, who and what is in it, words, its hero alone, what it teaches.
+WAYS_TO_ASK = {"by what happens": 45, "by trouble": 12, "by members": 18, "by words": 10, "by hero": 7, "by theme": 5, "for any": 3}
+
+
+def plot_request(story):
+    """What a user says to get STORY, a PlotStory."""
+    grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
+    way = rng.choices(list(WAYS_TO_ASK), WAYS_TO_ASK.values())[0]
+    if way == "by words" and story.named:
+        return words_request(story)
+    if way == "by theme" and f"theme {trouble}" in grammar.rules:
+        topic = grammar.expand_rule(f"theme {trouble}", cast, rng)
+    elif way == "for any":
+        return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng)
+    elif not story.of_its_cast:
+        if not (sentence := happening(story)):
+            return words_request(story)
+        cast["happening"] = sentence
+        return informal(tidy(grammar.expand_rule("ask happening", cast, rng)), rng)
+    else:
+        topic = story.hero.asked_for(rng, story.text)
+        if way == "by trouble" and f"who {trouble}" in grammar.rules:
+            topic += trouble_topic(story)
+        elif way == "by members" and story.named:
+            topic += members_topic(story)
+        elif way != "by hero":
+            if done := deeds(story):
+                topic += f" {rng.choice(['who', 'who', 'who', 'that'])} {done}"
+            elif sentence := happening(story):
+                cast["happening"] = sentence
+                return informal(tidy(grammar.expand_rule("ask happening", cast, rng)), rng)
+    return informal(tidy(ask(story, topic)[0]), rng)
+
+
+def deeds(story):
+    """What the beginning of STORY says of its hero first, in one sentence or two, as of now: "loses her hat and looks under the bed"; "" where it does
+    not begin with him."""
+    hero, done = story.hero, []
+    kind = rf"(?:[a-z-]+ )?{re.escape(hero.kind)}"
+    who = re.compile("(?:" + "|".join(filter(None, [rf"An? {kind}(?: (?:named|called) {re.escape(hero.name or '-')})?", f"The {kind}",
+                     hero.name and rf"{re.escape(hero.name)}(?: the {kind})?", story.cast["he"].capitalize()])) + ") (.+)[.!]")
+    for sentence in re.split(r"(?<=[.!?])\s+", story.begun)[:4]:
+        said = re.sub(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ", "", sentence)
+        match = who.fullmatch(said[0].upper() + said[1:])
+        if re.match("(Once|There|This is)", sentence) and not match and not done:
+            continue                                            # "Once there was a fox named Pip."
+        if not match or '"' in sentence or re.match(rf"(?:was|is) an? {kind}$", match[1]):
+            break
+        done.append(as_of_now("he " + match[1], story.grammar.words["irregular verbs"])[3:])
+    return " and ".join(done[:story.rng.choice([1, 1, 2])]) if story.cast["he"] != "they" else ""
+
+
+def happening(story):
+    """A sentence of the beginning of STORY as of now, without its full stop: "all the lights in the school go out"; "" where all is said by somebody."""
+    told = [sentence for sentence in re.split(r"(?<=[.!?])\s+", story.begun)
+            if '"' not in sentence and not re.match(r"Once |(?:There (?:once )?was|There was once) an? [^.,]* (?:named|called) [A-Z]\w*\.|(?:He|She|It|They) ", sentence)]
+    if not told:
+        return ""
+    text = as_of_now(re.sub(r"^(?:But|Then|And|So|Now|Today,?|One day,?) ", "", told[0].rstrip(".!?")), story.grammar.words["irregular verbs"])
+    return text[0].lower() + text[1:] if text.split()[0].lower() in STARTS else text
+
+
+def as_asked(story, phrase):
+    """PHRASE, "the red kite" or "his hat", as a user may name it: "a red kite", "a hat", but "the dark"."""
+    new = re.search(rf"\b(an?|his|her) ([a-z-]+ )?{re.escape(phrase.split()[-1])}\b", story.begun)
+    return re.sub("^(the|his|her) ", "a ", phrase) if new and story.sort(phrase) not in ("nature", "many") and story.rng.random() < 0.7 else phrase
+
+
+def trouble_topic(story):
+    """Of STORY's trouble, behind its hero: " who looks for his hat in the park"."""
+    cast, rng, goal = story.cast, story.rng, story.goal
+    if goal and story.trouble != "wish":
+        cast["goal"] = as_asked(story, goal)
+    topic = " " + story.grammar.expand_rule(f"who {story.trouble}", cast, rng)
+    cast["goal"] = goal
+    places = [phrase.split()[-1] for sort, phrase in story.named if sort == "place" and phrase != goal and phrase.split()[-1] not in topic]
+    where = places and re.search(rf"\b(in|at|on|under|near|behind|by) (the|an?|his|her) ([a-z]+ )?{places[0]}\b", story.begun)
+    return f"{topic} {where[0]}" if where and rng.random() < 0.6 else topic
+
+
+def members_topic(story):
+    """Of one to three of those whom STORY names, behind its hero: ", a hat and a park", " and a hat in the park"."""
+    rng, phrases = story.rng, [phrase for _, phrase in story.named[:5]]
+    phrases = [as_asked(story, phrase) for phrase in rng.sample(phrases, min(len(phrases), rng.choice([1, 1, 2, 2, 3])))]
+    return (rng.choice([" and ", " and ", " with "]) if len(phrases) == 1 else rng.choice([", ", ", ", " with "])) + listed(phrases)
+
+
+def words_request(story):
+    """A request for STORY by one to four words that it names: "a story with the words fox, hat and park"."""
+    cast, rng = story.cast, story.rng
+    words = {phrase.split()[-1]: sort not in ("many", "nature") and phrase[0].islower() for sort, phrase in [("thing", story.hero.kind), *story.named]}
+    words = {word: words[word] for word in rng.sample(list(words), min(len(words), rng.choice([1, 2, 2, 3, 3, 4])))}
+    quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
+    articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
+    cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
+    cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
+    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng)
+
 
 def request(story):
     """(what a user says to get STORY, its topic): the tale's own phrase, a thread's or a general one, and all else that must be named
@@ -2241,8 +2393,10 @@ def chat(turns, system=None):
 
 
 def tell(grammar, rng, characters=None, asked=True):
-    """A Story of a tale drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
+    """A Story of a tale or plot drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
     made-up nouns."""
+    if grammar.plotted and rng.random() < grammar.plotted:
+        return plot_to_ask_for(grammar, rng, characters["hero"] if characters else None)
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -2279,6 +2433,20 @@ def continued(grammar, rng, named=False):
             return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
         except (ValueError, IndexError):
             continue
+
+
+def plot_to_ask_for(grammar, rng, hero=None):
+    """A PlotStory that a user asks for; about HERO, if there was one of him."""
+    while True:
+        source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "any words"])])
+        try:
+            if hero and not source.may_be_about(hero, grammar.words):
+                continue
+            story = PlotStory(grammar, rng, source, asked=True, known=hero)
+        except ValueError:
+            continue
+        if story.hero.gender in PRONOUNS or story.hero.gender == "it":
+            return story
 
 
 def plotted(grammar, rng, named=False):
@@ -2343,7 +2511,9 @@ def story_turn(story, speaker):
 
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
-    names its tale next to what was asked for makes the choice of the one that fits easy to learn."""
+    names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a plot the text alone: it begins with that."""
+    if isinstance(story, PlotStory):
+        return plot_request(story), story.text
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
@@ -2421,8 +2591,9 @@ def begun(grammar, rng):
     alone = story.foreign and rng.random() < 0.7
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
-    other_words, length = rng.random() < 0.5, story.length - len(story.begun) if story.foreign else ends[1]
-    if other_words and not isinstance(story, PlotStory):
+    plot = isinstance(story, PlotStory)
+    other_words, length = rng.random() < 0.5, story.length - len(story.begun) if story.foreign else story.length if plot else ends[1]
+    if other_words and not plot:
         length = ends[0]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:
@@ -2513,7 +2684,7 @@ def sums_chat(grammar, rng):
 
 
 KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
-PLOTTED_KINDS = {plain_story: 0.22, story_chat: 0.30, begun: 0.30, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.06}    # more beginnings
+PLOTTED_KINDS = {plain_story: 0.20, story_chat: 0.34, begun: 0.28, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.06}
 
 
 def document(grammar, rng):

@@ -6379,10 +6379,11 @@ def test_what_a_beginning_names(monkeypatch):
 
 
 def test_situations_are_gone_on_with():
-    """Each situation has a plot behind it, and questions that have answers; and none of them is told unless --plots asks for it."""
+    """Situations, every third of them, have a plot behind them, and questions that have answers; and none of them is told unless --plots asks for
+    it."""
     corpus, words = demo_module("corpus"), plotted_grammar()
     refused = 0
-    for name, situation in words.situations.items():
+    for name, situation in list(words.situations.items())[::3]:
         for seed in range(12):                                  # some beginnings of one may have too little to tell of
             try:
                 story = corpus.PlotStory(words, random.Random(f"situation {name} {seed}"), situation)
@@ -6393,7 +6394,7 @@ def test_situations_are_gone_on_with():
             refused += 1
             continue
         assert story.foreign and not re.search(r"[{}|<>]", story.text) and all(question and answer for question, answer in corpus.questions(story))
-    assert refused < 0.005 * len(words.situations), refused
+    assert refused < 0.005 * len(words.situations) / 3, refused
     assert not any(isinstance(corpus.continued(grammar(), random.Random(i)), corpus.PlotStory) for i in range(30))
     assert all(isinstance(corpus.continued(words, random.Random(i)), corpus.PlotStory) for i in range(30))
 

@@ -75,7 +75,8 @@ def parse(text):
 
 class Grammar:
     """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
-    (question, answer). `plotted` is the share of the beginnings behind which one of the `plots` is told; the `situations` are most of these."""
+    (question, answer). `plotted` is the share of the stories that are told by one of the `plots`, behind a beginning, mostly of one of the
+    `situations`."""
 
     def __init__(self, folder=HERE, plotted=0.0):
         self.words, self.plotted = read_words(folder / "words.txt"), plotted
@@ -936,7 +937,7 @@ STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|a
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder cloud clouds rainbow stars""".split())
 
 # Nouns, and words taken for some, that get no line of a plot.
-UNTOLD = set("""he she it they different voice word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
+UNTOLD = set("""he she it they different voice voices heads faces backs word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
             holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles landing wash laugh shout leak test
             visit dark heat game song music poem joke secret dream dance tail tooth teeth eye belly neck paw paws wing wings beak fur skin
             knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms elbow thumb tongue mane claw hump beard heart breath
@@ -991,13 +992,19 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 
 
 # The words by which it says that NOUN is not there, or not any more.
-ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled)(?: (?:an?|the|one|only an?|any|his|her|[A-Z]\w*'s))? {NOUN}\b|"
+ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
+                    rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off)\b")
 
 # The words by which it says whose kin somebody is, and where something is.
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
                  r"(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister)\b")
 WHERE = "(in|at|on|under|by|near|behind)"
+
+
+def head(phrase):
+    """PHRASE up to the noun that it is of: "the door" of "the door in the sky"."""
+    return re.split(" (?:in|on|under|behind|of|from|full of|with) ", phrase)[0]
 
 
 def is_said(text, noun, pattern):
@@ -1627,7 +1634,7 @@ class PlotStory(Story):
     def led_up_to(self, text):
         """TEXT, now and then, and mostly where it is asked for, behind a first meeting with its hero, or with a scene."""
         hero = self.cast.characters["hero"]
-        if "hero" in roots(text) and "a hero" not in slots(text) and not of_one(literal(text)) and " " not in (hero.name or "") \
+        if "hero" in roots(text) and not {"a hero", "hero.kind"} & set(slots(text)) and not of_one(literal(text)) and " " not in (hero.name or "") \
                 and not re.match(rf"x was an? {hero.kind}\b", literal(text)) and self.rng.random() < (0.25 if self.foreign else 0.8):
             return Sequence([Rule("meet"), " ", *text])
         if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and self.rng.random() < 0.2:
@@ -1699,13 +1706,13 @@ class PlotStory(Story):
         goal = self.grammar.expand(situation.goal, self.cast, self.rng)
         if situation.trouble == "wish":
             return "wish", goal
-        last = goal.split()[-1]
+        last = head(goal).split()[-1]
         if last == self.hero.kind.split()[-1] and "toy" not in goal:            # a rabbit may have a toy rabbit
             return ALONE.get(situation.trouble, "fix"), None
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
         for _, phrase in self.named:
-            if phrase.split()[-1] == last:
+            if phrase.split()[-1] == last and goal == head(goal):
                 return situation.trouble, phrase
         return situation.trouble, goal if " " in goal or goal[0].isupper() else f"the {goal}"
 
@@ -1742,7 +1749,7 @@ class PlotStory(Story):
     def sort(self, phrase):
         """What the PHRASE is, by the word lists: a place is one that is no thing besides."""
         words, nouns = self.grammar.words, self.grammar.nouns
-        noun = nouns.parted(phrase)[2].lower()
+        noun = nouns.parted(head(phrase))[2].lower()
         if phrase in self.names or phrase[0].isupper():
             return "person"
         if noun in self.sorts:                                  # it stands for a noun of that sort
@@ -1785,14 +1792,15 @@ class PlotStory(Story):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for three or four of
         these, and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
-        about = [(sort, phrase) for sort, phrase in self.named if not self.goal or phrase.split()[-1] != self.goal.split()[-1]][:5]
+        of_goal = (self.goal.split()[-1], head(self.goal).split()[-1]) if self.goal and self.trouble != "wish" else ()
+        about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
         self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
-            about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split()] or about
+            about = [(sort, phrase) for sort, phrase in about if sort == "person" or phrase.split()[-1] not in self.goal.split()] or about
 
         where = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}
 
@@ -1895,20 +1903,28 @@ def deeds(story):
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
-        if not match or '"' in sentence or re.match(rf"(?:was|is) an? {kind}$", match[1]):
+        if not match or '"' in sentence or match[1].startswith("and ") or re.match(rf"(?:was|is) an? {kind}$", match[1]):
             break
+        others = [one for one in story.cast.characters.values() if one is not hero and one.gender == hero.gender]
+        if done and said.split()[0].lower() == story.cast["he"] and any((one.name or one.kind) in story.begun for one in others):
+            break                                               # "he" may be the other one
         done.append(as_of_now("he " + match[1], story.grammar.words["irregular verbs"])[3:])
-    return " and ".join(done[:story.rng.choice([1, 1, 2])]) if story.cast["he"] != "they" else ""
+    both = " and ".join(done[:2])
+    return both if len(both.split()) < 17 and story.rng.random() < 0.5 else (done or [""])[0]
 
 
 def happening(story):
     """A sentence of the beginning of STORY as of now, without its full stop: "all the lights in the school go out"; "" where all is said by somebody."""
     told = [sentence for sentence in re.split(r"(?<=[.!?])\s+", story.begun)
-            if '"' not in sentence and not re.match(r"Once |(?:There (?:once )?was|There was once) an? [^.,]* (?:named|called) [A-Z]\w*\.|(?:He|She|It|They) ", sentence)]
+            if '"' not in sentence and not sentence.endswith("?") and not re.match(r"Once |(?:There (?:once )?was|There was once) an? [^.,]* (?:named|called) [A-Z]\w*\.|(?:He|She|It|They) ", sentence)]
+    whose = lambda sentence: re.search(r"\b(?:he|she|him|her|his|they|their)\b", sentence) is not None
+    who = [story.hero.name or story.hero.kind, *([story.goal.split()[-1]] if story.goal else [])]
+    told = [sentence for sentence in told if any(word in sentence for word in who)] or [sentence for sentence in told if not whose(sentence)]
     if not told:
         return ""
     text = as_of_now(re.sub(r"^(?:But|Then|And|So|Now|Today,?|One day,?) ", "", told[0].rstrip(".!?")), story.grammar.words["irregular verbs"])
-    return text[0].lower() + text[1:] if text.split()[0].lower() in STARTS else text
+    named = {word for name in (story.hero.name or "", *story.names) for word in name.split()}
+    return text if re.match("[A-Za-z]*", text)[0] in named or text.split()[0].lower() in CALLED_BY_ROLE else text[0].lower() + text[1:]
 
 
 def as_asked(story, phrase):
@@ -1945,7 +1961,10 @@ def words_request(story):
     articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng)
+    asked = tidy(story.grammar.expand_rule("ask words", cast, rng))
+    if len(words) == 1:
+        asked = re.sub(r"(?i)\b(?:all of )?(the|my|these|some|three) words\b", r"\1 word", asked).replace(" them", " it")
+    return informal(asked, rng)
 
 
 def request(story):
@@ -2785,7 +2804,7 @@ def main():
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plots", metavar="SHARE", type=float, default=0.0,
-                        help="the share of beginnings that a plot for their trouble goes on from (0, as for stories.bin)")
+                        help="the share of stories that are told by a plot for the trouble of their beginning (0, as for stories.bin)")
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
     parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
     parser.add_argument("--count", type=int, help="how many (5)")

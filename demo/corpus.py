@@ -189,6 +189,11 @@ def sentences(text):
     return [words for words in (re.sub(r"[^a-z0-9' ]", "", part.lower()).strip() for part in parts) if words]
 
 
+def whole_sentences(text):
+    """The sentences of TEXT as they are."""
+    return re.split(r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)\s+", text)
+
+
 def repeats(text):
     """The first sentence of three or more words that occurs twice in TEXT, else None."""
     seen = set()
@@ -258,7 +263,9 @@ def base_of(past, irregular):
         return None
     stem = past[:-2]
     doubled = len(stem) > 3 and stem[-1] == stem[-2] and stem[-1] not in "lszfr"
-    return stem[:-1] + "y" if stem.endswith("i") else stem[:-1] if doubled else stem + "e" if LACKS_E.search(stem) or conjugate(stem, {})[2] != past else stem
+    if stem.endswith("i"):
+        return stem[:-1] + "y"
+    return stem[:-1] if doubled else stem + "e" if LACKS_E.search(stem) or conjugate(stem, {})[2] != past else stem
 
 
 def as_of_now(text, irregular):
@@ -271,14 +278,17 @@ def as_of_now(text, irregular):
     for i, word in enumerate(words):
         many = many and not re.search("[.!?]", parts[2 * i])
         before = next((each for each in reversed(words[:i]) if each.lower() not in BETWEEN), "").lower()
-        if before in ("i", "you", "we", "they") or i > 1 and words[i - 2] == "and" and (words[i - 1][0].isupper() or i > 2 and words[i - 3][0].isupper()):
-            many = True
-        elif before in ("he", "she", "it", "nobody", "somebody", "who"):
+        if before in ("he", "she", "it", "nobody", "somebody", "who", "everybody", "everyone", "someone"):
             many = False
+        elif before in ("i", "you", "we", "they"):
+            many = True
+        elif i > 1 and words[i - 2] == "and" and (words[i - 1][0].isupper() or i > 2 and words[i - 3][0].isupper()):
+            many = True                                         # "Tom and Mia", "Tom and the dog"
         if word in modal:
             words[i] = "have" if many and word == "had" else "do" if many and word == "did" else modal[word]
             continue
         named = word in ("named", "called") and words[i + 1:i + 2] and words[i + 1][0].isupper()
+        named = named or word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())
         base = None if named or not word.islower() or before in AUXILIARIES or not before else base_of(word, irregular)
         if base:
             words[i] = base if many else conjugate(base, irregular)[1]
@@ -937,7 +947,8 @@ STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|a
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder cloud clouds rainbow stars""".split())
 
 # Nouns, and words taken for some, that get no line of a plot.
-UNTOLD = set("""he she it they different voice voices heads faces backs word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
+UNTOLD = set("""he she it they different voice voices heads faces backs inch inches might squawk soccer
+            football tag word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
             holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles landing wash laugh shout leak test
             visit dark heat game song music poem joke secret dream dance tail tooth teeth eye belly neck paw paws wing wings beak fur skin
             knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms elbow thumb tongue mane claw hump beard heart breath
@@ -1131,7 +1142,8 @@ class Situation(Tale):
     def may_be_about(self, hero, words):
         """Whether it may happen to HERO, a Character of an earlier story."""
         kinds = self.lists.get("hero", ["any"])
-        return "hero" in self.says and bool({hero.kind, "any", "child" if hero.child else "animal" if hero.kind in words["animals"] else ""} & set(kinds))
+        sort = "child" if hero.child else "animal" if hero.kind in words["animals"] else "any"
+        return "hero" in self.says and bool({hero.kind, sort, "any"} & set(kinds))
 
     def draw_cast(self, grammar, rng, hero=None):
         """A Cast of it: its people, HERO or those of the kinds that it names, no two alike, and an entry of each of its lists. Raises ValueError where
@@ -1568,7 +1580,7 @@ class PlotStory(Story):
     """A plot told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
-    and has no line; `sorts` {noun: sort} of nouns put in for others of that sort."""
+    or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort."""
 
     def __init__(self, grammar, rng, source, named=False, asked=False, known=None):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
@@ -1634,10 +1646,12 @@ class PlotStory(Story):
     def led_up_to(self, text):
         """TEXT, now and then, and mostly where it is asked for, behind a first meeting with its hero, or with a scene."""
         hero = self.cast.characters["hero"]
-        if "hero" in roots(text) and not {"a hero", "hero.kind"} & set(slots(text)) and not of_one(literal(text)) and " " not in (hero.name or "") \
-                and not re.match(rf"x was an? {hero.kind}\b", literal(text)) and self.rng.random() < (0.25 if self.foreign else 0.8):
+        met = {"a hero", "hero.kind"} & set(slots(text)) or re.search(rf"\ban? (?:[a-z]+ )?{re.escape(hero.kind)}\b", literal(text))
+        if "hero" in roots(text) and not met and not of_one(literal(text)) and " " not in (hero.name or "") \
+                and self.rng.random() < (0.25 if self.foreign else 0.8):
             return Sequence([Rule("meet"), " ", *text])
-        if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and self.rng.random() < 0.2:
+        habit = re.search(r"\b(every|always|whenever|at night|tonight)\b", literal(text), re.I)
+        if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and not habit and self.rng.random() < 0.2:
             return Sequence([Rule("scene"), " ", *text])
         return text
 
@@ -1689,8 +1703,12 @@ class PlotStory(Story):
         hero, nouns = self.hero, self.grammar.nouns
         kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
+        who = f"(?:{re.escape(str(hero))}|{self.cast['he']})"
+        hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
         no_noun = UNTOLD | nouns.adjectives
-        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun] + self.names
+        named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
+        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun
+                   and not re.search(rf"\b{re.escape(phrase.split()[-1])} (?:{named})\b", self.begun)] + self.names
         kin = {match[0].split()[-1] for match in KIN.finditer(self.begun)}
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
@@ -1714,7 +1732,7 @@ class PlotStory(Story):
         for _, phrase in self.named:
             if phrase.split()[-1] == last and goal == head(goal):
                 return situation.trouble, phrase
-        return situation.trouble, goal if " " in goal or goal[0].isupper() else f"the {goal}"
+        return situation.trouble, goal if re.match("(?:the|an?|another|some|his|her|my|no|one) |[A-Z]", goal) else f"the {goal}"
 
     def to_be_asked(self):
         """As of any story: the questions of its trouble, and those of friend, place and thing that stand in `begun` as the cast has them. The cast's
@@ -1794,7 +1812,9 @@ class PlotStory(Story):
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         of_goal = (self.goal.split()[-1], head(self.goal).split()[-1]) if self.goal and self.trouble != "wish" else ()
         about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
-        self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT)]
+        friend = cast.characters["friend"]
+        rival = lambda phrase: self.trouble == "quarrel" and phrase.split()[-1] in (friend.name, friend.kind.split()[-1])
+        self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT) or rival(phrase)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal
         if self.trouble == "wish":
@@ -1862,44 +1882,41 @@ WAYS_TO_ASK = {"by what happens": 45, "by trouble": 12, "by members": 18, "by wo
 
 
 def plot_request(story):
-    """What a user says to get STORY, a PlotStory."""
+    """What a user says to get STORY, a PlotStory; by words, or what happens, where its hero is not the cast's."""
     grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
     way = rng.choices(list(WAYS_TO_ASK), WAYS_TO_ASK.values())[0]
-    if way == "by words" and story.named:
-        return words_request(story)
-    if way == "by theme" and f"theme {trouble}" in grammar.rules:
-        topic = grammar.expand_rule(f"theme {trouble}", cast, rng)
-    elif way == "for any":
-        return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng)
-    elif not story.of_its_cast:
-        if not (sentence := happening(story)):
-            return words_request(story)
+    hero = story.hero.asked_for(rng, story.text)
+    if way == "for any":
+        asked = grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)
+    elif way == "by words" and story.named:
+        asked = words_request(story)
+    elif story.of_its_cast and way == "by hero":
+        asked, _ = ask(story, hero)
+    elif story.of_its_cast and way == "by theme" and f"theme {trouble}" in grammar.rules:
+        asked, _ = ask(story, grammar.expand_rule(f"theme {trouble}", cast, rng))
+    elif story.of_its_cast and way == "by trouble" and f"who {trouble}" in grammar.rules:
+        asked, _ = ask(story, hero + trouble_topic(story))
+    elif story.of_its_cast and way == "by members" and story.named:
+        asked, _ = ask(story, hero + members_topic(story))
+    elif story.of_its_cast and (done := deeds(story)):
+        asked, _ = ask(story, f"{hero} {rng.choice(['who', 'who', 'who', 'that'])} {done}")
+    elif sentence := happening(story):
         cast["happening"] = sentence
-        return informal(tidy(grammar.expand_rule("ask happening", cast, rng)), rng)
+        asked = grammar.expand_rule("ask happening", cast, rng)
     else:
-        topic = story.hero.asked_for(rng, story.text)
-        if way == "by trouble" and f"who {trouble}" in grammar.rules:
-            topic += trouble_topic(story)
-        elif way == "by members" and story.named:
-            topic += members_topic(story)
-        elif way != "by hero":
-            if done := deeds(story):
-                topic += f" {rng.choice(['who', 'who', 'who', 'that'])} {done}"
-            elif sentence := happening(story):
-                cast["happening"] = sentence
-                return informal(tidy(grammar.expand_rule("ask happening", cast, rng)), rng)
-    return informal(tidy(ask(story, topic)[0]), rng)
+        asked = words_request(story)
+    return informal(tidy(asked), rng)
 
 
 def deeds(story):
-    """What the beginning of STORY says of its hero first, in one sentence or two, as of now: "loses her hat and looks under the bed"; "" where it does
-    not begin with him."""
-    hero, done = story.hero, []
+    """What the beginning of STORY says of its hero first, in one sentence or two, as of now: "loses her hat and looks under the bed"; "" where it
+    does not begin with him."""
+    hero, done, lead_in = story.hero, [], "One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now"
     kind = rf"(?:[a-z-]+ )?{re.escape(hero.kind)}"
     who = re.compile("(?:" + "|".join(filter(None, [rf"An? {kind}(?: (?:named|called) {re.escape(hero.name or '-')})?", f"The {kind}",
                      hero.name and rf"{re.escape(hero.name)}(?: the {kind})?", story.cast["he"].capitalize()])) + ") (.+)[.!]")
-    for sentence in re.split(r"(?<=[.!?])\s+", story.begun)[:4]:
-        said = re.sub(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ", "", sentence)
+    for sentence in whole_sentences(story.begun)[:4]:
+        said = re.sub(rf"^(?:{lead_in})\b(?: [^, ]+){{0,4}}, |^(?:Then|But|And|So|Now) ", "", sentence)
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
@@ -1914,9 +1931,10 @@ def deeds(story):
 
 
 def happening(story):
-    """A sentence of the beginning of STORY as of now, without its full stop: "all the lights in the school go out"; "" where all is said by somebody."""
-    told = [sentence for sentence in re.split(r"(?<=[.!?])\s+", story.begun)
-            if '"' not in sentence and not sentence.endswith("?") and not re.match(r"Once |(?:There (?:once )?was|There was once) an? [^.,]* (?:named|called) [A-Z]\w*\.|(?:He|She|It|They) ", sentence)]
+    """A sentence of the beginning of STORY as of now, without its full stop: "all the lights in the school go out"; "" where all is said by
+    somebody, or of nobody that it names."""
+    no_event = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
+    told = [sentence for sentence in whole_sentences(story.begun) if not no_event.match(sentence)]
     whose = lambda sentence: re.search(r"\b(?:he|she|him|her|his|they|their)\b", sentence) is not None
     who = [story.hero.name or story.hero.kind, *([story.goal.split()[-1]] if story.goal else [])]
     told = [sentence for sentence in told if any(word in sentence for word in who)] or [sentence for sentence in told if not whose(sentence)]
@@ -1955,16 +1973,15 @@ def members_topic(story):
 def words_request(story):
     """A request for STORY by one to four words that it names: "a story with the words fox, hat and park"."""
     cast, rng = story.cast, story.rng
-    words = {phrase.split()[-1]: sort not in ("many", "nature") and phrase[0].islower() for sort, phrase in [("thing", story.hero.kind), *story.named]}
+    members = [("thing", story.hero.kind), *story.named]
+    words = {phrase.split()[-1]: sort not in ("many", "nature") and phrase[0].islower() for sort, phrase in members}
     words = {word: words[word] for word in rng.sample(list(words), min(len(words), rng.choice([1, 2, 2, 3, 3, 4])))}
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
     articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    asked = tidy(story.grammar.expand_rule("ask words", cast, rng))
-    if len(words) == 1:
-        asked = re.sub(r"(?i)\b(?:all of )?(the|my|these|some|three) words\b", r"\1 word", asked).replace(" them", " it")
-    return informal(asked, rng)
+    asked = story.grammar.expand_rule("ask words", cast, rng)
+    return asked if len(words) > 1 else re.sub(r"(?i)\b(?:all of )?(the|my|these|some|three) words\b", r"\1 word", asked).replace(" them", " it")
 
 
 def request(story):

@@ -248,8 +248,12 @@ def conjugate(phrase, irregular):
 
 
 # Stems in "-ed" that lack an e: "decided", "noticed", "danced", but not "waited", "sailed".
-LACKS_E = re.compile(r"([^e]id|(?<![oe])at|[cvn]it|i[vz]|iev|(?<![ao])il|o[vs]|a[vzg]|(?<![aeo])[aiu][srkp]|[aeo][iu]s|eas|[iau]c|nc|[hr]ang|nj|[dr]g|[rl]v|"
-                     "[bdtgpfkz]l|(?<!o)ast|(?<!e)ach|eath|ee[sz]|u)$")
+LACKS_E = re.compile(r"([^e]id|(?<![oe])at|[cvn]it|i[vz]|iev|(?<![ao])il|o[vs]|a[vzg]|(?<![aeo])[aiu][srkp]|[aeo][iu]s|eas|[iau]c|nc|[hr]ang|nj|"
+                     r"[dr]g|[rl]v|[bdtgpfkz]l|(?<!o)ast|(?<!e)ach|eath|ee[sz]|u)$")
+# Verbs that are not conjugated by rule, and how they are said as of now.
+NOW = {"was": "is", "were": "are", "had": "has", "did": "does", "would": "will", "could": "can", "couldn't": "can't", "wouldn't": "won't",
+       "didn't": "doesn't", "wasn't": "isn't", "hadn't": "hasn't"}
+# Behind these stands no verb of the past ("had lost", "the lost hat"); words that may stand between the two.
 AUXILIARIES = set("was were is are be been being had has have got did does a an the his her my their its your so too very never really quite".split())
 BETWEEN = set("never always already just still only not almost nearly quite really very so too all".split())
 
@@ -271,8 +275,6 @@ def base_of(past, irregular):
 def as_of_now(text, irregular):
     """TEXT, told in the past, as one speaks of what happens in a story: "Mia lost her hat and was sad" -> "Mia loses her hat and is sad". By the word
     lists alone, so that it errs now and then, as do people who ask."""
-    modal = {"was": "is", "were": "are", "had": "has", "did": "does", "would": "will", "could": "can", "couldn't": "can't", "wouldn't": "won't",
-             "didn't": "doesn't", "wasn't": "isn't", "hadn't": "hasn't"}
     parts, many = re.split(r"([A-Za-z]+(?:'[a-z]+)?)", text), False
     words = parts[1::2]
     for i, word in enumerate(words):
@@ -284,13 +286,11 @@ def as_of_now(text, irregular):
             many = True
         elif i > 1 and words[i - 2] == "and" and (words[i - 1][0].isupper() or i > 2 and words[i - 3][0].isupper()):
             many = True                                         # "Tom and Mia", "Tom and the dog"
-        if word in modal:
-            words[i] = "have" if many and word == "had" else "do" if many and word == "did" else modal[word]
-            continue
         named = word in ("named", "called") and words[i + 1:i + 2] and words[i + 1][0].isupper()
-        named = named or word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())
-        base = None if named or not word.islower() or before in AUXILIARIES or not before else base_of(word, irregular)
-        if base:
+        state = word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())      # "one was left."
+        if word in NOW:
+            words[i] = {"had": "have", "did": "do"}.get(word, NOW[word]) if many else NOW[word]
+        elif word.islower() and before and before not in AUXILIARIES and not (named or state) and (base := base_of(word, irregular)):
             words[i] = base if many else conjugate(base, irregular)[1]
     parts[1::2] = words
     return "".join(parts).replace("can not", "cannot")
@@ -1589,9 +1589,8 @@ class PlotStory(Story):
         names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
         or "I" am one of two who quarrel."""
         self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
-        self.known = known
         for _ in range(20):
-            text, self.sorts = self.draw(source, named), {}
+            text, self.sorts = self.draw(source, named, known), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
             self.names = []
@@ -1623,16 +1622,16 @@ class PlotStory(Story):
     def of_its_cast(self):
         return self.hero is self.cast.characters["hero"]
 
-    def draw(self, source, named):
-        """A text of SOURCE with its alternatives drawn; makes the cast."""
+    def draw(self, source, named, known):
+        """A text of SOURCE, NAMED and KNOWN as above, with its alternatives drawn; makes the cast."""
         grammar, rng = self.grammar, self.rng
         if isinstance(source, Situation):
             texts = [text for text in source.begin if not named or isinstance(text[0], Slot)]
             if not texts:
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
-            self.cast = self.opened = source.draw_cast(grammar, rng, self.known)
-            if not (named or self.known):
+            self.cast = self.opened = source.draw_cast(grammar, rng, known)
+            if not (named or known):
                 text = self.led_up_to(text)
         else:
             text = source.text
@@ -1908,15 +1907,20 @@ def plot_request(story):
     return informal(tidy(asked), rng)
 
 
+# What a request leaves out before a sentence that it retells (more than LEAD_IN), and sentences in which nothing happens or it is not clear to whom.
+LEFT_OUT = re.compile(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ")
+NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
+
+
 def deeds(story):
     """What the beginning of STORY says of its hero first, in one sentence or two, as of now: "loses her hat and looks under the bed"; "" where it
     does not begin with him."""
-    hero, done, lead_in = story.hero, [], "One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now"
+    hero, done = story.hero, []
     kind = rf"(?:[a-z-]+ )?{re.escape(hero.kind)}"
     who = re.compile("(?:" + "|".join(filter(None, [rf"An? {kind}(?: (?:named|called) {re.escape(hero.name or '-')})?", f"The {kind}",
                      hero.name and rf"{re.escape(hero.name)}(?: the {kind})?", story.cast["he"].capitalize()])) + ") (.+)[.!]")
     for sentence in whole_sentences(story.begun)[:4]:
-        said = re.sub(rf"^(?:{lead_in})\b(?: [^, ]+){{0,4}}, |^(?:Then|But|And|So|Now) ", "", sentence)
+        said = LEFT_OUT.sub("", sentence)
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
@@ -1933,8 +1937,7 @@ def deeds(story):
 def happening(story):
     """A sentence of the beginning of STORY as of now, without its full stop: "all the lights in the school go out"; "" where all is said by
     somebody, or of nobody that it names."""
-    no_event = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
-    told = [sentence for sentence in whole_sentences(story.begun) if not no_event.match(sentence)]
+    told = [sentence for sentence in whole_sentences(story.begun) if not NO_EVENT.match(sentence)]
     whose = lambda sentence: re.search(r"\b(?:he|she|him|her|his|they|their)\b", sentence) is not None
     who = [story.hero.name or story.hero.kind, *([story.goal.split()[-1]] if story.goal else [])]
     told = [sentence for sentence in told if any(word in sentence for word in who)] or [sentence for sentence in told if not whose(sentence)]
@@ -1972,15 +1975,10 @@ def members_topic(story):
 
 def words_request(story):
     """A request for STORY by one to four words that it names: "a story with the words fox, hat and park"."""
-    cast, rng = story.cast, story.rng
-    members = [("thing", story.hero.kind), *story.named]
+    rng, members = story.rng, [("thing", story.hero.kind), *story.named]
     words = {phrase.split()[-1]: sort not in ("many", "nature") and phrase[0].islower() for sort, phrase in members}
     words = {word: words[word] for word in rng.sample(list(words), min(len(words), rng.choice([1, 2, 2, 3, 3, 4])))}
-    quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
-    articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
-    cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
-    cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    asked = story.grammar.expand_rule("ask words", cast, rng)
+    asked = ask_words(story, words)
     return asked if len(words) > 1 else re.sub(r"(?i)\b(?:all of )?(the|my|these|some|three) words\b", r"\1 word", asked).replace(" them", " it")
 
 
@@ -2172,11 +2170,17 @@ def by_words(story):
     names = {word(slot, each): slot in ("hero", "friend", "thing", "place", "job") for slot, each in story.told}
     if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
         names = {plural(name): False for name in names}
+    return informal(tidy(ask_words(story, names)), rng), in_order(story, "", story.told, bare=True)
+
+
+def ask_words(story, words):
+    """A request for STORY by WORDS {word: whether it is a noun that takes "a"}, not yet tidy."""
+    cast, rng = story.cast, story.rng
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
-    articled, quoted = ["a " * noun + name for name, noun in names.items()], [quote + name + quote for name in names]
+    articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    return informal(tidy(story.grammar.expand_rule("ask words", cast, rng)), rng), in_order(story, "", story.told, bare=True)
+    return story.grammar.expand_rule("ask words", cast, rng)
 
 
 def informal(text, rng):
@@ -2475,13 +2479,13 @@ def plot_to_ask_for(grammar, rng, hero=None):
     """A PlotStory that a user asks for; about HERO, if there was one of him."""
     while True:
         source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "any words"])])
+        if hero and not source.may_be_about(hero, grammar.words):
+            continue
         try:
-            if hero and not source.may_be_about(hero, grammar.words):
-                continue
             story = PlotStory(grammar, rng, source, asked=True, known=hero)
         except ValueError:
             continue
-        if story.hero.gender in PRONOUNS or story.hero.gender == "it":
+        if story.hero.gender in ("he", "she", "it"):            # nobody asks for "I", or for "the ducks" by one of these
             return story
 
 
@@ -2627,10 +2631,13 @@ def begun(grammar, rng):
     alone = story.foreign and rng.random() < 0.7
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
-    plot = isinstance(story, PlotStory)
-    other_words, length = rng.random() < 0.5, story.length - len(story.begun) if story.foreign else story.length if plot else ends[1]
+    other_words, plot = rng.random() < 0.5, isinstance(story, PlotStory)
     if other_words and not plot:
         length = ends[0]
+    elif story.foreign:
+        length = story.length - len(story.begun)                # the beginning is not in the text
+    else:
+        length = story.length if plot else ends[1]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:
         asked, text = reworded(asked, text, grammar, rng)

@@ -6335,6 +6335,19 @@ def test_plots_that_are_asked_for():
     assert not any(isinstance(corpus.tell(grammar(), random.Random(i)), corpus.PlotStory) for i in range(30))
 
 
+def test_who_quarrels_is_no_third():
+    """The other one of two who quarrel has no line of his own, whatever he is called."""
+    corpus, words, titled = demo_module("corpus"), plotted_grammar(), 0
+    for situation in (each for each in words.situations.values() if each.trouble == "quarrel"):
+        for seed in range(4):
+            with contextlib.suppress(ValueError):
+                story = corpus.PlotStory(words, random.Random(f"{situation.name} {seed}"), situation)
+                other = story.cast.characters["friend"].name
+                assert other not in story.names or other in story.absent, (story.absent, story.text)
+                titled += other in story.names and " " in other
+    assert titled > 3, titled
+
+
 def test_troubles_that_a_beginning_tells(monkeypatch):
     """What is read of a beginning that does not say its trouble: what is wished, what is lost, who is sad; none where nothing is wrong; and no plot
     behind one in which it cannot be told."""

@@ -1812,7 +1812,7 @@ class PlotStory(Story):
         of_goal = (self.goal.split()[-1], head(self.goal).split()[-1]) if self.goal and self.trouble != "wish" else ()
         about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
         friend = cast.characters["friend"]
-        rival = lambda phrase: self.trouble == "quarrel" and phrase.split()[-1] in (friend.name, friend.kind.split()[-1])
+        rival = lambda phrase: self.trouble == "quarrel" and (phrase == friend.name or phrase.split()[-1] == friend.kind.split()[-1])
         self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT) or rival(phrase)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal

@@ -6335,6 +6335,59 @@ def test_plots_that_are_asked_for():
     assert not any(isinstance(corpus.tell(grammar(), random.Random(i)), corpus.PlotStory) for i in range(30))
 
 
+@pytest.mark.parametrize("name", sorted(demo_module("corpus").Grammar(plotted=1.0).premises))
+def test_premises_tell_what_is_asked_for(name):
+    """What a request for a premise names stands in the story's beginning, a noun that is made up in both, and no deed is asked for that the hero can do
+    already; what it is about comes right; the hero of an earlier story may be its hero."""
+    corpus, words, told = demo_module("corpus"), plotted_grammar(), 0
+    for i in range(24):
+        try:
+            story = corpus.PremiseStory(words, random.Random(f"{name} {i}"), words.premises[name], asked=True)
+        except ValueError as error:
+            assert re.search("nobody|never asked|one or two|held out|always|no friend", str(error)), error
+            continue
+        told += 1
+        begun, asked = story.begun.lower(), story.asked.lower()
+        assert not re.search(r"[{}|<>]|  ", story.asked + story.text) and corpus.repeats(story.text) is None and not corpus.UNTRUE.search(asked), story.asked
+        for slot, cast in [*story.must, *story.second]:
+            if slot != "clause":
+                assert any(part.split()[0].lower() in begun for part in cast.names(slot) if part), (slot, story.asked, story.begun)
+        assert story.invented is None or story.invented in asked and story.invented.split()[0] in begun, (story.invented, asked, begun)
+        assert all(phrase.split()[-1].lower() in begun for _, phrase in story.named), (story.named, story.begun)
+        if story.trouble == "wish":
+            assert corpus.an(corpus.conjugate(story.goal, words.words["irregular verbs"])[2]).lower() in story.text[story.length:].lower(), story.text
+        with contextlib.suppress(ValueError):                   # somebody who wants to bake himself
+            again = corpus.PremiseStory(words, random.Random(i), words.premises["deed"], asked=False, known=story.hero)
+            assert str(story.hero) in again.text and again.asked is None and not again.background
+    assert told > 8, told
+
+
+@pytest.mark.parametrize("asked, true", [
+    ("a fox who wants to swim", True), ("a fox who can swim", False), ("a fox who loves to swim", False), ("the fox who could not swim", True),
+    ("Can you tell me a story about a fox?", True), ("Can I have a story about a fox?", True), ("I love boys. A story about a boy", False),
+    ("a fox who was never afraid of bees", False), ("a fox who works as a baker", False), ("I love foxes. A story about a fox", True)])
+def test_requests_ask_for_what_is_told(asked, true):
+    """A premise is not asked for in words that its story contradicts."""
+    assert bool(demo_module("corpus").UNTRUE.search(asked)) != true
+
+
+def test_what_is_asked_of_a_situation_is_all_that_is_told():
+    """A request for a situation says what happens there, and the story begins with that alone, behind how its hero is met."""
+    corpus, words, seen = demo_module("corpus"), plotted_grammar(), 0
+    for i in range(300):
+        rng = random.Random(f"situation {i}")
+        try:
+            story = corpus.PlotStory(words, rng, rng.choice(words.situations_of["a situation"]), asked=True)
+        except ValueError:
+            continue
+        told = [each for each in corpus.whole_sentences(story.begun) if not re.match("(?:Once|There|This is) ", each)]
+        assert len(told) <= 2 and (story.deeds or story.happening), story.begun
+        of_now = " ".join(corpus.as_of_now(sentence, words.words["irregular verbs"]) for sentence in corpus.whole_sentences(story.begun)).lower()
+        assert (story.deeds or story.happening).split(" and ")[0].rstrip(".").lower()[-12:] in of_now, (story.deeds, story.happening, story.begun)
+        seen += 1
+    assert seen > 60, seen
+
+
 def test_who_quarrels_is_no_third():
     """The other one of two who quarrel has no line of his own, whatever he is called."""
     corpus, words, titled = demo_module("corpus"), plotted_grammar(), 0
@@ -6770,6 +6823,13 @@ def test_wrong_lines_of_the_tales_are_named(tmp_path):
                          "situation a\nbegin: {hero} ran.": "situation a: wanted begin and trouble",
                          "situation a\nbegin: {hero} ran.\ntrouble: plain\nplaec: pond": "situation a: no text has {plaec}, which it lists"}.items():
         (tmp_path / "demo" / "tales" / "situations-zz.txt").write_text(text + "\n")
+        done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
+    (tmp_path / "demo" / "tales" / "situations-zz.txt").unlink()
+    for text, wanted in {"begin: {hero} ran.": "premises-zz.txt:1: not understood", "premise a\ntrouble: gone": "premises-zz.txt:2: not understood",
+                         "premise a\noften: two": "premises-zz.txt:2: not understood", "premise a\n\npremise a": "premises-zz.txt:3: a second premise named a",
+                         "premise a\nbegin: {he} ran.": "premise a: wanted begin and trouble"}.items():
+        (tmp_path / "demo" / "tales" / "premises-zz.txt").write_text(text + "\n")
         done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
 

@@ -81,11 +81,11 @@ class Grammar:
     def __init__(self, folder=HERE, plotted=0.0):
         self.words, self.plotted = read_words(folder / "words.txt"), plotted
         self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
-        self.threads, self.plots, self.situations, self.questions = {}, {}, {}, collections.defaultdict(list)
+        self.threads, self.plots, self.situations, self.premises, self.questions = {}, {}, {}, {}, collections.defaultdict(list)
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
-            (read_situations if path.name.startswith("situations") else read_tales)(path, self)
+            {"situations": read_situations, "premises": read_premises}.get(path.stem.split("-")[0], read_tales)(path, self)
         begins = lambda tale: tale.open or tale.start and (tale.event or "fact" in tale.needs)
         if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells and tale.ask and begins(tale))]:
             raise ValueError(f"tale {idle[0]}: wanted needs, tells, ask, a body, and open, or start and event")
@@ -731,10 +731,10 @@ class Cast(dict):
             self["pair"] = self.rng.choice([f"three {kinds}", f"three {kinds}", kinds])
             self["third"] = self.rng.choice([name for name in self.grammar.words["pet names"] if name not in (hero.name, friend.name)])
 
-    def invent(self):
-        """Give one member a noun that does not exist, so that the model learns to copy words that it has never seen; or the thing one of
-        two words that never met: "a sparrow's bell"."""
-        noun, which = made_up_noun(self.grammar.words, self.rng), self.rng.choice(["hero", "friend", "thing", "thing", "thing", "place", "deed"])
+    def invent(self, among=("hero", "friend", "thing", "thing", "thing", "place", "deed")):
+        """Give one member AMONG these a noun that does not exist, so that the model learns to copy words that it has never seen; or the thing one
+        of two words that never met: "a sparrow's bell"."""
+        noun, which = made_up_noun(self.grammar.words, self.rng), self.rng.choice(among)
         if which == "thing":
             self.thing = noun if self.rng.random() < 0.4 else an(self.grammar.expand_rule("two nouns", self, self.rng))
             self.adjective = ""
@@ -941,7 +941,7 @@ ALONE = {"sad": "low", "odd": "plain", "afraid": "low"}         # what they are 
 KEPT = "\N{WORD JOINER}"
 
 # What no scene, "Nobody was looking when", stands before.
-STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|always|never)\\b")
+STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|always|never)\b")
 
 # Of the word list's nature what counts as nature; the rest are things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder cloud clouds rainbow stars""".split())
@@ -1001,6 +1001,9 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
         \b(?:afraid|scared|frightened) of{ITS} {NOUN}\b""",
 }.items()}
 
+
+# The first words of wishes for something that is not there before they are fulfilled.
+YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet".split())
 
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
@@ -1139,18 +1142,12 @@ class Situation(Tale):
         """Whether a user tells of himself in it."""
         return any(of_one(literal(text)) and "hero" not in roots(text) for text in self.begin)
 
-    def may_be_about(self, hero, words):
-        """Whether it may happen to HERO, a Character of an earlier story."""
-        kinds = self.lists.get("hero", ["any"])
-        sort = "child" if hero.child else "animal" if hero.kind in words["animals"] else "any"
-        return "hero" in self.says and bool({hero.kind, sort, "any"} & set(kinds))
-
-    def draw_cast(self, grammar, rng, hero=None):
-        """A Cast of it: its people, HERO or those of the kinds that it names, no two alike, and an entry of each of its lists. Raises ValueError where
-        they always are alike."""
+    def draw_cast(self, grammar, rng):
+        """A Cast of it: its people, of the kinds that it names, no two alike, and an entry of each of its lists. Raises ValueError where they always
+        are alike."""
         alike = lambda one, other: one.name[:2] == other.name[:2] if one.name and other.name else one.kind == other.kind
         for _ in range(1000):
-            people = [hero if hero and role == "hero" else self.draw_person(role, grammar.words, rng) for role in ROLES]
+            people = [self.draw_person(role, grammar.words, rng) for role in ROLES]
             if not any(alike(one, other) for one, other in itertools.combinations(people, 2)):
                 break
         else:
@@ -1221,6 +1218,63 @@ def read_situations(path, grammar):
         used = {"hero"}.union(*map(roots, situation.begin), roots(situation.goal or ()))
         if unused := situation.lists.keys() - used:
             raise ValueError(f"situation {situation.name}: no text has {{{min(unused)}}}, which it lists")
+
+
+class Premise(Tale):
+    """What a request asks for, told as a beginning in which every noun is a slot: a few ways to tell whatever was named, so that it is copied and
+    nothing is told that nobody asked for. `begin` [Sequence], what happens, behind how the hero is met; `trouble` and `goal` as of a
+    Situation; `often` how often it is drawn."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.begin, self.trouble, self.goal, self.often = [], None, None, 1
+
+    def needing(self, slots):
+        """This premise with SLOTS as its needs."""
+        one = copy.copy(self)
+        one.needs = sorted(slots)
+        return one
+
+
+# Who and what a premise may have besides its hero; those of them that can be told of behind any other, and how often each is.
+MEMBERS = ("friend", "place", "thing", "nature", "event")
+BACKGROUND = {"friend": 26, "thing": 26, "place": 24, "second thing": 8, "second friend": 4, "nature": 3, "event": 2, "food": 3, "trait": 3, "weather": 2,
+              "job": 2}
+IN_ORDER = ["job", "trait", "place", "thing", "food", "weather", "nature", "event", "friend"]       # the friend last: "he" is the hero until then
+
+
+def read_premises(path, grammar):
+    """Add the premises and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
+    premise = None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        key, colon, value = (part.strip() for part in line.partition(":"))
+        trouble, about, goal = value.partition(" = ")
+        try:
+            if line.startswith("premise "):
+                name = line.split(maxsplit=1)[1]
+                if name in grammar.premises:
+                    raise ValueError(f"a second premise named {name}")
+                premise = grammar.premises[name] = Premise(name)
+            elif key.startswith("rule "):
+                grammar.rules[key[5:].strip()].append(parse(value))
+            elif colon and premise and key == "begin":
+                premise.begin.append(parse(value))
+            elif premise and key == "trouble" and trouble in TROUBLES and (trouble in GOALLESS) == (not about):
+                premise.trouble, premise.goal = trouble, parse(goal) if goal else None
+            elif premise and key == "often" and value.isdigit():
+                premise.often = int(value)
+            elif premise and key == "about":
+                premise.about = value.split()
+            elif colon and premise and key in ("thing", "friend", "trait", "weather", "nature"):
+                names = [name.strip() for name in value.split(",")]
+                premise.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
+            elif line.strip() and not line.startswith("#"):
+                raise ValueError(f"not understood: {line[:60]!r}")
+        except ValueError as error:
+            raise ValueError(f"{path.name}:{number}: {error}") from None
+    for premise in grammar.premises.values():
+        if not (premise.begin and premise.trouble):
+            raise ValueError(f"premise {premise.name}: wanted begin and trouble")
 
 
 class Opening:
@@ -1582,56 +1636,91 @@ class PlotStory(Story):
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
     or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort."""
 
-    def __init__(self, grammar, rng, source, named=False, asked=False, known=None):
+    def __init__(self, grammar, rng, source, named=False, asked=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
-        user has only asked for it, and it begins with how its hero is met; KNOWN: it is about this Character, of whom there was a story.
-        Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn
+        user has only asked for it, and it begins with how its hero is met, and tells nothing else than what was asked for. Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn
         names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
         or "I" am one of two who quarrel."""
         self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
+        self.done, self.told, self.titled, self.deeds, self.happening = set(), [], False, "", ""
         for _ in range(20):
-            text, self.sorts = self.draw(source, named, known), {}
+            text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
             self.names = []
             told_goal = getattr(source, "goal", None)
             self.hero = self.find_hero(members, grammar.expand(told_goal, self.cast, rng).split()[-1] if told_goal else "")
+            if asked and isinstance(source, Situation):
+                self.tell_what_is_asked(source)
             self.names = [one.name for role, one in self.cast.characters.items()
                           if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
             self.names += [self.cast[slot] for slot in FURTHER if slot in told]
             self.named = self.all_named()
-            self.trouble, goal = self.told_trouble(source) if isinstance(source, Situation) else self.read_trouble(alone=not members & {"friend", "other"})
+            self.trouble, goal = self.read_trouble(alone=not members & {"friend", "other"}) if isinstance(source, Opening) else self.told_trouble(source)
             others = self.draw_others()
-            self.begun, self.goal = (text and self.exchanged(text, others) for text in (self.begun, goal))
+            self.begun, self.goal, self.deeds, self.happening = (text and self.exchanged(text, others) for text in (
+                self.begun, goal, self.deeds, self.happening))
             self.named = self.all_named()
-            if grammar.held_out.refuses([phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]):
+            if grammar.held_out.refuses(self.to_be_kept_apart()):
                 why = "is held out"
                 continue
             if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
-            self.plot = rng.choice([each for each in grammar.plots_for[self.trouble] if not each.verbs or goal.split()[0] in each.verbs])
+            fit = [each for each in grammar.plots_for[self.trouble] if each.verbs and goal.split()[0] in each.verbs]
+            self.plot = rng.choice(fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs])
             self.own = isinstance(source, Situation) and not others
-            self.tale = source if isinstance(source, Situation) else self.plot
+            self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
             self.tell()
             if not (twice := repeats(self.text)):
                 return
             why = f"repeats {twice!r}"
         raise ValueError(f"{self.begun!r}: always {why}")
 
+    def tell_what_is_asked(self, situation):
+        """Leave of `begun` how its hero is met and what a user says that happens, `deeds` of his or a `happening`, so that nothing is told that nobody
+        asked for. Raises ValueError where that does not tell of SITUATION's trouble."""
+        told = deeds(self)
+        self.deeds, event = " and ".join(now for now, _ in told), None if told else happening(self)
+        if not (told or event):
+            raise ValueError(f"what happens? {self.begun}")
+        self.happening, kept = (event[0], [event[1]]) if event else ("", [sentence for _, sentence in told])
+        sentences, met = whole_sentences(self.begun), []
+        while sentences and sentences[0] not in kept and re.match("(?:Once|There|This is) ", sentences[0]):
+            met.append(sentences.pop(0))
+        if situation.trouble in GOALLESS and situation.trouble != "plain" and sentences != kept:
+            raise ValueError(f"its trouble is not asked for: {self.begun}")
+        if re.search(r"^[^,.]*\b(?:it|him|them|ones?|there|here)\b", self.deeds or self.happening) or "'" in (self.deeds or self.happening):
+            raise ValueError(f"of what was not told: {self.begun}")
+        if re.match("(?:But|And|Then|So|Now|It|That|This) ", kept[0]):
+            raise ValueError(f"what was before? {self.begun}")
+        self.begun = " ".join(met + kept)
+        friend, pattern = self.cast.characters["friend"], IS["gone"] if situation.trouble in ("gone", "away") else None
+        goal = situation.goal and self.grammar.expand(situation.goal, self.cast, self.rng)
+        if situation.trouble == "quarrel" and (friend.name or friend.kind) not in self.begun or (
+                pattern and not is_said(self.begun, head(goal).split()[-1], pattern)):
+            raise ValueError(f"nobody asked for its trouble: {self.begun}")
+        if situation.trouble == "wish" and (goal.split()[0] not in self.begun or any(
+                phrase.split()[-1] not in self.begun for phrase in self.grammar.nouns.noticed(goal, set()))):
+            raise ValueError(f"nobody asked to {goal}: {self.begun}")
+
+    def to_be_kept_apart(self):
+        """The words that a held-out request may not have two of."""
+        return [phrase.split()[-1] for _, phrase in self.named] + [self.hero.kind]
+
     @property
     def of_its_cast(self):
         return self.hero is self.cast.characters["hero"]
 
-    def draw(self, source, named, known):
-        """A text of SOURCE, NAMED and KNOWN as above, with its alternatives drawn; makes the cast."""
+    def draw(self, source, named):
+        """A text of SOURCE, NAMED as above, with its alternatives drawn; makes the cast."""
         grammar, rng = self.grammar, self.rng
         if isinstance(source, Situation):
             texts = [text for text in source.begin if not named or isinstance(text[0], Slot)]
             if not texts:
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
-            self.cast = self.opened = source.draw_cast(grammar, rng, known)
-            if not (named or known):
+            self.cast = self.opened = source.draw_cast(grammar, rng)
+            if not named:
                 text = self.led_up_to(text)
         else:
             text = source.text
@@ -1702,7 +1791,7 @@ class PlotStory(Story):
         hero, nouns = self.hero, self.grammar.nouns
         kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
-        who = f"(?:{re.escape(str(hero))}|{self.cast['he']})"
+        who = f"(?:{re.escape(str(hero))}|(?i:{self.cast['he']}))"
         hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
@@ -1791,8 +1880,10 @@ class PlotStory(Story):
             noun = self.grammar.nouns.parted(phrase)[2]
             if sort in ("person", "nature") or noun in TAKEN or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
-            other = made_up_noun(words, rng) if rng.random() < 0.1 else rng.choice(
-                [place for _, place in words["places"]] if sort == "place" else words["animals" if sort == "animal" else "things"])
+            where = sort == "place" and re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
+            other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
+                [place for preposition, place in words["places"] if not where or preposition == where[1]] or [noun] if sort == "place"
+                else words["animals" if sort == "animal" else "things"])
             other = plural(other) if sort == "many" else other
             if " " not in other and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
                 others[noun], self.sorts[other] = other, sort
@@ -1819,7 +1910,10 @@ class PlotStory(Story):
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
-            about = [(sort, phrase) for sort, phrase in about if sort == "person" or phrase.split()[-1] not in self.goal.split()] or about
+            helps = lambda phrase: re.search(rf"\b(?:with|for|give) {re.escape(phrase)}\b", self.goal)
+            about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and helps(phrase)] or [
+                (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
+                if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
 
         where = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}
 
@@ -1829,7 +1923,7 @@ class PlotStory(Story):
             parts = 3 if len(plot.lines[key]) > 5 else 2
             text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
             if it in where:
-                text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it].capitalize() if match[1] == "I" else where[it], text)
+                text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it][0].upper() + where[it][1:] if match[1] == "I" else where[it], text)
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
         visit = []
@@ -1847,7 +1941,7 @@ class PlotStory(Story):
         then = " ".join([line("turn"), *(lines[i][1] for i in again)])
         text = tidy(begun + "\n\n" + then + ("\n\n" if len(again) > 1 else gap()) + line("end"))
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
-        self.length = len(first)
+        self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
@@ -1874,36 +1968,194 @@ class PlotStory(Story):
         return as_told_by_me(text) if self.hero.gender == "I" else text
 
 
+# What requests say that no premise tells: that somebody can do already what he wishes to do, or is not afraid; how he is at work, and what he does always;
+# that somebody loves boys; and what is no English.
+UNTRUE = re.compile(r"""(?ix) \b(?:who|that|and|he|she)\ (?:can|loves?|likes?|enjoys|is\ good\ at|gets?\ better\ at|is\ busy|is\ proud\ of|never\ stops|spends)\ (?!for\ a)
+    | \bcan\ (?!(?:you|i|we|someone|she)\b) | was\ never | no\ longer | became\ afraid | always\ (?:has|carries) | never\ goes\ anywhere | class\ trip | no\ idea\ of
+    | (?:works?|work|job|hired)\ as | \b(?:first|last|worst)\ day\ of | a\ day\ in\ the\ life | \b(?:retired|famous|clumsy|the\ best|the\ worst|very\ old)\ (?=.*\ (?:at|in|on)\b)
+    | nobody\ wants\ to\ play | who\ changes | called\ .*\ by\ everyone | tired\ of\ being | is\ teased | stops\ being | not\ .*\ anymore
+    | \b(?:like|love|loves|likes|crazy\ about)\ (?:little\ )?(?:boys|girls|women|men|kings|queens) | \b(?:with|of|for|have)\ (?:how|when|the\ day|being)\b""")
+
+
+class PremiseStory(PlotStory):
+    """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
+    part in what happens; `second` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
+    the premise, of which nothing is told; `wanted` whether somebody asked for it, `asked` his request."""
+
+    def __init__(self, grammar, rng, premise, asked, known=None):
+        """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this
+        Character. Raises ValueError where what was drawn cannot be told, or asked for truly."""
+        self.known, self.wanted = known, asked
+        super().__init__(grammar, rng, premise, asked=True)
+        self.asked = None
+        for _ in range(20 if asked else 0):
+            self.asked = premise_request(self)
+            if self.is_true(self.asked.lower()):
+                return
+        if asked:
+            raise ValueError(f"never asked for in words that are true: {self.asked}")
+
+    def is_true(self, asked):
+        """Whether the request ASKED, in small letters, asks for what is told: for a noun that is made up, not for a deed done to the friend besides, and
+        for "the fox" by his name only where it has said that he is one."""
+        hero, named = self.cast.characters["hero"], re.search("called|name is|name of|'s name", asked)
+        kind = re.escape(hero.kind.lower())
+        return not (UNTRUE.search(asked) or self.invented and self.invented not in asked
+                    or "deed" in self.used and re.search(rf"{re.escape(self.cast.verbs[3])} and an? ", asked)
+                    or named and re.search(rf"\bthe {kind}\b", asked) and len(re.findall(rf"\b{kind}", asked)) < 2)
+
+    def draw(self, premise, named):
+        """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""
+        core = settled(self.grammar, self.rng.choice(premise.begin), self.rng)
+        self.draw_cast(premise, core)
+        self.draw_members(premise, core)
+        met = "premise pair" if "pair" in self.cast else "premise clause" if "clause" in self.cast else "premise hero"
+        told = [slot for slot in self.background if not (slot == "friend" and "pair" in self.cast)]
+        text = [Rule(met)]
+        for slot in sorted(told, key=IN_ORDER.index):
+            text += [" ", Rule(f"there {slot}")]
+        for slot, other in self.second:
+            text += [" ", self.grammar.expand_rule(f"there second {slot}", other, self.rng)]
+        text = settled(self.grammar, Sequence([*text, " ", *self.naming_him(core, "friend" in told)]), self.rng)
+        if "pair" in self.cast:
+            text = Sequence([Slot("hero") if piece == "he" and isinstance(piece, Slot) else piece for piece in text])
+        self.own_words = {word for piece in text if not isinstance(piece, Slot) for word in re.findall("[a-z]+", piece.lower())}
+        return text
+
+    def draw_cast(self, premise, core):
+        """A cast for the premise's text CORE, now and then with a hero as users describe him, and a deed that is said of somebody elsewhere."""
+        words, rng = self.grammar.words, self.rng
+        self.cast = self.opened = Cast(self.grammar, premise, rng, draw_characters(words, rng, premise.lists, self.known))
+        hero = self.cast.characters["hero"]
+        if not (self.known or hero.child or " " in hero.kind) and rng.random() < 0.2:
+            hero.adjective = rng.choice(words["traits"])
+        if "deed" in roots(core) and rng.random() < 0.25:
+            self.wish_for_a_clause()
+        if "thing" in roots(core) and self.cast.thing.startswith("pair of"):
+            raise ValueError(f"one or two? {self.cast.thing}")
+
+    def draw_members(self, premise, core):
+        """Who and what there is beside those of the premise's text CORE, all to be asked for: makes used, background, second, must and invented."""
+        rng, cast = self.rng, self.cast
+        self.used, self.second, self.must, self.extra, self.background = roots(core) - PRONOUNS["he"].keys() | {"hero"}, [], [], [], []
+        for slot in rng.choices(list(BACKGROUND), BACKGROUND.values(), k=rng.choices(range(4), (35, 35, 22, 8))[0] if self.wanted else 0):
+            first = slot.removeprefix("second ")
+            if first != slot and first in self.used and not self.second:
+                self.second = [(first, cast.other({first}))]
+            elif first == slot and slot not in self.used:
+                self.used.add(slot)
+                self.background.append(slot)
+        self.must = [(slot, cast) for slot in (*self.background, *sorted(self.used & set(SPECIAL) - set(self.background)))]
+        if self.background and "friend" in self.used and not self.known and "meet" not in premise.about and rng.random() < 0.15:
+            cast.pair()
+        elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.4:
+            self.clause_of_hero()
+        self.invented = self.invent(self.used) if self.wanted and rng.random() < 0.3 else None
+        self.premise = premise.needing(self.used & {*MEMBERS, *SPECIAL})
+
+    def naming_him(self, core, other):
+        """CORE with {hero} for its first {he}, where there is an OTHER who could be meant, and now and then else; of a pair with names alone."""
+        first = next((i for i, piece in enumerate(core) if piece == "he" and isinstance(piece, Slot)), None)
+        if first is not None and (other or self.second or self.rng.random() < 0.3):
+            core = Sequence([*core[:first], Slot("hero"), *core[first + 1:]])
+        return Sequence([Slot("friend") if piece == "a friend" and "pair" in self.cast else piece for piece in core])
+
+    def clause_of_hero(self):
+        """Say of the hero what a user may say of him: "who glowed in the dark", asked for as "who glows in the dark"."""
+        clause = self.clause("past clause")
+        if match := re.fullmatch("who (.+)", clause):
+            now = as_of_now("he " + match[1], self.grammar.words["irregular verbs"])[3:]
+            self.cast["clause"], self.cast["past clause"] = self.rng.choice([f"who {now}", f"who {now}", clause]), clause
+            self.must.append(("clause", self.cast))
+
+    def wish_for_a_clause(self):
+        """Make what may be said of the hero, "who built a raft out of pencils", the deed: "build a raft out of pencils"."""
+        irregular = self.grammar.words["irregular verbs"]
+        match = re.fullmatch(r"who ([a-z]+) ([a-z ]+)", self.clause("past clause"))
+        if match and match[1] not in AUXILIARIES | BETWEEN and not re.search(r"\b(?:and|but|because|when|to|was|were)\b", match[2]) and (
+                base := base_of(match[1], irregular)):
+            self.cast.verbs = conjugate(f"{base} {match[2]}", irregular)
+
+    def invent(self, used):
+        """Make up a noun for one of the slots USED; returns it, None where nothing was."""
+        slots = [slot for slot in ("thing", "thing", "place", "deed", *(("hero", "friend") if "pair" not in self.cast else ())) if slot in used]
+        if not slots:
+            return None
+        before = {slot: self.cast.names(slot)[0] for slot in slots}
+        self.cast.invent(slots)
+        return next((self.cast.names(slot)[0] for slot in slots if self.cast.names(slot)[0] != before[slot]), None)
+
+    def told_trouble(self, premise):
+        """(trouble, goal) as PREMISE says; who is afraid of dogs is so of the dogs that come."""
+        goal = premise.goal and self.grammar.expand(premise.goal, self.cast, self.rng)
+        if premise.trouble == "afraid" and re.fullmatch(r"(?!.*ing\b|the |an? |every)[a-z -]+", goal):
+            goal = f"the {goal}"
+        if premise.trouble == "wish" and re.search(r"\b(?:wait|all night|all day|years?|summer|without help)\b|^(?:win|buy|carry) an? (?!.*with)", goal) and (
+                self.cast["deed"] in goal):
+            raise ValueError(f"nobody can learn to {goal}")
+        return premise.trouble, goal
+
+    def all_named(self):
+        """[(sort, phrase)] of its slots, and of nouns in what is done or said of the hero; six of them, in their order."""
+        named, hidden = {}, self.own_words | set(self.cast["job"].split() if "job" in self.used else ())
+        for slot, cast in [(slot, self.cast) for slot in sorted(self.used)] + self.second:
+            if slot == "event" and not re.match("an? (?!dream|night|long|goodbye|mis|mix)", cast[slot]):
+                hidden |= set(cast[slot].lower().split())               # nobody can be shown around Christmas
+            elif slot in ("thing", "place", "nature", "food", "event"):
+                phrase = re.sub("^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast[slot]}"
+                sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)
+                named[phrase] = sort if sort in ("many", "place") else "nature" if slot == "nature" else "thing"
+            elif slot == "friend" and not cast.characters["friend"].name:
+                named[str(cast.characters["friend"])] = "animal" if cast.characters["friend"].kind in self.grammar.words["animals"] else "person"
+            elif slot == "friend" and cast is not self.cast:
+                named[cast.characters["friend"].name] = "person"
+        hidden |= {word for phrase in named for word in phrase.lower().split()}
+        for sort, phrase in super().all_named():
+            if phrase.lower().split()[-1] not in hidden:
+                named[phrase] = sort
+        self.sorts.update((self.grammar.nouns.parted(head(phrase))[2].lower(), sort) for phrase, sort in named.items() if sort != "person")
+        return [(sort, phrase) for phrase, sort in sorted(named.items(), key=lambda one: self.at(one[0]))][:6]
+
+    def draw_others(self):
+        return {}
+
+    def to_be_kept_apart(self):
+        return self.cast.said(sorted(self.used - {"clause"})) + [word for slot, cast in self.second for word in cast.said([slot])]
+
+    def in_it(self, phrase):
+        if "event" in self.used and phrase.split()[-1] == self.cast["event"].split()[-1]:
+            return f"at {phrase}"
+        return super().in_it(phrase)
+
+    def matters(self, slot, cast=None):
+        return slot in SPECIAL or super().matters(slot, cast)
+
+    def to_be_asked(self):
+        return self.grammar.questions.get(f"plot {self.trouble}", []), [slot for slot in ("friend", "place", "thing", *SPECIAL) if slot in self.used]
+
+
 # 7. Requests for a story, and questions about it
 
-# How a user asks for a PlotStory, and how often: by what happens, its trouble, who and what is in it, words, its hero alone, what it teaches.
-WAYS_TO_ASK = {"by what happens": 45, "by trouble": 12, "by members": 18, "by words": 10, "by hero": 7, "by theme": 5, "for any": 3}
+def premise_request(story):
+    """What a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any."""
+    grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
+    kind = rng.random()
+    if not (story.must or story.second or story.invented) and kind < 0.26:
+        asked = (ask(story, grammar.expand_rule(f"theme {trouble}", cast, rng))[0] if kind < 0.2 and f"theme {trouble}" in grammar.rules
+                 else grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng))
+        return informal(tidy(asked), rng)
+    story.threads, story.extra = [], story.second
+    return request(story)[0]
 
 
 def plot_request(story):
-    """What a user says to get STORY, a PlotStory; by words, or what happens, where its hero is not the cast's."""
-    grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
-    way = rng.choices(list(WAYS_TO_ASK), WAYS_TO_ASK.values())[0]
-    hero = story.hero.asked_for(rng, story.text)
-    if way == "for any":
-        asked = grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)
-    elif way == "by words" and story.named:
-        asked = words_request(story)
-    elif story.of_its_cast and way == "by hero":
-        asked, _ = ask(story, hero)
-    elif story.of_its_cast and way == "by theme" and f"theme {trouble}" in grammar.rules:
-        asked, _ = ask(story, grammar.expand_rule(f"theme {trouble}", cast, rng))
-    elif story.of_its_cast and way == "by trouble" and f"who {trouble}" in grammar.rules:
-        asked, _ = ask(story, hero + trouble_topic(story))
-    elif story.of_its_cast and way == "by members" and story.named:
-        asked, _ = ask(story, hero + members_topic(story))
-    elif story.of_its_cast and (done := deeds(story)):
-        asked, _ = ask(story, f"{hero} {rng.choice(['who', 'who', 'who', 'that'])} {done}")
-    elif sentence := happening(story):
-        cast["happening"] = sentence
-        asked = grammar.expand_rule("ask happening", cast, rng)
+    """What a user says to get STORY, a PlotStory of a situation: what happens there."""
+    cast, rng = story.cast, story.rng
+    if story.deeds:
+        asked, _ = ask(story, f"{story.hero.asked_for(rng, story.text)} {rng.choice(['who', 'who', 'who', 'that'])} {story.deeds}")
     else:
-        asked = words_request(story)
+        cast["happening"] = story.happening
+        asked = story.grammar.expand_rule("ask happening", cast, rng)
     return informal(tidy(asked), rng)
 
 
@@ -1913,7 +2165,7 @@ NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once
 
 
 def deeds(story):
-    """What the beginning of STORY says of its hero first, in one sentence or two, as of now: "loses her hat and looks under the bed"; "" where it
+    """[(what the beginning of STORY says of its hero, as of now, the sentence), ...], of one sentence or two in a row: "loses her hat"; [] where it
     does not begin with him."""
     hero, done = story.hero, []
     kind = rf"(?:[a-z-]+ )?{re.escape(hero.kind)}"
@@ -1924,62 +2176,29 @@ def deeds(story):
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
-        if not match or '"' in sentence or match[1].startswith("and ") or re.match(rf"(?:was|is) an? {kind}$", match[1]):
+        if not match or '"' in sentence or re.match("(?:and|in|on|at|under|behind|by|near|from|with|of) ", match[1]) or re.match(rf"(?:was|is) an? {kind}$", match[1]):
             break
         others = [one for one in story.cast.characters.values() if one is not hero and one.gender == hero.gender]
         if done and said.split()[0].lower() == story.cast["he"] and any((one.name or one.kind) in story.begun for one in others):
             break                                               # "he" may be the other one
-        done.append(as_of_now("he " + match[1], story.grammar.words["irregular verbs"])[3:])
-    both = " and ".join(done[:2])
-    return both if len(both.split()) < 17 and story.rng.random() < 0.5 else (done or [""])[0]
+        done.append((as_of_now("he " + match[1], story.grammar.words["irregular verbs"])[3:], sentence))
+    both = len(" and ".join(now for now, _ in done[:2]).split()) < 17 and story.rng.random() < 0.5
+    return done[:2] if both else done[:1]
 
 
 def happening(story):
-    """A sentence of the beginning of STORY as of now, without its full stop: "all the lights in the school go out"; "" where all is said by
-    somebody, or of nobody that it names."""
+    """(a sentence of the beginning of STORY as of now, without its full stop, the sentence): "all the lights in the school go out"; None where all
+    is said by somebody, or of nobody that it names."""
     told = [sentence for sentence in whole_sentences(story.begun) if not NO_EVENT.match(sentence)]
     whose = lambda sentence: re.search(r"\b(?:he|she|him|her|his|they|their)\b", sentence) is not None
-    who = [story.hero.name or story.hero.kind, *([story.goal.split()[-1]] if story.goal else [])]
-    told = [sentence for sentence in told if any(word in sentence for word in who)] or [sentence for sentence in told if not whose(sentence)]
+    who = story.hero.name or story.hero.kind
+    told = [sentence for sentence in told if who in sentence] or [sentence for sentence in told if not whose(sentence)]
     if not told:
-        return ""
+        return None
     text = as_of_now(re.sub(r"^(?:But|Then|And|So|Now|Today,?|One day,?) ", "", told[0].rstrip(".!?")), story.grammar.words["irregular verbs"])
-    named = {word for name in (story.hero.name or "", *story.names) for word in name.split()}
-    return text if re.match("[A-Za-z]*", text)[0] in named or text.split()[0].lower() in CALLED_BY_ROLE else text[0].lower() + text[1:]
-
-
-def as_asked(story, phrase):
-    """PHRASE, "the red kite" or "his hat", as a user may name it: "a red kite", "a hat", but "the dark"."""
-    new = re.search(rf"\b(an?|his|her) ([a-z-]+ )?{re.escape(phrase.split()[-1])}\b", story.begun)
-    return re.sub("^(the|his|her) ", "a ", phrase) if new and story.sort(phrase) not in ("nature", "many") and story.rng.random() < 0.7 else phrase
-
-
-def trouble_topic(story):
-    """Of STORY's trouble, behind its hero: " who looks for his hat in the park"."""
-    cast, rng, goal = story.cast, story.rng, story.goal
-    if goal and story.trouble != "wish":
-        cast["goal"] = as_asked(story, goal)
-    topic = " " + story.grammar.expand_rule(f"who {story.trouble}", cast, rng)
-    cast["goal"] = goal
-    places = [phrase.split()[-1] for sort, phrase in story.named if sort == "place" and phrase != goal and phrase.split()[-1] not in topic]
-    where = places and re.search(rf"\b(in|at|on|under|near|behind|by) (the|an?|his|her) ([a-z]+ )?{places[0]}\b", story.begun)
-    return f"{topic} {where[0]}" if where and rng.random() < 0.6 else topic
-
-
-def members_topic(story):
-    """Of one to three of those whom STORY names, behind its hero: ", a hat and a park", " and a hat in the park"."""
-    rng, phrases = story.rng, [phrase for _, phrase in story.named[:5]]
-    phrases = [as_asked(story, phrase) for phrase in rng.sample(phrases, min(len(phrases), rng.choice([1, 1, 2, 2, 3])))]
-    return (rng.choice([" and ", " and ", " with "]) if len(phrases) == 1 else rng.choice([", ", ", ", " with "])) + listed(phrases)
-
-
-def words_request(story):
-    """A request for STORY by one to four words that it names: "a story with the words fox, hat and park"."""
-    rng, members = story.rng, [("thing", story.hero.kind), *story.named]
-    words = {phrase.split()[-1]: sort not in ("many", "nature") and phrase[0].islower() for sort, phrase in members}
-    words = {word: words[word] for word in rng.sample(list(words), min(len(words), rng.choice([1, 2, 2, 3, 3, 4])))}
-    asked = ask_words(story, words)
-    return asked if len(words) > 1 else re.sub(r"(?i)\b(?:all of )?(the|my|these|some|three) words\b", r"\1 word", asked).replace(" them", " it")
+    named = {word for name in (story.hero.name or "", *(one.name or "" for one in story.cast.characters.values())) for word in name.split()}
+    small = not (re.match("[A-Za-z]*", text)[0] in named or text.split()[0].lower() in CALLED_BY_ROLE)
+    return text[0].lower() + text[1:] if small else text, told[0]
 
 
 def request(story):
@@ -1994,7 +2213,7 @@ def request(story):
         plain = not (story.titled or {"clause", "pair"} & cast.keys())
         if kind < 0.22 and plain:
             return by_words(story)
-        if kind < 0.25 and plain and not story.threads:
+        if kind < 0.25 and plain and not (story.threads or isinstance(story, PlotStory)):
             return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
         phrase, of = topic_of(story)
         story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, of) in story.must]
@@ -2113,7 +2332,7 @@ def topic_of(story):
             thread, cast = rng.choice(story.threads)
             phrase = rng.choice(thread.ask)
         else:
-            phrase = rng.choice(tale.ask if rng.random() < 0.4 else rng.choice(list(filter(None, general))))
+            phrase = rng.choice(tale.ask if rng.random() < 0.4 and tale.ask else rng.choice(list(filter(None, general))))
         if all(story.matters(slot, cast) for slot in roots(phrase)) and (tries > 15 or not special or special & roots(phrase)):
             break
     return phrase, cast
@@ -2436,7 +2655,7 @@ def tell(grammar, rng, characters=None, asked=True):
     """A Story of a tale or plot drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
     made-up nouns."""
     if grammar.plotted and rng.random() < grammar.plotted:
-        return plot_to_ask_for(grammar, rng, characters["hero"] if characters else None)
+        return plot_to_ask_for(grammar, rng, characters["hero"] if characters else None, asked)
     while True:
         slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
         of_clause = "clause" in slots
@@ -2475,14 +2694,15 @@ def continued(grammar, rng, named=False):
             continue
 
 
-def plot_to_ask_for(grammar, rng, hero=None):
-    """A PlotStory that a user asks for; about HERO, if there was one of him."""
+def plot_to_ask_for(grammar, rng, hero=None, asked=True):
+    """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!"."""
+    premises = list(grammar.premises.values())
     while True:
-        source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "any words"])])
-        if hero and not source.may_be_about(hero, grammar.words):
-            continue
         try:
-            story = PlotStory(grammar, rng, source, asked=True, known=hero)
+            if not asked or rng.random() < 0.65:
+                return PremiseStory(grammar, rng, rng.choices(premises, [premise.often for premise in premises])[0], asked, hero)
+            source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "a situation", "any words"])])
+            story = PlotStory(grammar, rng, source, asked=True)
         except ValueError:
             continue
         if story.hero.gender in ("he", "she", "it"):            # nobody asks for "I", or for "the ducks" by one of these
@@ -2553,7 +2773,7 @@ def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
     names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a plot the text alone: it begins with that."""
     if isinstance(story, PlotStory):
-        return plot_request(story), story.text
+        return story.asked if isinstance(story, PremiseStory) else plot_request(story), story.text
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
@@ -2637,7 +2857,7 @@ def begun(grammar, rng):
     elif story.foreign:
         length = story.length - len(story.begun)                # the beginning is not in the text
     else:
-        length = story.length if plot else ends[1]
+        length = (story.until_start if other_words else story.length) if plot else ends[1]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:
         asked, text = reworded(asked, text, grammar, rng)
@@ -2657,9 +2877,11 @@ def reworded(asked, text, grammar, rng):
     shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
     names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME}
     words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)} - FRAME
+    kinds = ["he names", "she names", "pet names"]
     for word in sorted(names):
         if rng.random() < 0.7:
-            other = rng.choice(grammar.words[rng.choice(["he names", "she names", "pet names"])]) if rng.random() < 0.6 else made_up_name(rng)
+            alike = [kind for kind in kinds if grammar.plotted and word in grammar.words[kind]]         # a girl's name for a girl's
+            other = rng.choice(grammar.words[rng.choice(alike or kinds)]) if rng.random() < 0.6 else made_up_name(rng)
             asked, text = (re.sub(rf"\b{word}\b", other, each) for each in (asked, text))
     for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 1, 2]))):
         noun = word in grammar.nouns.forms and rng.random() < 0.4

@@ -1029,7 +1029,7 @@ def is_said(text, noun, pattern):
 class Plot(Tale):
     """What is told behind beginnings in which there is one sort of `trouble`, put together of `lines` {key: [parsed text, ...]}: a "start", a line
     "first SORT" for all that the beginning names and a "turn"; some lines "then SORT" and the "end". {it} is what a line is of, {goal} what the
-    trouble is about: what is lost, who is sad. `verbs` those of the wishes that it is for, [] if for all."""
+    trouble is about: what is lost, who is sad. `verbs` those of the wishes that it is for, [] if for all others."""
 
     KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
 
@@ -1238,9 +1238,8 @@ class Premise(Tale):
 
 # Who and what a premise may have besides its hero; those of them that can be told of behind any other, and how often each is.
 MEMBERS = ("friend", "place", "thing", "nature", "event")
-BACKGROUND = {"friend": 26, "thing": 26, "place": 24, "second thing": 8, "second friend": 4, "nature": 3, "event": 2, "food": 3, "trait": 3, "weather": 2,
-              "job": 2}
-IN_ORDER = ["job", "trait", "place", "thing", "food", "weather", "nature", "event", "friend"]       # the friend last: "he" is the hero until then
+BACKGROUND = {"friend": 26, "thing": 26, "place": 24, "second thing": 8, "second friend": 4, "nature": 3, "event": 2, "food": 3, "trait": 3, "weather": 2}
+IN_ORDER = ["trait", "place", "thing", "food", "weather", "nature", "event", "friend"]       # the friend last: "he" is the hero until then
 
 
 def read_premises(path, grammar):
@@ -1642,7 +1641,7 @@ class PlotStory(Story):
         names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
         or "I" am one of two who quarrel."""
         self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
-        self.done, self.told, self.titled, self.deeds, self.happening = set(), [], False, "", ""
+        self.done, self.told, self.titled, self.deeds, self.happening, self.used = set(), [], False, "", "", set()
         for _ in range(20):
             text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
@@ -1942,6 +1941,7 @@ class PlotStory(Story):
         text = tidy(begun + "\n\n" + then + ("\n\n" if len(again) > 1 else gap()) + line("end"))
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
+        self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
@@ -1949,6 +1949,21 @@ class PlotStory(Story):
         said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{re.escape(noun)}\b", self.begun)
         listed = next((preposition for preposition, place in self.grammar.words["places"] if place.split()[-1] == noun), "in")
         return f"{said[1] if said else listed} {phrase}"
+
+    def calling_by_kind(self, text):
+        """TEXT, the second half of the story, in which everybody who was met as "a shy fox named Pip" is once called "Pip the fox", or "the shy fox"; a
+        child "the girl", where she is the only one."""
+        for one in self.cast.characters.values():
+            met = one.name and re.search(rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
+            places = met and [match for match in re.finditer(rf"\b{re.escape(one.name)}\b(?!'| the |[^\"]*\"(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)]
+            if not places or self.begun.count(f" {one.kind}") > 1:
+                continue
+            place, how = self.rng.choice(places), f"{self.cast['trait']} " if one is self.hero and "trait" in self.used else met[1]
+            called = f"the {how}{one.kind}" if one.child or how and self.rng.random() < 0.5 else f"{one.name} the {one.kind}"
+            if re.search(r'(^|[.!?]"? |\n)$', text[:place.start()]):
+                called = called[0].upper() + called[1:]
+            text = text[:place.start()] + called + text[place.end():]
+        return text
 
     def agreeing(self, text):
         """TEXT of the plot with "were" for what is many, hero or goal, "my hat" for "his" where he says it, and told by "me" where that is the hero."""
@@ -2723,7 +2738,7 @@ def plotted(grammar, rng, named=False):
             story = PlotStory(grammar, rng, source, named)
         except ValueError:
             continue
-        if story.trouble != "plain" or rng.random() < 0.5:          # a user's beginning mostly has some trouble
+        if story.trouble != "plain" or rng.random() < 0.35:         # a user's beginning mostly has some trouble
             return story
 
 

@@ -1953,9 +1953,12 @@ class PlotStory(Story):
     def calling_by_kind(self, text):
         """TEXT, the second half of the story, in which everybody who was met as "a shy fox named Pip" is once called "Pip the fox", or "the shy fox"; a
         child "the girl", where she is the only one."""
+        wish = [an(self.cast[form]) for form in ("wish", "wish.past", "wish.ing")] if self.trouble == "wish" else []
         for one in self.cast.characters.values():
+            wishes = [match.span() for form in wish for match in re.finditer(re.escape(form), text)]
             met = one.name and re.search(rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
-            places = met and [match for match in re.finditer(rf"\b{re.escape(one.name)}\b(?!'| the |[^\"]*\"(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)]
+            places = met and [match for match in re.finditer(rf"\b{re.escape(one.name)}\b(?!'| the |[^\"]*\"(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)
+                              if not any(start <= match.start() < end for start, end in wishes)]
             if not places or self.begun.count(f" {one.kind}") > 1:
                 continue
             place, how = self.rng.choice(places), f"{self.cast['trait']} " if one is self.hero and "trait" in self.used else met[1]

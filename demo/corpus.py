@@ -1693,9 +1693,11 @@ class PlotStory(Story):
         if re.match("(?:But|And|Then|So|Now|It|That|This) ", kept[0]):
             raise ValueError(f"what was before? {self.begun}")
         self.begun = " ".join(met + kept)
+        if not re.search(rf"\b{re.escape(str(self.hero).removeprefix('the '))}\b", self.begun):
+            raise ValueError(f"nobody asked for {self.hero}: {self.begun}")
         friend, pattern = self.cast.characters["friend"], IS["gone"] if situation.trouble in ("gone", "away") else None
         goal = situation.goal and self.grammar.expand(situation.goal, self.cast, self.rng)
-        if situation.trouble == "quarrel" and (friend.name or friend.kind) not in self.begun or (
+        if situation.trouble == "quarrel" and not re.search(rf"\b{re.escape(friend.name or friend.kind)}\b", self.begun) or (
                 pattern and not is_said(self.begun, head(goal).split()[-1], pattern)):
             raise ValueError(f"nobody asked for its trouble: {self.begun}")
         if situation.trouble == "wish" and (goal.split()[0] not in self.begun or any(
@@ -1909,7 +1911,7 @@ class PlotStory(Story):
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
-            helps = lambda phrase: re.search(rf"\b(?:with|for|give) {re.escape(phrase)}\b", self.goal)
+            helps = lambda phrase: re.search(rf"\b(?:with|for) {re.escape(phrase)}\b", self.goal)
             about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and helps(phrase)] or [
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
                 if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
@@ -1989,7 +1991,7 @@ class PlotStory(Story):
 # What requests say that no premise tells: that somebody can do already what he wishes to do, or is not afraid; how he is at work, and what he does always;
 # that somebody loves boys; and what is no English.
 UNTRUE = re.compile(r"""(?ix) \b(?:who|that|and|he|she)\ (?:can|loves?|likes?|enjoys|is\ good\ at|gets?\ better\ at|is\ busy|is\ proud\ of|never\ stops|spends)\ (?!for\ a)
-    | \bcan\ (?!(?:you|i|we|someone|she)\b) | was\ never | no\ longer | became\ afraid | always\ (?:has|carries) | never\ goes\ anywhere | class\ trip | no\ idea\ of
+    | \bcan\ (?!(?:you|i|we|someone|she)\b) | was\ never | no\ longer | (?:never|sometimes)\ [a-z-]+$ | tell\ me\ that\ one | became\ afraid | always\ (?:has|carries) | never\ goes\ anywhere | class\ trip | no\ idea\ of
     | (?:works?|work|job|hired)\ as | \b(?:first|last|worst)\ day\ of | a\ day\ in\ the\ life | \b(?:retired|famous|clumsy|the\ best|the\ worst|very\ old)\ (?=.*\ (?:at|in|on)\b)
     | nobody\ wants\ to\ play | who\ changes | called\ .*\ by\ everyone | tired\ of\ being | is\ teased | stops\ being | not\ .*\ anymore
     | \b(?:like|love|loves|likes|crazy\ about)\ (?:little\ )?(?:boys|girls|women|men|kings|queens) | \b(?:with|of|for|have)\ (?:how|when|the\ day|being)\b""")
@@ -2036,7 +2038,8 @@ class PremiseStory(PlotStory):
             text += [" ", self.grammar.expand_rule(f"there second {slot}", other, self.rng)]
         text = settled(self.grammar, Sequence([*text, " ", *self.naming_him(core, "friend" in told)]), self.rng)
         if "pair" in self.cast:
-            text = Sequence([Slot("hero") if piece == "he" and isinstance(piece, Slot) else piece for piece in text])
+            names = {"he": [Slot("hero")], "his": [Slot("hero"), "'s"]}                # not "she" of two
+            text = Sequence(each for piece in text for each in (names.get(piece, [piece]) if isinstance(piece, Slot) else [piece]))
         self.own_words = {word for piece in text if not isinstance(piece, Slot) for word in re.findall("[a-z]+", piece.lower())}
         return text
 
@@ -2873,7 +2876,7 @@ def begun(grammar, rng):
     if other_words and not plot:
         length = ends[0]
     elif story.foreign:
-        length = story.length - len(story.begun)                # the beginning is not in the text
+        length = (story.until_start if plot and other_words else story.length) - len(story.begun)       # the beginning is not in the text
     else:
         length = (story.until_start if other_words else story.length) if plot else ends[1]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
@@ -2894,7 +2897,8 @@ def reworded(asked, text, grammar, rng):
     named Pip" -> "a plimo named Omar"."""
     shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
     names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME}
-    words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)} - FRAME
+    words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)
+             and not (grammar.plotted and re.fullmatch(SAID, word))} - FRAME
     kinds = ["he names", "she names", "pet names"]
     for word in sorted(names):
         if rng.random() < 0.7:
@@ -2967,7 +2971,7 @@ def sums_chat(grammar, rng):
 
 
 KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
-PLOTTED_KINDS = {plain_story: 0.20, story_chat: 0.34, begun: 0.28, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.06}
+PLOTTED_KINDS = {plain_story: 0.19, story_chat: 0.32, begun: 0.32, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.05}
 
 
 def document(grammar, rng):

@@ -13,6 +13,7 @@ members, the story uses all: so a model that learns to predict the story must lo
 
 import argparse
 import collections
+import contextlib
 import copy
 import functools
 import itertools
@@ -681,8 +682,8 @@ class Cast(dict):
             return PRONOUNS[self.characters["hero"].gender]["his"] + " " + self.characters[second].as_friend(self.rng)
         if first == "a" and second.split(".")[0] in (*self, *self.characters):
             return f"a {self[second]}"
-        if slot == "the nature":                                    # "a rainbow" that has been told of
-            return self.recalled("nature", "")
+        if slot in ("the nature", "the event"):                     # "a rainbow" that has been told of
+            return self.recalled(second, "")
         if slot == "thing.adjective":
             return self.adjective
         if first == "thing":
@@ -1223,11 +1224,11 @@ def read_situations(path, grammar):
 class Premise(Tale):
     """What a request asks for, told as a beginning in which every noun is a slot: a few ways to tell whatever was named, so that it is copied and
     nothing is told that nobody asked for. `begin` [Sequence], what happens, behind how the hero is met; `trouble` and `goal` as of a
-    Situation; `often` how often it is drawn."""
+    Situation; `often` how often it is drawn; `only_told` the member of which nothing more is told, or None."""
 
     def __init__(self, name):
         super().__init__(name)
-        self.begin, self.trouble, self.goal, self.often = [], None, None, 1
+        self.begin, self.trouble, self.goal, self.often, self.only_told = [], None, None, 1, None
 
     def needing(self, slots):
         """This premise with SLOTS as its needs."""
@@ -1262,6 +1263,8 @@ def read_premises(path, grammar):
                 premise.trouble, premise.goal = trouble, parse(goal) if goal else None
             elif premise and key == "often" and value.isdigit():
                 premise.often = int(value)
+            elif premise and key == "only told" and value in MEMBERS:
+                premise.only_told = value
             elif premise and key == "about":
                 premise.about = value.split()
             elif colon and premise and key in ("thing", "friend", "trait", "weather", "nature"):
@@ -1688,7 +1691,7 @@ class PlotStory(Story):
             met.append(sentences.pop(0))
         if situation.trouble in GOALLESS and situation.trouble != "plain" and sentences != kept:
             raise ValueError(f"its trouble is not asked for: {self.begun}")
-        if re.search(r"^[^,.]*\b(?:it|him|them|ones?|there|here)\b", self.deeds or self.happening) or "'" in (self.deeds or self.happening):
+        if re.search(r"^[^,.]*\b(?:it|him|them|ones?|there|here)\b|, too\b|\b(?:again|also)\b", self.deeds or self.happening) or "'" in (self.deeds or self.happening):
             raise ValueError(f"of what was not told: {self.begun}")
         if re.match("(?:But|And|Then|So|Now|It|That|This) ", kept[0]):
             raise ValueError(f"what was before? {self.begun}")
@@ -2000,13 +2003,13 @@ UNTRUE = re.compile(r"""(?ix) \b(?:who|that|and|he|she)\ (?:can|loves?|likes?|en
 class PremiseStory(PlotStory):
     """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
     part in what happens; `second` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
-    the premise, of which nothing is told; `wanted` whether somebody asked for it, `asked` his request."""
+    the premise, of which nothing is told; `wanted` whether somebody wrote it or asked for it, `asked` his request."""
 
-    def __init__(self, grammar, rng, premise, asked, known=None):
+    def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
         """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this
-        Character. Raises ValueError where what was drawn cannot be told, or asked for truly."""
-        self.known, self.wanted = known, asked
-        super().__init__(grammar, rng, premise, asked=True)
+        Character. BEGUN: so that a user may have written it as a beginning, with such members as well. Raises ValueError where what was drawn cannot be told, or asked for truly."""
+        self.known, self.wanted = known, asked or begun
+        super().__init__(grammar, rng, premise, asked=not begun)
         self.asked = None
         for _ in range(20 if asked else 0):
             self.asked = premise_request(self)
@@ -2016,13 +2019,13 @@ class PremiseStory(PlotStory):
             raise ValueError(f"never asked for in words that are true: {self.asked}")
 
     def is_true(self, asked):
-        """Whether the request ASKED, in small letters, asks for what is told: for a noun that is made up, not for a deed done to the friend besides, and
-        for "the fox" by his name only where it has said that he is one."""
-        hero, named = self.cast.characters["hero"], re.search("called|name is|name of|'s name", asked)
-        kind = re.escape(hero.kind.lower())
-        return not (UNTRUE.search(asked) or self.invented and self.invented not in asked
-                    or "deed" in self.used and re.search(rf"{re.escape(self.cast.verbs[3])} and an? ", asked)
-                    or named and re.search(rf"\bthe {kind}\b", asked) and len(re.findall(rf"\b{kind}", asked)) < 2)
+        """Whether the request ASKED, in small letters, asks for what is told: for a noun that is made up, not for a deed done to the friend besides, for
+        "the fox" by his name only where it has said that he is one, and of what somebody does not like that he does not."""
+        kind, refused = re.escape(self.cast.characters["hero"].kind.lower()), {"refuse", "refusefood"} & set(self.premise.about)
+        by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
+        return not any((UNTRUE.search(asked), self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
+                        "deed" in self.used and re.search(rf"{re.escape(self.cast.verbs[3])} and an? ", asked),
+                        refused and not re.search("not|n't|no |hate|refuse|stand|ha[sd] to", asked)))
 
     def draw(self, premise, named):
         """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""
@@ -2047,6 +2050,9 @@ class PremiseStory(PlotStory):
         """A cast for the premise's text CORE, now and then with a hero as users describe him, and a deed that is said of somebody elsewhere."""
         words, rng = self.grammar.words, self.rng
         self.cast = self.opened = Cast(self.grammar, premise, rng, draw_characters(words, rng, premise.lists, self.known))
+        for one in self.cast.characters.values():
+            if one.kind.split()[-1] in words["he people" if one.gender == "she" else "she people"] and one.kind.split()[-1] not in words[f"{one.gender} people"]:
+                raise ValueError(f"a {one.kind} is nobody to be called {PRONOUNS[one.gender]['him']}")
         hero = self.cast.characters["hero"]
         if not (self.known or hero.child or " " in hero.kind) and rng.random() < 0.2:
             hero.adjective = rng.choice(words["traits"])
@@ -2118,9 +2124,10 @@ class PremiseStory(PlotStory):
 
     def all_named(self):
         """[(sort, phrase)] of its slots, and of nouns in what is done or said of the hero; six of them, in their order."""
-        named, hidden = {}, self.own_words | set(self.cast["job"].split() if "job" in self.used else ())
+        named, hidden = {}, self.own_words | set(self.cast["job"].split() if "job" in self.used else ()) | set(self.cast.get("pair", "").split())
         for slot, cast in [(slot, self.cast) for slot in sorted(self.used)] + self.second:
-            if slot == "event" and not re.match("an? (?!dream|night|long|goodbye|mis|mix)", cast[slot]):
+            if slot == self.premise.only_told and cast is self.cast or (
+                    slot == "event" and not re.match("an? (?!dream|night|long|goodbye|mis|mix)", cast[slot])):
                 hidden |= set(cast[slot].lower().split())               # nobody can be shown around Christmas
             elif slot in ("thing", "place", "nature", "food", "event"):
                 phrase = re.sub("^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast[slot]}"
@@ -2152,7 +2159,8 @@ class PremiseStory(PlotStory):
         return slot in SPECIAL or super().matters(slot, cast)
 
     def to_be_asked(self):
-        return self.grammar.questions.get(f"plot {self.trouble}", []), [slot for slot in ("friend", "place", "thing", *SPECIAL) if slot in self.used]
+        return self.grammar.questions.get(f"plot {self.trouble}", []), [slot for slot in ("friend", "place", "thing", *SPECIAL) if slot in self.used
+                                                                             and (slot != "place" or self.cast["at place"] in self.begun.lower())]
 
 
 # 7. Requests for a story, and questions about it
@@ -2732,9 +2740,14 @@ def plot_to_ask_for(grammar, rng, hero=None, asked=True):
 
 def plotted(grammar, rng, named=False):
     """A PlotStory that goes on from a beginning of any sort, NAMED as in `continued`."""
-    sorts = {"a situation": 7, "any words": 1, "one's own": 1, "foreign": 2}
+    sorts = {"a situation": 7, "any words": 1, "one's own": 1, "foreign": 2, "premise": 0 if named else 2}
+    premises = list(grammar.premises.values())
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
+        if sort == "premise":
+            with contextlib.suppress(ValueError):
+                return PremiseStory(grammar, rng, rng.choices(premises, [premise.often for premise in premises])[0], asked=False, begun=True)
+            continue
         source = rng.choice(grammar.situations_of[sort] if sort != "foreign" else rng.choice([grammar.openings, grammar.own_openings]))
         if isinstance(source, Opening):
             source = source.drawn(grammar, rng)

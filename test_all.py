@@ -6479,7 +6479,7 @@ def test_answers_about_a_plot_are_true():
                 assert re.search(rf"\b(?i:{where[1]}) (the|an?) {where[2]}\b", story.begun), (answer, story.begun)
                 asked["place"] += 1
             elif re.search("object|thing was|important|(is|was) there an?", question.lower()) and not answer.startswith("No"):
-                assert thing in answer and re.search(rf"\b(an?|the|his|her) ([a-z]+ )?{thing}\b", story.text), (question, answer, story.text)
+                assert thing in answer and re.search(rf"\b(an?|the|his|her) ([a-z-]+ )*{thing}\b", story.text), (question, answer, story.text)
                 asked["thing"] += 1
             elif answer.startswith("No, there was no "):
                 assert re.search("no (.+) in", answer)[1] not in story.text, (answer, story.text)

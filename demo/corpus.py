@@ -967,7 +967,11 @@ SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi 
 VISITORS = "mouse beetle snail sparrow frog hedgehog rabbit squirrel cat hen duck toad mole ladybug goat".split()
 
 # What one takes or has, and nothing else instead.
-TAKEN = set("bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town".split())
+TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town".split())
+
+# What is said only of some animals and places, for which no others can stand.
+NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|swam|swim\w*|sang|hatch\w*)\b"),
+            "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?)\b")}
 
 # Whom the word list has among neither its people nor its kin.
 PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir".split())
@@ -1267,7 +1271,7 @@ def read_premises(path, grammar):
                 premise.only_told = value
             elif premise and key == "about":
                 premise.about = value.split()
-            elif colon and premise and key in ("thing", "friend", "trait", "weather", "nature"):
+            elif colon and premise and key in ("thing", "friend", "trait", "weather", "nature", "event"):
                 names = [name.strip() for name in value.split(",")]
                 premise.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
             elif line.strip() and not line.startswith("#"):
@@ -1636,13 +1640,16 @@ class PlotStory(Story):
     """A plot told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
-    or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort."""
+    or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort. If it was asked for, `deeds`
+    what its hero does, "loses her hat", or `happening` what else happens, "all the lights go out", as requests say it; else "".
+    `until_start` how long the text is up to the plot's start."""
 
     def __init__(self, grammar, rng, source, named=False, asked=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
-        user has only asked for it, and it begins with how its hero is met, and tells nothing else than what was asked for. Draw until no sentence occurs twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn
-        names nobody, not its hero, not what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's,
-        or "I" am one of two who quarrel."""
+        user has only asked for it, and it begins with how its hero is met, and tells nothing else than what was asked for. Draw until no sentence occurs
+        twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn names nobody, not its hero, not
+        what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's, or "I" am one of two who quarrel; and
+        where what was asked for does not tell its trouble."""
         self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
         self.done, self.told, self.titled, self.deeds, self.happening, self.used = set(), [], False, "", "", set()
         for _ in range(20):
@@ -1752,10 +1759,10 @@ class PlotStory(Story):
         pronouns and name. Raises ValueError where it has none."""
         hero = self.cast.characters["hero"]
         if "hero" not in members:
-            if "friend" in members:
-                hero = self.cast.characters["friend"]
-            elif of_one(self.begun):
+            if of_one(self.begun):
                 hero = Character("child", "I", "I")
+            elif "friend" in members:
+                hero = self.cast.characters["friend"]
             else:
                 hero = self.first_named(goal)
         elif not re.search(rf"\b{re.escape(str(hero).removeprefix('the '))}\b", self.begun):
@@ -1799,7 +1806,7 @@ class PlotStory(Story):
         hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
-        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun
+        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun and self.is_there(phrase)
                    and not re.search(rf"\b{re.escape(phrase.split()[-1])} (?:{named})\b", self.begun)] + self.names
         kin = {match[0].split()[-1] for match in KIN.finditer(self.begun)}
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
@@ -1808,6 +1815,15 @@ class PlotStory(Story):
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
                        for phrase in phrases]
         return [(self.sort(phrase), phrase) for phrase in sorted(phrases, key=self.at)][:6]
+
+    def is_there(self, phrase):
+        """Whether what PHRASE names, "the porridge", is there at all: not what something is only like, "thick as porridge", nor the place from which
+        somebody came or where he wants to go, nor rain of yesterday."""
+        noun = re.escape(phrase.split()[-1])
+        said = [self.begun[:match.start()].lower() for match in re.finditer(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:[a-z-]+ )?{noun}\b", self.begun)]
+        if not said:
+            return noun not in ("rain", "snow") or re.search(rf"\b{noun}ing\b", self.begun) is not None
+        return not all(re.search(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|from|(?:get|got|go|way|back|how) to) $", before) for before in said)
 
     def told_trouble(self, situation):
         """(trouble, goal) as SITUATION says. Raises ValueError where the beginning does not name the goal."""
@@ -1867,6 +1883,8 @@ class PlotStory(Story):
         if noun in {one.kind for one in self.cast.characters.values()}:
             return "person" if noun in nouns.people | PEOPLE else "animal"
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
+        if noun in nouns.places and noun not in GREAT and noun not in words["things"]:
+            return "place"                                      # the woods, the stairs
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
         if one in nouns.people | PEOPLE:
@@ -1882,7 +1900,7 @@ class PlotStory(Story):
         words, rng, others = self.grammar.words, self.rng, {}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
-            if sort in ("person", "nature") or noun in TAKEN or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
+            if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
             where = sort == "place" and re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
@@ -1904,7 +1922,7 @@ class PlotStory(Story):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for three or four of
         these, and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
-        of_goal = (self.goal.split()[-1], head(self.goal).split()[-1]) if self.goal and self.trouble != "wish" else ()
+        of_goal = self.goal.split() if self.goal and self.trouble != "wish" else ()
         about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
         friend = cast.characters["friend"]
         rival = lambda phrase: self.trouble == "quarrel" and (phrase == friend.name or phrase.split()[-1] == friend.kind.split()[-1])
@@ -1919,13 +1937,16 @@ class PlotStory(Story):
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
                 if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
 
-        where = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}
+        where, told = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}, []
 
         def line(key, it="", nth=0):
             """A text of KEY, of the NTH third or half of them, so that the second noun is told of otherwise than the first."""
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
-            text = grammar.expand(rng.choice(plot.lines[key][nth % parts::parts] if it else plot.lines[key]), cast, rng)
+            texts = plot.lines[key][nth % parts::parts] if it else plot.lines[key]
+            texts = [text for text in texts if text not in told] or [text for text in plot.lines[key] if text not in told] or texts
+            told.append(rng.choice(texts))
+            text = grammar.expand(told[-1], cast, rng)
             if it in where:
                 text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it][0].upper() + where[it][1:] if match[1] == "I" else where[it], text)
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
@@ -1991,13 +2012,15 @@ class PlotStory(Story):
         return as_told_by_me(text) if self.hero.gender == "I" else text
 
 
-# What requests say that no premise tells: that somebody can do already what he wishes to do, or is not afraid; how he is at work, and what he does always;
-# that somebody loves boys; and what is no English.
-UNTRUE = re.compile(r"""(?ix) \b(?:who|that|and|he|she)\ (?:can|loves?|likes?|enjoys|is\ good\ at|gets?\ better\ at|is\ busy|is\ proud\ of|never\ stops|spends)\ (?!for\ a)
-    | \bcan\ (?!(?:you|i|we|someone|she)\b) | was\ never | no\ longer | (?:never|sometimes)\ [a-z-]+$ | tell\ me\ that\ one | became\ afraid | always\ (?:has|carries) | never\ goes\ anywhere | class\ trip | no\ idea\ of
-    | (?:works?|work|job|hired)\ as | \b(?:first|last|worst)\ day\ of | a\ day\ in\ the\ life | \b(?:retired|famous|clumsy|the\ best|the\ worst|very\ old)\ (?=.*\ (?:at|in|on)\b)
-    | nobody\ wants\ to\ play | who\ changes | called\ .*\ by\ everyone | tired\ of\ being | is\ teased | stops\ being | not\ .*\ anymore
-    | \b(?:like|love|loves|likes|crazy\ about)\ (?:little\ )?(?:boys|girls|women|men|kings|queens) | \b(?:with|of|for|have)\ (?:how|when|the\ day|being)\b""")
+# What requests say that no premise tells.
+UNTRUE = re.compile("(?i)" + "|".join((
+    r"\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|spends) (?!for a)",   # it already
+    r"\bcan (?!(?:you|i|we|someone|she)\b)", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+$",
+    "nobody wants to play", "who changes", "called .* by everyone", "tired of being", "is teased", "stops being",                            # the trait
+    "(?:works?|work|job|hired) as", r"\b(?:first|last|worst) day of", "a day in the life",                                                   # at work
+    r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
+    r"\b(?:like|love|loves|likes|crazy about) (?:little )?(?:boys|girls|women|men|kings|queens)",                                            # odd to say
+    "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b")))
 
 
 class PremiseStory(PlotStory):
@@ -2007,7 +2030,8 @@ class PremiseStory(PlotStory):
 
     def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
         """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this
-        Character. BEGUN: so that a user may have written it as a beginning, with such members as well. Raises ValueError where what was drawn cannot be told, or asked for truly."""
+        Character. BEGUN: so that a user may have written it as a beginning, with such members as well. Raises ValueError where what was drawn cannot be
+        told, or asked for truly."""
         self.known, self.wanted = known, asked or begun
         super().__init__(grammar, rng, premise, asked=not begun)
         self.asked = None
@@ -2051,7 +2075,8 @@ class PremiseStory(PlotStory):
         words, rng = self.grammar.words, self.rng
         self.cast = self.opened = Cast(self.grammar, premise, rng, draw_characters(words, rng, premise.lists, self.known))
         for one in self.cast.characters.values():
-            if one.kind.split()[-1] in words["he people" if one.gender == "she" else "she people"] and one.kind.split()[-1] not in words[f"{one.gender} people"]:
+            last, other = one.kind.split()[-1], "she" if one.gender == "he" else "he"
+            if last in words[f"{other} people"] and last not in words[f"{one.gender} people"]:
                 raise ValueError(f"a {one.kind} is nobody to be called {PRONOUNS[one.gender]['him']}")
         hero = self.cast.characters["hero"]
         if not (self.known or hero.child or " " in hero.kind) and rng.random() < 0.2:
@@ -2090,7 +2115,7 @@ class PremiseStory(PlotStory):
     def clause_of_hero(self):
         """Say of the hero what a user may say of him: "who glowed in the dark", asked for as "who glows in the dark"."""
         clause = self.clause("past clause")
-        if match := re.fullmatch("who (.+)", clause):
+        if match := re.fullmatch(r"who (?!.*(?:flu|ill|sick)\b)(.+)", clause):
             now = as_of_now("he " + match[1], self.grammar.words["irregular verbs"])[3:]
             self.cast["clause"], self.cast["past clause"] = self.rng.choice([f"who {now}", f"who {now}", clause]), clause
             self.must.append(("clause", self.cast))
@@ -2126,9 +2151,8 @@ class PremiseStory(PlotStory):
         """[(sort, phrase)] of its slots, and of nouns in what is done or said of the hero; six of them, in their order."""
         named, hidden = {}, self.own_words | set(self.cast["job"].split() if "job" in self.used else ()) | set(self.cast.get("pair", "").split())
         for slot, cast in [(slot, self.cast) for slot in sorted(self.used)] + self.second:
-            if slot == self.premise.only_told and cast is self.cast or (
-                    slot == "event" and not re.match("an? (?!dream|night|long|goodbye|mis|mix)", cast[slot])):
-                hidden |= set(cast[slot].lower().split())               # nobody can be shown around Christmas
+            if slot == self.premise.only_told and cast is self.cast or slot == "event" not in self.premise.lists:
+                hidden |= set(cast[slot].lower().split())               # nobody can be shown around what is to come
             elif slot in ("thing", "place", "nature", "food", "event"):
                 phrase = re.sub("^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast[slot]}"
                 sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)

@@ -2000,8 +2000,8 @@ class PlotStory(Story):
         if self.goal and self.trouble != "wish" and self.sort(self.goal) == "many":
             many.append(self.goal)
         own = [phrase for phrase in [self.goal or "", *(phrase for _, phrase in self.named)] if phrase.startswith(self.cast["his"] + " ")]
-        parts = text.split('"')
-        speaker = re.compile(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b")
+        parts = text.split('"') if own else [text]
+        speaker = own and re.compile(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b")
         for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind it, or before where he goes on
             if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]):
                 for phrase in own:
@@ -2081,6 +2081,12 @@ class PremiseStory(PlotStory):
         hero = self.cast.characters["hero"]
         if not (self.known or hero.child or " " in hero.kind) and rng.random() < 0.2:
             hero.adjective = rng.choice(words["traits"])
+        elif not self.known and rng.random() < 0.4:
+            hero.adjective = ""                                 # there is more to hear of without
+        if rng.random() < 0.5:
+            self.cast.adjective = ""
+        if self.cast.characters["friend"].owner and premise.trouble in ("guest", "afraid"):
+            raise ValueError("nobody meets his own family")
         if "deed" in roots(core) and rng.random() < 0.25:
             self.wish_for_a_clause()
         if "thing" in roots(core) and self.cast.thing.startswith("pair of"):

@@ -1957,7 +1957,8 @@ class PlotStory(Story):
             about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
         about *= 2 if len(about) == 1 else 1
         lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
-        again = sorted(rng.sample(range(len(lines)), min(len(lines), rng.choice([3, 4]))))
+        again = rng.sample(range(len(lines)), len(lines))
+        again = sorted(sorted(again, key=lambda i: about[i][0] not in ("person", "animal"))[:rng.choice([3, 4])])       # above all the living
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
@@ -2015,7 +2016,7 @@ class PlotStory(Story):
 # What requests say that no premise tells.
 UNTRUE = re.compile("(?i)" + "|".join((
     r"\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|spends) (?!for a)",   # it already
-    r"\bcan (?!(?:you|i|we|someone|she)\b)", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+$",
+    r"\bcan (?!(?:you|i|we|someone|she)\b)", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
     "nobody wants to play", "who changes", "called .* by everyone", "tired of being", "is teased", "stops being",                            # the trait
     "(?:works?|work|job|hired) as", r"\b(?:first|last|worst) day of", "a day in the life",                                                   # at work
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
@@ -2049,7 +2050,8 @@ class PremiseStory(PlotStory):
         by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
         return not any((UNTRUE.search(asked), self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
                         "deed" in self.used and re.search(rf"{re.escape(self.cast.verbs[3])} and an? ", asked),
-                        refused and not re.search("not|n't|no |hate|refuse|stand|ha[sd] to", asked)))
+                        refused and not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked),
+                        "place" in self.used and (self.cast.place[0] == "near") < bool(re.search(rf"near (?:the|an?) {re.escape(self.cast.place[1])}", asked))))
 
     def draw(self, premise, named):
         """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""
@@ -2085,6 +2087,8 @@ class PremiseStory(PlotStory):
             hero.adjective = ""                                 # there is more to hear of without
         if rng.random() < 0.5:
             self.cast.adjective = ""
+        if rng.random() < 0.12:
+            self.cast.place = ("near", self.cast.place[1])
         if self.cast.characters["friend"].owner and premise.trouble in ("guest", "afraid"):
             raise ValueError("nobody meets his own family")
         if "deed" in roots(core) and rng.random() < 0.25:
@@ -2109,6 +2113,10 @@ class PremiseStory(PlotStory):
         elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.4:
             self.clause_of_hero()
         self.invented = self.invent(self.used) if self.wanted and rng.random() < 0.3 else None
+        if "trait" in self.used:
+            cast.characters["hero"].adjective = ""
+        if "event" in self.background:
+            cast["event"] = rng.choice(self.grammar.words["gatherings"])
         self.premise = premise.needing(self.used & {*MEMBERS, *SPECIAL})
 
     def naming_him(self, core, other):
@@ -2146,6 +2154,8 @@ class PremiseStory(PlotStory):
     def told_trouble(self, premise):
         """(trouble, goal) as PREMISE says; who is afraid of dogs is so of the dogs that come."""
         goal = premise.goal and self.grammar.expand(premise.goal, self.cast, self.rng)
+        if goal and premise.trouble != "wish":
+            goal = goal.replace(self.cast["thing"], self.cast.thing)            # "the red kite" is the kite from now on
         if premise.trouble == "afraid" and re.fullmatch(r"(?!.*ing\b|the |an? |every)[a-z -]+", goal):
             goal = f"the {goal}"
         if premise.trouble == "wish" and re.search(r"\b(?:wait|all night|all day|years?|summer|without help)\b|^(?:win|buy|carry) an? (?!.*with)", goal) and (
@@ -2157,10 +2167,11 @@ class PremiseStory(PlotStory):
         """[(sort, phrase)] of its slots, and of nouns in what is done or said of the hero; six of them, in their order."""
         named, hidden = {}, self.own_words | set(self.cast["job"].split() if "job" in self.used else ()) | set(self.cast.get("pair", "").split())
         for slot, cast in [(slot, self.cast) for slot in sorted(self.used)] + self.second:
-            if slot == self.premise.only_told and cast is self.cast or slot == "event" not in self.premise.lists:
+            if slot == self.premise.only_told and cast is self.cast or (
+                    slot == "event" and "event" not in self.background and "event" not in self.premise.lists):
                 hidden |= set(cast[slot].lower().split())               # nobody can be shown around what is to come
             elif slot in ("thing", "place", "nature", "food", "event"):
-                phrase = re.sub("^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast[slot]}"
+                phrase = re.sub("^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
                 sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)
                 named[phrase] = sort if sort in ("many", "place") else "nature" if slot == "nature" else "thing"
             elif slot == "friend" and not cast.characters["friend"].name:

@@ -1932,7 +1932,7 @@ class PlotStory(Story):
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
-            helps = lambda phrase: re.search(rf"\b(?:with|for) {re.escape(phrase)}\b", self.goal)
+            helps = lambda phrase: re.search(rf"\bwith {re.escape(phrase)}\b", self.goal)
             about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and helps(phrase)] or [
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
                 if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]

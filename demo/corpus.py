@@ -942,7 +942,7 @@ ALONE = {"sad": "low", "odd": "plain", "afraid": "low"}         # what they are 
 KEPT = "\N{WORD JOINER}"
 
 # What no scene, "Nobody was looking when", stands before.
-STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|always|never)\b")
+STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|always|never)\\b")
 
 # Of the word list's nature what counts as nature; the rest are things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder cloud clouds rainbow stars""".split())

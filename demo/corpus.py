@@ -123,6 +123,11 @@ class Grammar:
         lonely = lambda thread: not thread.needs[1:] and thread.name != "wished-for"     # that is of what the hero has not got
         return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and (not alone or lonely(thread))])
 
+    def a_premise(self, rng):
+        """One of the premises, each as often as it says."""
+        premises = list(self.premises.values())
+        return rng.choices(premises, [premise.often for premise in premises])[0]
+
     def expand(self, sequence, cast, rng, bound=None):
         """Text of a Sequence: slots from CAST (a mapping), alternatives drawn by RNG. With BOUND, a dict, a rule that has
         been expanded keeps its text, so that a question and its answer speak of the same thing."""
@@ -1194,32 +1199,44 @@ def of_one(text):
     return re.search(r"\b(I|[Mm]y|[Mm]e|[Ww]e|[Oo]ur)\b", re.sub(r'"[^"]*"', "", text)) is not None
 
 
-def read_situations(path, grammar):
-    """Add the situations of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
-    situation = None
+def read_happenings(path, word, known, make, reads):
+    """Add to KNOWN, {name: a Situation or Premise}, those of the file at PATH, which begin with a line "WORD NAME" and are made by MAKE(name): how each is
+    begun and what its trouble is. All other lines go to READS(the last one or None, key, value), which says whether it has understood one. Raises
+    ValueError with file and line for what is wrong."""
+    one = None
     for number, line in enumerate(path.read_text().splitlines(), 1):
         key, colon, value = (part.strip() for part in line.partition(":"))
         trouble, about, goal = value.partition(" = ")
         try:
-            if line.startswith("situation "):
+            if line.startswith(f"{word} "):
                 name = line.split(maxsplit=1)[1]
-                if name in grammar.situations:
-                    raise ValueError(f"a second situation named {name}")
-                situation = grammar.situations[name] = Situation(name)
-            elif colon and situation and key == "begin":
-                situation.begin.append(parse(value))
-            elif situation and key == "trouble" and trouble in TROUBLES and (trouble in GOALLESS) == (not about):
-                situation.trouble, situation.goal = trouble, parse(goal) if goal else None
-            elif colon and situation and key not in ("begin", "trouble") and re.fullmatch(r"[a-z]+\d?", key):
-                names = [name.strip() for name in value.split(",") if name.strip()]
-                situation.lists[key] = names if key in ROLES else [entry for name in names for entry in grammar.words.get(name) or [name]]
-            elif line.strip() and not line.startswith("#"):
+                if name in known:
+                    raise ValueError(f"a second {word} named {name}")
+                one = known[name] = make(name)
+            elif colon and one and key == "begin":
+                one.begin.append(parse(value))
+            elif one and key == "trouble" and trouble in TROUBLES and (trouble in GOALLESS) == (not about):
+                one.trouble, one.goal = trouble, parse(goal) if goal else None
+            elif line.strip() and not line.startswith("#") and not (colon and reads(one, key, value)):
                 raise ValueError(f"not understood: {line[:60]!r}")
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
+    for one in known.values():
+        if not (one.begin and one.trouble):
+            raise ValueError(f"{word} {one.name}: wanted begin and trouble")
+
+
+def read_situations(path, grammar):
+    """Add the situations of the file at PATH to GRAMMAR. Raises ValueError for what is wrong there."""
+    def reads(situation, key, value):
+        if situation is None or key in ("begin", "trouble") or not re.fullmatch(r"[a-z]+\d?", key):
+            return False
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        situation.lists[key] = names if key in ROLES else [entry for name in names for entry in grammar.words.get(name) or [name]]
+        return True
+
+    read_happenings(path, "situation", grammar.situations, Situation, reads)
     for situation in grammar.situations.values():
-        if not (situation.begin and situation.trouble):
-            raise ValueError(f"situation {situation.name}: wanted begin and trouble")
         used = {"hero"}.union(*map(roots, situation.begin), roots(situation.goal or ()))
         if unused := situation.lists.keys() - used:
             raise ValueError(f"situation {situation.name}: no text has {{{min(unused)}}}, which it lists")
@@ -1248,39 +1265,24 @@ IN_ORDER = ["trait", "place", "thing", "food", "weather", "nature", "event", "fr
 
 
 def read_premises(path, grammar):
-    """Add the premises and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
-    premise = None
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        key, colon, value = (part.strip() for part in line.partition(":"))
-        trouble, about, goal = value.partition(" = ")
-        try:
-            if line.startswith("premise "):
-                name = line.split(maxsplit=1)[1]
-                if name in grammar.premises:
-                    raise ValueError(f"a second premise named {name}")
-                premise = grammar.premises[name] = Premise(name)
-            elif key.startswith("rule "):
-                grammar.rules[key[5:].strip()].append(parse(value))
-            elif colon and premise and key == "begin":
-                premise.begin.append(parse(value))
-            elif premise and key == "trouble" and trouble in TROUBLES and (trouble in GOALLESS) == (not about):
-                premise.trouble, premise.goal = trouble, parse(goal) if goal else None
-            elif premise and key == "often" and value.isdigit():
-                premise.often = int(value)
-            elif premise and key == "only told" and value in MEMBERS:
-                premise.only_told = value
-            elif premise and key == "about":
-                premise.about = value.split()
-            elif colon and premise and key in ("thing", "friend", "trait", "weather", "nature", "event"):
-                names = [name.strip() for name in value.split(",")]
-                premise.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
-            elif line.strip() and not line.startswith("#"):
-                raise ValueError(f"not understood: {line[:60]!r}")
-        except ValueError as error:
-            raise ValueError(f"{path.name}:{number}: {error}") from None
-    for premise in grammar.premises.values():
-        if not (premise.begin and premise.trouble):
-            raise ValueError(f"premise {premise.name}: wanted begin and trouble")
+    """Add the premises and rules of the file at PATH to GRAMMAR. Raises ValueError for what is wrong there."""
+    def reads(premise, key, value):
+        if key.startswith("rule "):
+            grammar.rules[key[5:].strip()].append(parse(value))
+        elif premise and key == "often" and value.isdigit():
+            premise.often = int(value)
+        elif premise and key == "only told" and value in MEMBERS:
+            premise.only_told = value
+        elif premise and key == "about":
+            premise.about = value.split()
+        elif premise and key in ("thing", "friend", "trait", "weather", "nature", "event"):
+            names = [name.strip() for name in value.split(",")]
+            premise.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
+        else:
+            return False
+        return True
+
+    read_happenings(path, "premise", grammar.premises, Premise, reads)
 
 
 class Opening:
@@ -2766,11 +2768,10 @@ def continued(grammar, rng, named=False):
 
 def plot_to_ask_for(grammar, rng, hero=None, asked=True):
     """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!"."""
-    premises = list(grammar.premises.values())
     while True:
         try:
             if not asked or rng.random() < 0.65:
-                return PremiseStory(grammar, rng, rng.choices(premises, [premise.often for premise in premises])[0], asked, hero)
+                return PremiseStory(grammar, rng, grammar.a_premise(rng), asked, hero)
             source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "a situation", "any words"])])
             story = PlotStory(grammar, rng, source, asked=True)
         except ValueError:
@@ -2782,12 +2783,11 @@ def plot_to_ask_for(grammar, rng, hero=None, asked=True):
 def plotted(grammar, rng, named=False):
     """A PlotStory that goes on from a beginning of any sort, NAMED as in `continued`."""
     sorts = {"a situation": 7, "any words": 1, "one's own": 1, "foreign": 2, "premise": 0 if named else 2}
-    premises = list(grammar.premises.values())
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
         if sort == "premise":
             with contextlib.suppress(ValueError):
-                return PremiseStory(grammar, rng, rng.choices(premises, [premise.often for premise in premises])[0], asked=False, begun=True)
+                return PremiseStory(grammar, rng, grammar.a_premise(rng), asked=False, begun=True)
             continue
         source = rng.choice(grammar.situations_of[sort] if sort != "foreign" else rng.choice([grammar.openings, grammar.own_openings]))
         if isinstance(source, Opening):

@@ -6349,7 +6349,7 @@ def test_premises_tell_what_is_asked_for(name):
         told += 1
         begun, asked = story.begun.lower(), story.asked.lower()
         assert not re.search(r"[{}|<>]|  ", story.asked + story.text) and corpus.repeats(story.text) is None and not corpus.UNTRUE.search(asked), story.asked
-        for slot, cast in [*story.must, *story.second]:
+        for slot, cast in [*story.must, *story.extra]:
             if slot != "clause":
                 assert any(part.split()[0].lower() in begun for part in (cast.verbs if slot == "deed" else cast.names(slot)) if part), (slot, story.begun)
         assert story.invented is None or story.invented in asked and story.invented.split()[0] in begun, (story.invented, asked, begun)

@@ -2028,7 +2028,7 @@ UNTRUE = re.compile("(?i)" + "|".join((
 
 class PremiseStory(PlotStory):
     """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
-    part in what happens; `second` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
+    part in what happens; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
     the premise, of which nothing is told; `wanted` whether somebody wrote it or asked for it, `asked` his request."""
 
     def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
@@ -2065,7 +2065,7 @@ class PremiseStory(PlotStory):
         text = [Rule(met)]
         for slot in sorted(told, key=IN_ORDER.index):
             text += [" ", Rule(f"there {slot}")]
-        for slot, other in self.second:
+        for slot, other in self.extra:
             text += [" ", self.grammar.expand_rule(f"there second {slot}", other, self.rng)]
         text = settled(self.grammar, Sequence([*text, " ", *self.naming_him(core, "friend" in told)]), self.rng)
         if "pair" in self.cast:
@@ -2099,13 +2099,13 @@ class PremiseStory(PlotStory):
             raise ValueError(f"one or two? {self.cast.thing}")
 
     def draw_members(self, premise, core):
-        """Who and what there is beside those of the premise's text CORE, all to be asked for: makes used, background, second, must and invented."""
+        """Who and what there is beside those of the premise's text CORE, all to be asked for: makes used, background, extra, must and invented."""
         rng, cast = self.rng, self.cast
-        self.used, self.second, self.must, self.extra, self.background = roots(core) - PRONOUNS["he"].keys() | {"hero"}, [], [], [], []
+        self.used, self.extra, self.background = roots(core) - PRONOUNS["he"].keys() | {"hero"}, [], []
         for slot in rng.choices(list(BACKGROUND), BACKGROUND.values(), k=rng.choices(range(4), (35, 35, 22, 8))[0] if self.wanted else 0):
             first = slot.removeprefix("second ")
-            if first != slot and first in self.used and not self.second:
-                self.second = [(first, cast.other({first}))]
+            if first != slot and first in self.used and not self.extra:
+                self.extra = [(first, cast.other({first}))]
             elif first == slot and slot not in self.used:
                 self.used.add(slot)
                 self.background.append(slot)
@@ -2124,7 +2124,7 @@ class PremiseStory(PlotStory):
     def naming_him(self, core, other):
         """CORE with {hero} for its first {he}, where there is an OTHER who could be meant, and now and then else; of a pair with names alone."""
         first = next((i for i, piece in enumerate(core) if piece == "he" and isinstance(piece, Slot)), None)
-        if first is not None and (other or self.second or self.rng.random() < 0.3):
+        if first is not None and (other or self.extra or self.rng.random() < 0.3):
             core = Sequence([*core[:first], Slot("hero"), *core[first + 1:]])
         return Sequence([Slot("friend") if piece == "a friend" and "pair" in self.cast else piece for piece in core])
 
@@ -2168,7 +2168,7 @@ class PremiseStory(PlotStory):
     def all_named(self):
         """[(sort, phrase)] of its slots, and of nouns in what is done or said of the hero; six of them, in their order."""
         named, hidden = {}, self.own_words | set(self.cast["job"].split() if "job" in self.used else ()) | set(self.cast.get("pair", "").split())
-        for slot, cast in [(slot, self.cast) for slot in sorted(self.used)] + self.second:
+        for slot, cast in [(slot, self.cast) for slot in sorted(self.used)] + self.extra:
             if slot == self.premise.only_told and cast is self.cast or (
                     slot == "event" and "event" not in self.background and "event" not in self.premise.lists):
                 hidden |= set(cast[slot].lower().split())               # nobody can be shown around what is to come
@@ -2191,7 +2191,7 @@ class PremiseStory(PlotStory):
         return {}
 
     def to_be_kept_apart(self):
-        return self.cast.said(sorted(self.used - {"clause"})) + [word for slot, cast in self.second for word in cast.said([slot])]
+        return self.cast.said(sorted(self.used - {"clause"})) + [word for slot, cast in self.extra for word in cast.said([slot])]
 
     def in_it(self, phrase):
         if "event" in self.used and phrase.split()[-1] == self.cast["event"].split()[-1]:
@@ -2212,11 +2212,10 @@ def premise_request(story):
     """What a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any."""
     grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
     kind = rng.random()
-    if not (story.must or story.second or story.invented) and kind < 0.26:
+    if not (story.must or story.extra or story.invented) and kind < 0.26:
         asked = (ask(story, grammar.expand_rule(f"theme {trouble}", cast, rng))[0] if kind < 0.2 and f"theme {trouble}" in grammar.rules
                  else grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng))
         return informal(tidy(asked), rng)
-    story.threads, story.extra = [], story.second
     return request(story)[0]
 
 

@@ -2078,7 +2078,7 @@ class PremiseStory(PlotStory):
         """A cast for the premise's text CORE, now and then with a hero as users describe him, and a deed that is said of somebody elsewhere."""
         words, rng = self.grammar.words, self.rng
         self.cast = self.opened = Cast(self.grammar, premise, rng, draw_characters(words, rng, premise.lists, self.known))
-        for one in self.cast.characters.values():
+        for one in (each for each in self.cast.characters.values() if each is not self.known):
             last, other = one.kind.split()[-1], "she" if one.gender == "he" else "he"
             if last in words[f"{other} people"] and last not in words[f"{one.gender} people"]:
                 raise ValueError(f"a {one.kind} is nobody to be called {PRONOUNS[one.gender]['him']}")
@@ -2766,8 +2766,9 @@ def continued(grammar, rng, named=False):
 
 
 def plot_to_ask_for(grammar, rng, hero=None, asked=True):
-    """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!"."""
-    while True:
+    """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!".
+    Raises ValueError where no premise is found that can be told of HERO."""
+    for _ in range(1000):
         try:
             if not asked or rng.random() < 0.65:
                 return PremiseStory(grammar, rng, grammar.a_premise(rng), asked, hero)
@@ -2777,6 +2778,7 @@ def plot_to_ask_for(grammar, rng, hero=None, asked=True):
             continue
         if story.hero.gender in ("he", "she", "it"):            # nobody asks for "I", or for "the ducks" by one of these
             return story
+    raise ValueError(f"nothing to tell of {hero}")
 
 
 def plotted(grammar, rng, named=False):

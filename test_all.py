@@ -6362,6 +6362,28 @@ def test_premises_tell_what_is_asked_for(name):
     assert told > 3, told
 
 
+def test_a_hero_who_is_already_there_is_not_looked_for_without_end(monkeypatch):
+    """Of a tin soldier who is she, as the story before has it, there is another story; of a hero whom no premise takes there is none, after so many
+    tries, and the user is told of somebody else."""
+    corpus, words = demo_module("corpus"), plotted_grammar()
+    soldier = corpus.Character("tin soldier", "Honey", "she")
+    assert "Honey" in corpus.plot_to_ask_for(words, random.Random(1), soldier, asked=False).text
+    story = corpus.plot_to_ask_for(words, random.Random(2), asked=True)
+    told = corpus.PremiseStory.__init__
+
+    def of_new_heroes_only(self, grammar, rng, premise, asked, known=None, begun=False):
+        if known:
+            raise ValueError("not of him")
+        told(self, grammar, rng, premise, asked, known, begun)
+    monkeypatch.setattr(corpus.PremiseStory, "__init__", of_new_heroes_only)
+    with pytest.raises(ValueError, match="nothing to tell of"):
+        corpus.plot_to_ask_for(words, random.Random(1), soldier, asked=False)
+    for i in range(12):
+        story.rng = random.Random(i)
+        _, other = corpus.second_story(story, corpus.Speaker(words, random.Random(i)))
+        assert other.hero is not story.hero
+
+
 @pytest.mark.parametrize("asked, true", [
     ("a fox who wants to swim", True), ("a fox who can swim", False), ("a fox who loves to swim", False), ("the fox who could not swim", True),
     ("Can you tell me a story about a fox?", True), ("Can I have a story about a fox?", True), ("I love boys. A story about a boy", False),

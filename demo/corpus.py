@@ -2977,7 +2977,10 @@ def second_story(story, speaker):
     if kind == "new":
         other = tell(grammar, rng)
         return story_turn(other, speaker), other
-    other = tell(grammar, rng, story.cast.characters if kind == "again" else None, asked=False)
+    try:
+        other = tell(grammar, rng, story.cast.characters if kind == "again" else None, asked=False)
+    except ValueError:                                          # a hero of whom there is nothing more to tell
+        kind, other = "more", tell(grammar, rng, asked=False)
     asked = rng.choice(grammar.rules["ask again"] if kind == "again" else grammar.talk.remarks["more>"])
     return (tidy(grammar.expand(asked, other.cast, rng)), speaker.coat(other.text, story=True)), other
 

@@ -86,6 +86,8 @@ class Grammar:
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
+            if path.stem == "premises" and not plotted:
+                continue                                        # its rules are not for tales
             {"situations": read_situations, "premises": read_premises}.get(path.stem.split("-")[0], read_tales)(path, self)
         begins = lambda tale: tale.open or tale.start and (tale.event or "fact" in tale.needs)
         if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells and tale.ask and begins(tale))]:
@@ -1018,7 +1020,8 @@ YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
-                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off)\b")
+                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
+                    rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b")
 
 # The words by which it says whose kin somebody is, and where something is.
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
@@ -1039,13 +1042,13 @@ def is_said(text, noun, pattern):
 class Plot(Tale):
     """What is told behind beginnings in which there is one sort of `trouble`, put together of `lines` {key: [parsed text, ...]}: a "start", a line
     "first SORT" for all that the beginning names and a "turn"; some lines "then SORT" and the "end". {it} is what a line is of, {goal} what the
-    trouble is about: what is lost, who is sad. `verbs` those of the wishes that it is for, [] if for all others."""
+    trouble is about: what is lost, who is sad. `verbs` those of the wishes that it is for, [] if for all others but those of `not_verbs`."""
 
     KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
 
     def __init__(self, name):
         super().__init__(name)
-        self.trouble, self.verbs, self.lines = None, [], collections.defaultdict(list)
+        self.trouble, self.verbs, self.not_verbs, self.lines = None, [], [], collections.defaultdict(list)
 
     @property
     def members(self):
@@ -1079,6 +1082,8 @@ def read_tales(path, grammar):
                 body.append(line)
             elif isinstance(tale, Plot) and key == "for" and value.split()[:1] and value.split()[0] in TROUBLES:
                 tale.trouble, *tale.verbs = value.split()
+            elif isinstance(tale, Plot) and key == "not" and tale.trouble == "wish" and value:
+                tale.not_verbs = value.split()
             elif isinstance(tale, Plot) and key in Plot.KEYS and tale.trouble:
                 tale.lines[key].append(text := parse(re.sub(r'([!?]" )(?=\(?[a-z])', rf"\1{KEPT}", value)))
                 if unknown := roots(text) - {"hero", *PRONOUNS["he"], *({"it"} if " " in key else ()), *tale.members}:
@@ -1626,7 +1631,7 @@ def as_told_by_me(text):
     no_object, parts = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}, text.split('"')
     for i in range(0, len(parts), 2):                           # what nobody says
         part = re.sub(rf"^ (?:{SAID[1:-1]}|[a-z]+ed) I\b", lambda match: f" I {match[0].split()[0]}", parts[i]) if i else parts[i]
-        part = re.sub(r"\b(went|came|ran|sat|stood|lay|said) I\b", r"I \1", part)
+        part = re.sub(r"\b(went|came|ran|sat|stood|lay|said|thought|wondered|sighed|cried) I\b", r"I \1", part)
         part = re.sub(r"\b(I [a-z]+), who\b", r"\1, and I", part)
         part = re.sub(r"\bI and (my (?:[a-z]+ )?[a-z]+|[A-Z][a-z]+)\b", r"\1 and I", part)
         part = re.sub(r"(^|[.!?] |\n)my\b", r"\1My", part)
@@ -1644,7 +1649,7 @@ class PlotStory(Story):
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
     or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort. If it was asked for, `deeds`
     what its hero does, "loses her hat", or `happening` what else happens, "all the lights go out", as requests say it; else "".
-    `until_start` how long the text is up to the plot's start."""
+    `until_start` how long the text is up to the plot's start; `brief` whether it is short, as each that it names has one line alone."""
 
     def __init__(self, grammar, rng, source, named=False, asked=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
@@ -1655,6 +1660,7 @@ class PlotStory(Story):
         self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
         self.done, self.told, self.titled, self.deeds, self.happening, self.used = set(), [], False, "", "", set()
         for _ in range(20):
+            self.brief = asked and rng.random() < 0.18
             text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
@@ -1678,7 +1684,8 @@ class PlotStory(Story):
             if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
             fit = [each for each in grammar.plots_for[self.trouble] if each.verbs and goal.split()[0] in each.verbs]
-            self.plot = rng.choice(fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs])
+            self.plot = rng.choice(fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs and not (
+                each.not_verbs and goal.split()[0] in each.not_verbs)])
             self.own = isinstance(source, Situation) and not others
             self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
             self.tell()
@@ -1715,6 +1722,10 @@ class PlotStory(Story):
         if situation.trouble == "wish" and (goal.split()[0] not in self.begun or any(
                 phrase.split()[-1] not in self.begun for phrase in self.grammar.nouns.noticed(goal, set()))):
             raise ValueError(f"nobody asked to {goal}: {self.begun}")
+
+    def is_as_long(self, asked):
+        """Whether the request ASKED asks for a short story only where this is brief, and for a long one only where it is none of the shorter."""
+        return bool(SHORT.search(asked)) <= self.brief and not (LONG.search(asked) and len(self.text.split()) < 330)
 
     def to_be_kept_apart(self):
         """The words that a held-out request may not have two of."""
@@ -1957,10 +1968,11 @@ class PlotStory(Story):
         if not about:
             cast["visitor"] = rng.choice([each for each in VISITORS if each not in self.begun.lower()])
             about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
-        about *= 2 if len(about) == 1 else 1
+        self.brief &= len(about) < 4
+        about *= 2 if len(about) == 1 and not self.brief else 1
         lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
         again = rng.sample(range(len(lines)), len(lines))
-        again = sorted(sorted(again, key=lambda i: about[i][0] not in ("person", "animal"))[:rng.choice([3, 4])])       # above all the living
+        again = sorted(sorted(again, key=lambda i: about[i][0] not in ("person", "animal"))[:0 if self.brief else rng.choice([3, 4])])      # above all the living
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
@@ -1971,6 +1983,7 @@ class PlotStory(Story):
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
         self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
+        self.brief &= len(self.text.split()) <= 230
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
@@ -2009,11 +2022,19 @@ class PlotStory(Story):
             if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]):
                 for phrase in own:
                     parts[i] = re.sub(rf"\b{re.escape(phrase)}\b", f"my {phrase.split(' ', 1)[1]}", parts[i])
+            else:                                               # somebody else: to him, mostly
+                for phrase in own:
+                    parts[i] = re.sub(rf"\b{re.escape(phrase)}\b(?! own)", f"the {phrase.split(' ', 1)[1]}", parts[i])
         text = '"'.join(parts)
         for name in many:
             text = re.sub(rf"\bwas (?={re.escape(name)}\b)", "were ", re.sub(rf"\b((?i:they|{re.escape(name)})) was\b", r"\1 were", text))
         return as_told_by_me(text) if self.hero.gender == "I" else text
 
+
+# Whom a premise says to have no friend; and what nobody is called in a trouble.
+LONELY = re.compile(r"(?i)\bnobody|\bno friends|\balone\b|\blonely\b|knew no")
+CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventurous reckless".split(), "low": "cheerful happy merry jolly".split(),
+            "sorry": "honest truthful well-behaved obedient kind".split(), "weather": "patient easygoing".split()}
 
 # What requests say that no premise tells.
 UNTRUE = re.compile("(?i)" + "|".join((
@@ -2023,7 +2044,12 @@ UNTRUE = re.compile("(?i)" + "|".join((
     "(?:works?|work|job|hired) as", r"\b(?:first|last|worst) day of", "a day in the life",                                                   # at work
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
     r"\b(?:like|love|loves|likes|crazy about) (?:little )?(?:boys|girls|women|men|kings|queens)",                                            # odd to say
-    "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b")))
+    "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b", r"\bmy (?:favorite|old|new) (?!animal)",
+    "neighbors?", "classmates?")))
+
+# Words by which a story is asked to be short, or long.
+SHORT = re.compile(r"(?i)\b(?:short|brief|quick|not too long|few (?:lines|sentences)|paragraph)\b")
+LONG = re.compile(r"(?i)\blong(?: bedtime)? (?:story|tale|one)|\btake your time|\bmake it long|\bcan be long")
 
 
 class PremiseStory(PlotStory):
@@ -2039,7 +2065,7 @@ class PremiseStory(PlotStory):
         super().__init__(grammar, rng, premise, asked=not begun)
         self.asked = None
         for _ in range(20 if asked else 0):
-            self.asked = premise_request(self)
+            self.asked = of_its_length(premise_request(self), self)
             if self.is_true(self.asked.lower()):
                 return
         if asked:
@@ -2047,13 +2073,23 @@ class PremiseStory(PlotStory):
 
     def is_true(self, asked):
         """Whether the request ASKED, in small letters, asks for what is told: for a noun that is made up, not for a deed done to the friend besides, for
-        "the fox" by his name only where it has said that he is one, and of what somebody does not like that he does not."""
-        kind, refused = re.escape(self.cast.characters["hero"].kind.lower()), {"refuse", "refusefood"} & set(self.premise.about)
-        by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
+        "the fox" by his name only where it has said that he is one, of what somebody does not like that he does not, of friends who meet or of what
+        was found only where they do, and it was, and for a story as long as it is."""
+        cast, about, begun = self.cast, set(self.premise.about), self.begun.lower()
+        kind, thing, friend = (re.escape(word.lower()) for word in (cast.characters["hero"].kind, cast.thing.split()[-1], cast.characters["friend"].kind))
+        refused, by_name = {"refuse", "refusefood"} & about, re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
+        described = re.search(rf"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) "
+                              rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
         return not any((UNTRUE.search(asked), self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
-                        "deed" in self.used and re.search(rf"{re.escape(self.cast.verbs[3])} and an? ", asked),
+                        "deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                         refused and not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked),
-                        "place" in self.used and (self.cast.place[0] == "near") < bool(re.search(rf"near (?:the|an?) {re.escape(self.cast.place[1])}", asked))))
+                        "place" in self.used and (cast.place[0] == "near") < bool(re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked)),
+                        "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
+                        "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked),
+                        "go" not in about and "journey" in asked, described and described[0] not in begun and described[1] not in begun,
+                        "food" in self.used and re.search(rf"(?:making|makes?|looking for) {re.escape(cast['food'])}", asked) and not re.search("make|made", begun),
+                        "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
+                        and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun), not self.is_as_long(asked)))
 
     def draw(self, premise, named):
         """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""
@@ -2083,8 +2119,10 @@ class PremiseStory(PlotStory):
             if last in words[f"{other} people"] and last not in words[f"{one.gender} people"]:
                 raise ValueError(f"a {one.kind} is nobody to be called {PRONOUNS[one.gender]['him']}")
         hero = self.cast.characters["hero"]
+        if not self.known and hero.adjective in CONTRARY.get(premise.trouble, ()):
+            hero.adjective = ""
         if not (self.known or hero.child or " " in hero.kind) and rng.random() < 0.2:
-            hero.adjective = rng.choice(words["traits"])
+            hero.adjective = rng.choice([trait for trait in words["traits"] if trait not in CONTRARY.get(premise.trouble, ())])
         elif not self.known and rng.random() < 0.4:
             hero.adjective = ""                                 # there is more to hear of without
         if rng.random() < 0.5:
@@ -2106,7 +2144,8 @@ class PremiseStory(PlotStory):
             first = slot.removeprefix("second ")
             if first != slot and first in self.used and not self.extra:
                 self.extra = [(first, cast.other({first}))]
-            elif first == slot and slot not in self.used:
+            elif first == slot and slot not in self.used and not (
+                    slot == "friend" and LONELY.search(literal(core)) or slot == "trait" and self.is_out_of_place(cast["trait"], premise.trouble)):
                 self.used.add(slot)
                 self.background.append(slot)
         self.must = [(slot, cast) for slot in (*self.background, *sorted(self.used & set(SPECIAL) - set(self.background)))]
@@ -2121,6 +2160,10 @@ class PremiseStory(PlotStory):
             cast["event"] = rng.choice(self.grammar.words["gatherings"])
         self.premise = premise.needing(self.used & {*MEMBERS, *SPECIAL})
 
+    def is_out_of_place(self, trait, trouble):
+        """Whether TRAIT is one that the TROUBLE denies, or a bad one, which would have to be the trouble itself."""
+        return trait in CONTRARY.get(trouble, ()) or trait in self.grammar.premises["bad trait"].lists["trait"]
+
     def naming_him(self, core, other):
         """CORE with {hero} for its first {he}, where there is an OTHER who could be meant, and now and then else; of a pair with names alone."""
         first = next((i for i, piece in enumerate(core) if piece == "he" and isinstance(piece, Slot)), None)
@@ -2129,9 +2172,10 @@ class PremiseStory(PlotStory):
         return Sequence([Slot("friend") if piece == "a friend" and "pair" in self.cast else piece for piece in core])
 
     def clause_of_hero(self):
-        """Say of the hero what a user may say of him: "who glowed in the dark", asked for as "who glows in the dark"."""
+        """Say of the hero what a user may say that he is: "who had two mothers", asked for as "who has two mothers"."""
         clause = self.clause("past clause")
-        if match := re.fullmatch(r"who (?!.*(?:flu|ill|sick)\b)(.+)", clause):
+        if match := re.fullmatch(r"who (?!had to|.*\b(?:flu|ill|sick|would not|could not|never|lost|afraid|wanted|wished|forgot|missed|blamed|until|no)\b)"
+                                 r"((?:had|was|could|lived|collected|always|often|snored|walked) .+)", clause):
             now = as_of_now("he " + match[1], self.grammar.words["irregular verbs"])[3:]
             self.cast["clause"], self.cast["past clause"] = self.rng.choice([f"who {now}", f"who {now}", clause]), clause
             self.must.append(("clause", self.cast))
@@ -2219,15 +2263,29 @@ def premise_request(story):
     return request(story)[0]
 
 
+def of_its_length(asked, story):
+    """The request ASKED, and that the story is to be short where STORY is brief; now and then that it is to be long, where it is."""
+    rng, length = story.rng, "short" if story.brief else "long"
+    if SHORT.search(asked) or LONG.search(asked) or not story.brief and (len(story.text.split()) < 370 or rng.random() > 0.05):
+        return asked
+    worded = re.sub(r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b", rf"\1 {rng.choice(['', '', 'very '])}{length} \2", asked, count=1)
+    if worded != asked and rng.random() < 0.7:
+        return worded
+    more = story.grammar.expand_rule(f"also {length}", story.cast, rng)
+    return asked + (" " if asked[-1] in ".?!:" else ". ") + (more.lower() if asked.islower() else more)
+
+
 def plot_request(story):
     """What a user says to get STORY, a PlotStory of a situation: what happens there."""
     cast, rng = story.cast, story.rng
-    if story.deeds:
-        asked, _ = ask(story, f"{story.hero.asked_for(rng, story.text)} {rng.choice(['who', 'who', 'who', 'that'])} {story.deeds}")
-    else:
-        cast["happening"] = story.happening
-        asked = story.grammar.expand_rule("ask happening", cast, rng)
-    return informal(tidy(asked), rng)
+    while True:
+        if story.deeds:
+            asked, _ = ask(story, f"{story.hero.asked_for(rng, story.text)} {rng.choice(['who', 'who', 'who', 'that'])} {story.deeds}")
+        else:
+            cast["happening"] = story.happening
+            asked = story.grammar.expand_rule("ask happening", cast, rng)
+        if story.is_as_long(asked.replace(story.deeds or story.happening, "")):
+            return of_its_length(informal(tidy(asked), rng), story)
 
 
 # What a request leaves out before a sentence that it retells (more than LEAD_IN), and sentences in which nothing happens or it is not clear to whom.
@@ -2456,7 +2514,8 @@ def by_words(story):
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)
-    word = lambda slot, each: each.verbs[3] if slot == "deed" else "friend" if slot == "friend" and rng.random() < 0.12 else each.names(slot)[0]
+    word = lambda slot, each: each.verbs[3] if slot == "deed" else "friend" if (
+        slot == "friend" and rng.random() < 0.12 and (not isinstance(story, PlotStory) or "friend" in story.begun)) else each.names(slot)[0]
     names = {word(slot, each): slot in ("hero", "friend", "thing", "place", "job") for slot, each in story.told}
     if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
         names = {plural(name): False for name in names}
@@ -2951,7 +3010,8 @@ def reworded(asked, text, grammar, rng):
     """ASKED and TEXT with other words for one or two that they share, mostly such as there are not, and other names for some names: "a fox
     named Pip" -> "a plimo named Omar"."""
     shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
-    names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME}
+    names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME
+             and not (grammar.plotted and re.search(rf"\bthe (?:[A-Z][a-z]+ )*{word}\b", asked))}             # the Milky Way
     words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)
              and not (grammar.plotted and re.fullmatch(SAID, word))} - FRAME
     kinds = ["he names", "she names", "pet names"]

@@ -263,7 +263,10 @@ NOW = {"was": "is", "were": "are", "had": "has", "did": "does", "would": "will",
        "didn't": "doesn't", "wasn't": "isn't", "hadn't": "hasn't"}
 # Behind these stands no verb of the past ("had lost", "the lost hat"); words that may stand between the two.
 AUXILIARIES = set("was were is are be been being had has have got did does a an the his her my their its your so too very never really quite".split())
-BETWEEN = set("never always already just still only not almost nearly quite really very so too all".split())
+BETWEEN = set("never always already just still only not almost nearly quite really very so too all yet ever even hardly".split())
+
+# Behind these a verb stands as it is: "wanted to put it down".
+BARE = set("to could would should might must may can cannot will couldn't wouldn't didn't".split())
 
 
 def base_of(past, irregular):
@@ -298,7 +301,7 @@ def as_of_now(text, irregular):
         state = word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())      # "one was left."
         if word in NOW:
             words[i] = {"had": "have", "did": "do"}.get(word, NOW[word]) if many else NOW[word]
-        elif word.islower() and before and before not in AUXILIARIES and not (named or state) and (base := base_of(word, irregular)):
+        elif word.islower() and before and before not in AUXILIARIES | BARE and words[i - 1].lower() not in BARE and not (named or state) and (base := base_of(word, irregular)):
             words[i] = base if many else conjugate(base, irregular)[1]
     parts[1::2] = words
     return "".join(parts).replace("can not", "cannot")
@@ -974,7 +977,7 @@ SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi 
 VISITORS = "mouse beetle snail sparrow frog hedgehog rabbit squirrel cat hen duck toad mole ladybug goat".split()
 
 # What one takes or has, and nothing else instead.
-TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town".split())
+TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town wall door window roof floor chimney ceiling".split())
 
 # What is said only of some animals and places, for which no others can stand.
 NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|swam|swim\w*|sang|hatch\w*)\b"),
@@ -1049,6 +1052,17 @@ class Plot(Tale):
     def __init__(self, name):
         super().__init__(name)
         self.trouble, self.verbs, self.not_verbs, self.lines = None, [], [], collections.defaultdict(list)
+
+    @functools.cached_property
+    def leads(self):
+        """The words that half of its starts and turns have: "snail", who is in all of it."""
+        texts = [set(re.findall("[a-z]+", literal_of_all(text).lower())) for key in ("start", "turn") for text in self.lines[key]]
+        return {word for word, times in collections.Counter(word for text in texts for word in text).items() if 2 * times > len(texts)}
+
+    @functools.cached_property
+    def words(self):
+        """All words of its lines, so that nobody else in the story is a second one of those who are in it."""
+        return set(re.findall("[a-z]+", " ".join(literal_of_all(text) for texts in self.lines.values() for text in texts).lower()))
 
     @property
     def members(self):
@@ -1684,8 +1698,10 @@ class PlotStory(Story):
             if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
             fit = [each for each in grammar.plots_for[self.trouble] if each.verbs and goal.split()[0] in each.verbs]
-            self.plot = rng.choice(fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs and not (
-                each.not_verbs and goal.split()[0] in each.not_verbs)])
+            fit = fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs and not (
+                each.not_verbs and goal.split()[0] in each.not_verbs)]
+            kinds = {one.kind.split()[-1] for one in self.cast.characters.values() if one.kind in self.begun}
+            self.plot = rng.choice([each for each in fit if not kinds & each.leads] or fit)
             self.own = isinstance(source, Situation) and not others
             self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
             self.tell()
@@ -1709,6 +1725,8 @@ class PlotStory(Story):
             raise ValueError(f"its trouble is not asked for: {self.begun}")
         if re.search(r"^[^,.]*\b(?:it|him|them|ones?|there|here)\b|, too\b|\b(?:again|also)\b", self.deeds or self.happening) or "'" in (self.deeds or self.happening):
             raise ValueError(f"of what was not told: {self.begun}")
+        if re.fullmatch(r"(?:tries|listens|looks|nods|stops|waits|agrees|goes on|thinks|asks|laughs|smiles)", self.deeds):
+            raise ValueError(f"what does he? {self.begun}")
         if re.match("(?:But|And|Then|So|Now|It|That|This) ", kept[0]):
             raise ValueError(f"what was before? {self.begun}")
         self.begun = " ".join(met + kept)
@@ -1716,6 +1734,8 @@ class PlotStory(Story):
             raise ValueError(f"nobody asked for {self.hero}: {self.begun}")
         friend, pattern = self.cast.characters["friend"], IS["gone"] if situation.trouble in ("gone", "away") else None
         goal = situation.goal and self.grammar.expand(situation.goal, self.cast, self.rng)
+        if situation.trouble == "weather" and goal and head(goal).split()[-1] not in self.begun:
+            raise ValueError(f"nobody asked for the weather: {self.begun}")
         if situation.trouble == "quarrel" and not re.search(rf"\b{re.escape(friend.name or friend.kind)}\b", self.begun) or (
                 pattern and not is_said(self.begun, head(goal).split()[-1], pattern)):
             raise ValueError(f"nobody asked for its trouble: {self.begun}")
@@ -1833,7 +1853,7 @@ class PlotStory(Story):
         """Whether what PHRASE names, "the porridge", is there at all: not what something is only like, "thick as porridge", nor the place from which
         somebody came or where he wants to go, nor rain of yesterday."""
         noun = re.escape(phrase.split()[-1])
-        said = [self.begun[:match.start()].lower() for match in re.finditer(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:[a-z-]+ )?{noun}\b", self.begun)]
+        said = [self.begun[:match.start()].lower() for match in re.finditer(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:(?!as |like |from |to )[a-z-]+ )?{noun}\b", self.begun)]
         if not said:
             return noun not in ("rain", "snow") or re.search(rf"\b{noun}ing\b", self.begun) is not None
         return not all(re.search(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|from|(?:get|got|go|way|back|how) to) $", before) for before in said)
@@ -1906,7 +1926,7 @@ class PlotStory(Story):
             return "nature"
         if one in nouns.animals or one in nouns.beings - {"house", "wave"}:
             return "animal"
-        return "place" if one in nouns.events or one in nouns.places and one not in words["things"] and last not in SMALL else "thing"
+        return "place" if one in nouns.events or last in nouns.events or one in nouns.places and one not in words["things"] and last not in SMALL else "thing"
 
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
@@ -1966,7 +1986,7 @@ class PlotStory(Story):
 
         visit = []
         if not about:
-            cast["visitor"] = rng.choice([each for each in VISITORS if each not in self.begun.lower()])
+            cast["visitor"] = rng.choice([each for each in VISITORS if each not in plot.words and not re.search(rf"\b{each}", self.begun.lower())])
             about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
         self.brief &= len(about) < 4
         about *= 2 if len(about) == 1 and not self.brief else 1
@@ -2045,7 +2065,7 @@ UNTRUE = re.compile("(?i)" + "|".join((
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
     r"\b(?:like|love|loves|likes|crazy about) (?:little )?(?:boys|girls|women|men|kings|queens)",                                            # odd to say
     "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b", r"\bmy (?:favorite|old|new) (?!animal)",
-    "neighbors?", "classmates?")))
+    r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", r"\bthe (?:story|tale) when\b")))
 
 # Words by which a story is asked to be short, or long.
 SHORT = re.compile(r"(?i)\b(?:short|brief|quick|not too long|few (?:lines|sentences)|paragraph)\b")
@@ -2086,7 +2106,8 @@ class PremiseStory(PlotStory):
                         "place" in self.used and (cast.place[0] == "near") < bool(re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked)),
                         "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
                         "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked),
-                        "go" not in about and "journey" in asked, described and described[0] not in begun and described[1] not in begun,
+                        "go" not in about and "journey" in asked, "friend" not in self.used and "they are " in asked,
+                        "help" in about and re.search(r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad", asked), described and described[0] not in begun and described[1] not in begun,
                         "food" in self.used and re.search(rf"(?:making|makes?|looking for) {re.escape(cast['food'])}", asked) and not re.search("make|made", begun),
                         "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
                         and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun), not self.is_as_long(asked)))
@@ -2133,6 +2154,8 @@ class PremiseStory(PlotStory):
             raise ValueError("nobody meets his own family")
         if "deed" in roots(core) and rng.random() < 0.25:
             self.wish_for_a_clause()
+        if {"deed", "friend"} <= roots(core) and " with " in self.cast.verbs[0]:
+            raise ValueError(f"nobody does that with two: {self.cast.verbs[0]}")
         if "thing" in roots(core) and self.cast.thing.startswith("pair of"):
             raise ValueError(f"one or two? {self.cast.thing}")
 
@@ -2151,7 +2174,7 @@ class PremiseStory(PlotStory):
         self.must = [(slot, cast) for slot in (*self.background, *sorted(self.used & set(SPECIAL) - set(self.background)))]
         if self.background and "friend" in self.used and not self.known and "meet" not in premise.about and rng.random() < 0.15:
             cast.pair()
-        elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.4:
+        elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.12:
             self.clause_of_hero()
         self.invented = self.invent(self.used) if self.wanted and rng.random() < 0.3 else None
         if "trait" in self.used:
@@ -2305,7 +2328,7 @@ def deeds(story):
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
-        if not match or '"' in sentence or re.match("(?:and|in|on|at|under|behind|by|near|from|with|of) ", match[1]) or re.match(rf"(?:was|is) an? {kind}$", match[1]):
+        if not match or '"' in sentence or re.match("(?:and|in|on|at|under|behind|by|near|from|with|of) ", match[1]) or re.match(rf"(?:was|is) an? (?:[a-z-]+ )*{kind}$", match[1]):
             break
         others = [one for one in story.cast.characters.values() if one is not hero and one.gender == hero.gender]
         if done and said.split()[0].lower() == story.cast["he"] and any((one.name or one.kind) in story.begun for one in others):
@@ -2473,7 +2496,8 @@ def ask(story, topic):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
-    if clause and " and " not in clause[1] and rng.random() < 0.25:
+    two = clause and isinstance(story, PlotStory) and re.search(" and an? ", clause[2])               # "needs help and a mouse"
+    if clause and " and " not in clause[1] and not two and rng.random() < 0.25:
         cast["subject"], cast["predicate"], hero = *clause.groups(), cast.characters["hero"]
         if hero.child and hero.name and rng.random() < 0.3 and re.fullmatch(
                 rf"a (little )?{hero.kind}( (named|called) {hero.name})?|{hero.name}", clause[1]):
@@ -2500,6 +2524,11 @@ def literal(text):
     return "".join(piece if type(piece) is str else literal(piece[0]) if isinstance(piece, Choice) else "x" for piece in text)
 
 
+def literal_of_all(text):
+    """A parsed text with all of its alternatives, one behind the other."""
+    return " ".join(piece if type(piece) is str else " ".join(map(literal_of_all, piece)) if isinstance(piece, Choice) else "x" for piece in text)
+
+
 def roots(phrase):
     """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"."""
     return {slot.split()[-1].split(".")[0] for slot in slots(phrase)}
@@ -2514,9 +2543,10 @@ def by_words(story):
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)
-    word = lambda slot, each: each.verbs[3] if slot == "deed" else "friend" if (
+    of_what_it_is = {"trait": f"{cast['trait']} {cast.characters['hero'].kind}", "weather": f"{cast['weather']} weather"} if isinstance(story, PlotStory) else {}
+    word = lambda slot, each: of_what_it_is[slot] if slot in of_what_it_is else each.verbs[3] if slot == "deed" else "friend" if (
         slot == "friend" and rng.random() < 0.12 and (not isinstance(story, PlotStory) or "friend" in story.begun)) else each.names(slot)[0]
-    names = {word(slot, each): slot in ("hero", "friend", "thing", "place", "job") for slot, each in story.told}
+    names = {word(slot, each): slot in ("hero", "friend", "thing", "place", "job", *of_what_it_is) and slot != "weather" for slot, each in story.told}
     if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
         names = {plural(name): False for name in names}
     return informal(tidy(ask_words(story, names)), rng), in_order(story, "", story.told, bare=True)
@@ -2529,7 +2559,10 @@ def ask_words(story, words):
     articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    return story.grammar.expand_rule("ask words", cast, rng)
+    asked = story.grammar.expand_rule("ask words", cast, rng)
+    while isinstance(story, PlotStory) and len(words) == 1 and re.search("(?i)words|these|things", asked):
+        asked = story.grammar.expand_rule("ask words", cast, rng)
+    return asked
 
 
 def informal(text, rng):
@@ -3006,12 +3039,18 @@ FRAME = set("""about after again also although always because been before began 
             they this time under until very want wanted wants were what when where which while whom whose will wish with would yes""".split())
 
 
+# ... and what no name is, though it begins a sentence.
+NO_NAMES = set("let listen tell imagine long early late soon today make put add use just how who write give".split())
+
+
 def reworded(asked, text, grammar, rng):
     """ASKED and TEXT with other words for one or two that they share, mostly such as there are not, and other names for some names: "a fox
     named Pip" -> "a plimo named Omar"."""
     shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
     names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME
              and not (grammar.plotted and re.search(rf"\bthe (?:[A-Z][a-z]+ )*{word}\b", asked))}             # the Milky Way
+    if grammar.plotted:
+        names = {name for name in names if name.lower() not in NO_NAMES}
     words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)
              and not (grammar.plotted and re.fullmatch(SAID, word))} - FRAME
     kinds = ["he names", "she names", "pet names"]

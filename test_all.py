@@ -6362,6 +6362,68 @@ def test_premises_tell_what_is_asked_for(name):
     assert told > 3, told
 
 
+def test_short_stories_are_told_where_short_ones_are_asked_for():
+    """A request asks for a short story where there is one of up to 270 words, for a very short one where it has 190
+    at most, and for a long one where it has 330 or more."""
+    corpus, words, short = demo_module("corpus"), plotted_grammar(), 0
+    for i in range(150):
+        story = corpus.plot_to_ask_for(words, random.Random(f"length {i}"))
+        asked, text = corpus.asked_for(story)
+        if story.brief:
+            short += 1
+            assert corpus.SHORT.search(asked) and len(text.split()) <= 270, (asked, text)
+        elif corpus.SHORT.search(asked):                        # of one who is quick, or a short rope
+            assert corpus.SHORT.search(text), (asked, text)
+        if story.brief and corpus.VERY_SHORT.search(asked):
+            assert len(text.split()) <= 190, (asked, text)
+        if corpus.LONG.search(asked):
+            assert len(text.split()) >= 330, (asked, text)
+    assert 8 < short < 40, short
+
+
+@pytest.mark.parametrize("asked, true", [
+    ("two friends, a fox and a goat", False), ("my friend wants a story about a fox", True), ("how a fox and a goat met", False),
+    ("a fox who becomes friends with a goat", False), ("a fox and a goat who go on a journey", False), ("a fox who has a kite", False),
+    ("a fox, and a strange kite", False), ("a fox and a kite", True), ("a short story about a fox", False), ("a fox. they are at the pond", False)])
+def test_requests_are_of_what_is_told(asked, true):
+    """What a request says of friends, meetings, journeys, of a thing or of its length has to be told."""
+    corpus, words = demo_module("corpus"), plotted_grammar()
+    story = corpus.PremiseStory(words, random.Random(3), words.premises["want"], asked=True)
+    hero = story.cast.characters["hero"]
+    story.cast.thing, story.brief, story.invented, story.used = "kite", False, None, {"hero", "thing"}
+    story.begun = f"There was once a fox named {hero.name or 'Pip'}. A goat was always near. One day the fox saw a kite and wanted to have it."
+    assert story.is_true(asked) == true
+
+
+def test_nobody_in_a_plot_is_there_twice():
+    """The animal that passes by where a beginning names nobody is none that the plot has already, and a snail gets no plot of a snail."""
+    corpus, words = demo_module("corpus"), plotted_grammar()
+    assert "snail" in words.plots["rival"].leads and "oil" not in words.plots["rival"].leads
+    for i in range(250):
+        story = corpus.plot_to_ask_for(words, random.Random(f"twice {i}"))
+        visitor = story.cast.get("visitor", "")
+        assert visitor not in story.plot.words or not visitor, story.text
+        kind, plots = story.hero.kind.split()[-1], words.plots_for[story.trouble]
+        if kind in story.begun and not any(plot.verbs for plot in plots):
+            assert kind not in story.plot.leads or all(kind in plot.leads for plot in plots), story.text
+
+
+def test_wishes_that_some_plots_are_not_for():
+    """"not:" keeps a plot of tries from a wish that is no try: to hold on to a balloon."""
+    corpus, words = demo_module("corpus"), plotted_grammar()
+    assert "hold" in words.plots["rival"].not_verbs and not words.plots["plan"].not_verbs
+    told = collections.Counter()
+    for i in range(60):
+        rng = random.Random(f"not {i}")
+        with contextlib.suppress(ValueError):
+            story = corpus.PremiseStory(words, rng, words.premises["eat"], asked=False)
+            told[story.plot.name, story.goal.split()[0]] += 1
+        with contextlib.suppress(ValueError):
+            story = corpus.PremiseStory(words, rng, words.premises["lost"], asked=False)
+            assert story.goal.split()[0] == "find" and "find" not in story.plot.not_verbs, story.plot.name
+    assert told
+
+
 def test_a_hero_who_is_already_there_is_not_looked_for_without_end(monkeypatch):
     """Of a tin soldier who is she, as the story before has it, there is another story; of a hero whom no premise takes there is none, after so many
     tries, and the user is told of somebody else."""

@@ -1674,7 +1674,7 @@ class PlotStory(Story):
         self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
         self.done, self.told, self.titled, self.deeds, self.happening, self.used = set(), [], False, "", "", set()
         for _ in range(20):
-            self.brief = asked and rng.random() < 0.18
+            self.brief = asked and rng.random() < 0.2
             text, self.sorts = self.draw(source, named), {}
             self.begun = tidy(grammar.expand(text, self.cast, rng))
             told, members = set(slots(text)), roots(text)
@@ -1745,7 +1745,8 @@ class PlotStory(Story):
 
     def is_as_long(self, asked):
         """Whether the request ASKED asks for a short story only where this is brief, and for a long one only where it is none of the shorter."""
-        return bool(SHORT.search(asked)) <= self.brief and not (LONG.search(asked) and len(self.text.split()) < 330)
+        words = len(self.text.split())
+        return bool(SHORT.search(asked)) <= self.brief and not (VERY_SHORT.search(asked) and words > 190 or LONG.search(asked) and words < 330)
 
     def to_be_kept_apart(self):
         """The words that a held-out request may not have two of."""
@@ -2003,7 +2004,7 @@ class PlotStory(Story):
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
         self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
-        self.brief &= len(self.text.split()) <= 230
+        self.brief &= len(self.text.split()) <= 270
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
@@ -2069,6 +2070,7 @@ UNTRUE = re.compile("(?i)" + "|".join((
 
 # Words by which a story is asked to be short, or long.
 SHORT = re.compile(r"(?i)\b(?:short|brief|quick|not too long|few (?:lines|sentences)|paragraph)\b")
+VERY_SHORT = re.compile(r"(?i)\b(?:very short|few (?:lines|sentences)|paragraph|quick)\b")
 LONG = re.compile(r"(?i)\blong(?: bedtime)? (?:story|tale|one)|\btake your time|\bmake it long|\bcan be long")
 
 
@@ -2288,13 +2290,13 @@ def premise_request(story):
 
 def of_its_length(asked, story):
     """The request ASKED, and that the story is to be short where STORY is brief; now and then that it is to be long, where it is."""
-    rng, length = story.rng, "short" if story.brief else "long"
+    rng, length, very = story.rng, "short" if story.brief else "long", "" if 190 < len(story.text.split()) < 430 else "very "
     if SHORT.search(asked) or LONG.search(asked) or not story.brief and (len(story.text.split()) < 370 or rng.random() > 0.05):
         return asked
-    worded = re.sub(r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b", rf"\1 {rng.choice(['', '', 'very '])}{length} \2", asked, count=1)
+    worded = re.sub(r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b", rf"\1 {rng.choice(['', very])}{length} \2", asked, count=1)
     if worded != asked and rng.random() < 0.7:
         return worded
-    more = story.grammar.expand_rule(f"also {length}", story.cast, rng)
+    more = story.grammar.expand_rule(f"also {very}{length}" if very and rng.random() < 0.5 and story.brief else f"also {length}", story.cast, rng)
     return asked + (" " if asked[-1] in ".?!:" else ". ") + (more.lower() if asked.islower() else more)
 
 
@@ -2862,7 +2864,7 @@ def plot_to_ask_for(grammar, rng, hero=None, asked=True):
     Raises ValueError where no premise is found that can be told of HERO."""
     for _ in range(1000):
         try:
-            if not asked or rng.random() < 0.65:
+            if not asked or rng.random() < 0.7:
                 return PremiseStory(grammar, rng, grammar.a_premise(rng), asked, hero)
             source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "a situation", "any words"])])
             story = PlotStory(grammar, rng, source, asked=True)

@@ -2094,25 +2094,35 @@ class PremiseStory(PlotStory):
             raise ValueError(f"never asked for in words that are true: {self.asked}")
 
     def is_true(self, asked):
-        """Whether the request ASKED, in small letters, asks for what is told: for a noun that is made up, not for a deed done to the friend besides, for
-        "the fox" by his name only where it has said that he is one, of what somebody does not like that he does not, of friends who meet or of what
-        was found only where they do, and it was, and for a story as long as it is."""
-        cast, about, begun = self.cast, set(self.premise.about), self.begun.lower()
+        """Whether the request ASKED, in small letters, asks for what is told, and for a story as long as it is."""
+        return not (UNTRUE.search(asked) or self.misnames(asked) or self.mistells(asked)) and self.is_as_long(asked)
+
+    def misnames(self, asked):
+        """Whether ASKED names somebody or something otherwise than the beginning does: without the noun that is made up, "the fox" by his name though
+        it has not said that he is one, a thing or friend as new or strange, a place as near, or friends where nobody is called so."""
+        cast, begun = self.cast, self.begun.lower()
         kind, thing, friend = (re.escape(word.lower()) for word in (cast.characters["hero"].kind, cast.thing.split()[-1], cast.characters["friend"].kind))
-        refused, by_name = {"refuse", "refusefood"} & about, re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
-        described = re.search(rf"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) "
+        by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
+        described = re.search(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) "
                               rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
-        return not any((UNTRUE.search(asked), self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
-                        "deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
-                        refused and not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked),
-                        "place" in self.used and (cast.place[0] == "near") < bool(re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked)),
-                        "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
-                        "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked),
-                        "go" not in about and "journey" in asked, "friend" not in self.used and "they are " in asked,
-                        "help" in about and re.search(r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad", asked), described and described[0] not in begun and described[1] not in begun,
-                        "food" in self.used and re.search(rf"(?:making|makes?|looking for) {re.escape(cast['food'])}", asked) and not re.search("make|made", begun),
-                        "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
-                        and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun), not self.is_as_long(asked)))
+        near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
+        return any((self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
+                    described and described[0] not in begun and described[1] not in begun, "place" in self.used and (cast.place[0] == "near") < near,
+                    "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked), "friend" not in self.used and "they are " in asked))
+
+    def mistells(self, asked):
+        """Whether ASKED says that something happens which does not: the deed to the friend besides, a meeting, a journey, help of another sort, that food
+        is made, that somebody has what he only wants; or does not say that he does not like what he does not."""
+        cast, about, begun = self.cast, set(self.premise.about), self.begun.lower()
+        thing, food = re.escape(cast.thing.split()[-1].lower()), re.escape(cast["food"])
+        helps = r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad"
+        return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
+                    "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
+                    "go" not in about and "journey" in asked, "help" in about and re.search(helps, asked),
+                    "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
+                    "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
+                    and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun),
+                    {"refuse", "refusefood"} & about and not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked)))
 
     def draw(self, premise, named):
         """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""
@@ -2303,14 +2313,15 @@ def of_its_length(asked, story):
 def plot_request(story):
     """What a user says to get STORY, a PlotStory of a situation: what happens there."""
     cast, rng = story.cast, story.rng
-    while True:
+    for _ in range(30):                                         # bounded, as the hero may be "a quick fox"
         if story.deeds:
             asked, _ = ask(story, f"{story.hero.asked_for(rng, story.text)} {rng.choice(['who', 'who', 'who', 'that'])} {story.deeds}")
         else:
             cast["happening"] = story.happening
             asked = story.grammar.expand_rule("ask happening", cast, rng)
         if story.is_as_long(asked.replace(story.deeds or story.happening, "")):
-            return of_its_length(informal(tidy(asked), rng), story)
+            break
+    return of_its_length(informal(tidy(asked), rng), story)
 
 
 # What a request leaves out before a sentence that it retells (more than LEAD_IN), and sentences in which nothing happens or it is not clear to whom.
@@ -2562,7 +2573,9 @@ def ask_words(story, words):
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
     asked = story.grammar.expand_rule("ask words", cast, rng)
-    while isinstance(story, PlotStory) and len(words) == 1 and re.search("(?i)words|these|things", asked):
+    for _ in range(30):                                         # bounded, as the word may be "things"
+        if not (isinstance(story, PlotStory) and len(words) == 1 and re.search(r"(?i)\b(?:words|keywords|these|things)\b", asked)):
+            break
         asked = story.grammar.expand_rule("ask words", cast, rng)
     return asked
 

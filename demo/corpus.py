@@ -948,6 +948,9 @@ TROUBLES = ("gone", "away", "wrong", "stuck", "sad", "low", "afraid", "wish", "w
 GOALLESS = ("low", "sorry", "plain", "fix")
 ALONE = {"sad": "low", "odd": "plain", "afraid": "low"}         # what they are for the hero himself, where it is about nobody else; all others: "fix"
 
+# What a plot's start says of a wish, where the beginning may have said it.
+WANTED = re.compile(r"\bx (?:only |just |still )?(?:wanted|wished)\b|\bx wanted was\b|rather do than")
+
 # Behind speech in a line of a plot, before a letter that tidy() leaves small: "Boo!" to nobody.
 KEPT = "\N{WORD JOINER}"
 
@@ -1965,7 +1968,7 @@ class PlotStory(Story):
         cast["goal"] = self.goal
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
-            cast.update({"wish": forms[0], "wish.past": forms[2], "wish.ing": forms[3]})
+            cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})     # he arrives
             helps = lambda phrase: re.search(rf"\bwith {re.escape(phrase)}\b", self.goal)
             about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and helps(phrase)] or [
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
@@ -1973,11 +1976,11 @@ class PlotStory(Story):
 
         where, told = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}, []
 
-        def line(key, it="", nth=0):
-            """A text of KEY, of the NTH third or half of them, so that the second noun is told of otherwise than the first."""
+        def line(key, it="", nth=0, texts=None):
+            """A text of KEY, of TEXTS or of the NTH third or half of all, so that the second noun is told of otherwise than the first."""
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
-            texts = plot.lines[key][nth % parts::parts] if it else plot.lines[key]
+            texts = texts or (plot.lines[key][nth % parts::parts] if it else plot.lines[key])
             texts = [text for text in texts if text not in told] or [text for text in plot.lines[key] if text not in told] or texts
             told.append(rng.choice(texts))
             text = grammar.expand(told[-1], cast, rng)
@@ -1985,6 +1988,9 @@ class PlotStory(Story):
                 text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it][0].upper() + where[it][1:] if match[1] == "I" else where[it], text)
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
+        starts = plot.lines["start"]
+        if self.trouble == "wish" and re.search(r"\b(?:want|wish)", self.begun):            # that is not said twice
+            starts = [text for text in starts if not WANTED.search(literal(text))] or starts
         visit = []
         if not about:
             cast["visitor"] = rng.choice([each for each in VISITORS if each not in plot.words and not re.search(rf"\b{each}", self.begun.lower())])
@@ -1998,7 +2004,7 @@ class PlotStory(Story):
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
             firsts[1] += "\n\n" + firsts.pop(2)
-        begun = " ".join([self.begun + gap() + line("start"), *firsts])
+        begun = " ".join([self.begun + gap() + line("start", texts=starts), *firsts])
         then = " ".join([line("turn"), *(lines[i][1] for i in again)])
         text = tidy(begun + "\n\n" + then + ("\n\n" if len(again) > 1 else gap()) + line("end"))
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
@@ -2026,7 +2032,8 @@ class PlotStory(Story):
                 continue
             place, how = self.rng.choice(places), f"{self.cast['trait']} " if one is self.hero and "trait" in self.used else met[1]
             called = f"the {how}{one.kind}" if one.child or how and self.rng.random() < 0.5 else f"{one.name} the {one.kind}"
-            if re.search(r'(^|[.!?]"? |\n)$', text[:place.start()]):
+            said_by = re.search(r'[!?]" $', text[:place.start()]) and re.match(rf" {SAID}\b", text[place.end():])
+            if re.search(r'(^|[.!?]"? |\n)$', text[:place.start()]) and not said_by:
                 called = called[0].upper() + called[1:]
             text = text[:place.start()] + called + text[place.end():]
         return text
@@ -2056,6 +2063,9 @@ class PlotStory(Story):
 LONELY = re.compile(r"(?i)\bnobody|\bno friends|\balone\b|\blonely\b|knew no")
 CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventurous reckless".split(), "low": "cheerful happy merry jolly".split(),
             "sorry": "honest truthful well-behaved obedient kind".split(), "weather": "patient easygoing".split()}
+
+# What is no wish to come true.
+BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy)\b(?! (?:down|in|on|under))")
 
 # What requests say that no premise tells.
 UNTRUE = re.compile("(?i)" + "|".join((
@@ -2101,14 +2111,16 @@ class PremiseStory(PlotStory):
         """Whether ASKED names somebody or something otherwise than the beginning does: without the noun that is made up, "the fox" by his name though
         it has not said that he is one, a thing or friend as new or strange, a place as near, or friends where nobody is called so."""
         cast, begun = self.cast, self.begun.lower()
-        kind, thing, friend = (re.escape(word.lower()) for word in (cast.characters["hero"].kind, cast.thing.split()[-1], cast.characters["friend"].kind))
+        hero = cast.characters["hero"]
+        kind, thing, friend = (re.escape(word.lower()) for word in (hero.kind, cast.thing.split()[-1], cast.characters["friend"].kind))
         by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
         described = re.search(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) "
                               rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
         near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
         return any((self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
                     described and described[0] not in begun and described[1] not in begun, "place" in self.used and (cast.place[0] == "near") < near,
-                    "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked), "friend" not in self.used and "they are " in asked))
+                    "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked), "friend" not in self.used and "they are " in asked,
+                    re.search(r"\b(?:his|her|their|its) (?:best )?friend is\b", asked) and not re.search(rf"\b{kind}|\b{(hero.name or '-').lower()}\b", asked)))
 
     def mistells(self, asked):
         """Whether ASKED says that something happens which does not: the deed to the friend besides, a meeting, a journey, help of another sort, that food
@@ -2118,6 +2130,7 @@ class PremiseStory(PlotStory):
         helps = r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad"
         return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                     "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
+                    "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try)\b", asked),
                     "go" not in about and "journey" in asked, "help" in about and re.search(helps, asked),
                     "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
@@ -2155,7 +2168,7 @@ class PremiseStory(PlotStory):
         if not self.known and hero.adjective in CONTRARY.get(premise.trouble, ()):
             hero.adjective = ""
         if not (self.known or hero.child or " " in hero.kind) and rng.random() < 0.2:
-            hero.adjective = rng.choice([trait for trait in words["traits"] if trait not in CONTRARY.get(premise.trouble, ())])
+            hero.adjective = rng.choice([trait for trait in words["traits"] if not self.is_out_of_place(trait, premise.trouble)])
         elif not self.known and rng.random() < 0.4:
             hero.adjective = ""                                 # there is more to hear of without
         if rng.random() < 0.5:
@@ -2166,6 +2179,8 @@ class PremiseStory(PlotStory):
             raise ValueError("nobody meets his own family")
         if "deed" in roots(core) and rng.random() < 0.25:
             self.wish_for_a_clause()
+        if "deed" in roots(core) and BAD_DEEDS.match(self.cast.verbs[0]):
+            raise ValueError(f"nobody should want to {self.cast.verbs[0]}")
         if {"deed", "friend"} <= roots(core) and " with " in self.cast.verbs[0]:
             raise ValueError(f"nobody does that with two: {self.cast.verbs[0]}")
         if "thing" in roots(core) and self.cast.thing.startswith("pair of"):
@@ -2199,10 +2214,18 @@ class PremiseStory(PlotStory):
         """Whether TRAIT is one that the TROUBLE denies, or a bad one, which would have to be the trouble itself."""
         return trait in CONTRARY.get(trouble, ()) or trait in self.grammar.premises["bad trait"].lists["trait"]
 
+    def tell(self):
+        """As any plot; whom a premise has wronged is whoever should hear it."""
+        super().tell()
+        friend = str(self.cast.characters["friend"])
+        if self.trouble == "sorry" and "friend" in self.used and not {"friend", "pair"} & {*self.background, *self.cast} and "toldsecret" not in self.premise.about:
+            heard = re.sub(r"\bthe one who should hear it\b", friend, self.text[self.length:])
+            self.text = self.text[:self.length] + re.sub(r"\bThe one who should hear it\b", friend[0].upper() + friend[1:], heard)
+
     def naming_him(self, core, other):
         """CORE with {hero} for its first {he}, where there is an OTHER who could be meant, and now and then else; of a pair with names alone."""
         first = next((i for i, piece in enumerate(core) if piece == "he" and isinstance(piece, Slot)), None)
-        if first is not None and (other or self.extra or self.rng.random() < 0.3):
+        if first is not None and (other or self.extra or self.rng.random() < 0.15):
             core = Sequence([*core[:first], Slot("hero"), *core[first + 1:]])
         return Sequence([Slot("friend") if piece == "a friend" and "pair" in self.cast else piece for piece in core])
 
@@ -2252,11 +2275,13 @@ class PremiseStory(PlotStory):
                     slot == "event" and "event" not in self.background and "event" not in self.premise.lists):
                 hidden |= set(cast[slot].lower().split())               # nobody can be shown around what is to come
             elif slot in ("thing", "place", "nature", "food", "event"):
-                phrase = re.sub("^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
+                phrase = cast["the nature"] if slot == "nature" and cast["the nature"].startswith("the ") else re.sub(
+                    "^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
                 sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)
                 named[phrase] = sort if sort in ("many", "place") else "nature" if slot == "nature" else "thing"
             elif slot == "friend" and not cast.characters["friend"].name:
-                named[str(cast.characters["friend"])] = "animal" if cast.characters["friend"].kind in self.grammar.words["animals"] else "person"
+                named[str(cast.characters["friend"])] = "animal" if (
+                    cast.characters["friend"].kind in self.grammar.words["animals"] and self.premise.trouble != "sorry") else "person"
             elif slot == "friend" and cast is not self.cast:
                 named[cast.characters["friend"].name] = "person"
         hidden |= {word for phrase in named for word in phrase.lower().split()}
@@ -2310,6 +2335,10 @@ def of_its_length(asked, story):
     return asked + (" " if asked[-1] in ".?!:" else ". ") + (more.lower() if asked.islower() else more)
 
 
+# "in which when", of what happens when something else does.
+TWO_CLAUSES = re.compile(r"(?i)\b(?:where|in which|when|what if|suppose|imagine that)[ :]+(?:when|after|as soon|before|while|once)\b")
+
+
 def plot_request(story):
     """What a user says to get STORY, a PlotStory of a situation: what happens there."""
     cast, rng = story.cast, story.rng
@@ -2319,7 +2348,7 @@ def plot_request(story):
         else:
             cast["happening"] = story.happening
             asked = story.grammar.expand_rule("ask happening", cast, rng)
-        if story.is_as_long(asked.replace(story.deeds or story.happening, "")):
+        if story.is_as_long(asked.replace(story.deeds or story.happening, "")) and not TWO_CLAUSES.search(asked):
             break
     return of_its_length(informal(tidy(asked), rng), story)
 
@@ -2341,7 +2370,7 @@ def deeds(story):
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
-        if not match or '"' in sentence or re.match("(?:and|in|on|at|under|behind|by|near|from|with|of) ", match[1]) or re.match(rf"(?:was|is) an? (?:[a-z-]+ )*{kind}$", match[1]):
+        if not match or '"' in sentence or re.match("(?:and|in|on|at|under|behind|by|near|from|with|of|named|called) ", match[1]) or re.match(rf"(?:was|is) an? (?:[a-z-]+ )*{kind}$", match[1]):
             break
         others = [one for one in story.cast.characters.values() if one is not hero and one.gender == hero.gender]
         if done and said.split()[0].lower() == story.cast["he"] and any((one.name or one.kind) in story.begun for one in others):
@@ -2416,6 +2445,7 @@ def attach(topic, extra, grammar, rng):
     fox who sings and a lantern" would be something else."""
     more = []
     clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
+    clause = clause or grammar.plotted and re.search(r"\bto (?!the |an? )[a-z]+\b|\b(?:for|of|from) an? [a-z]+$", topic)         # "to make it rain"
     used = set()
     for slot, cast in extra:
         whose = slot in ("trait", "deed", "fear")               # "a trip who is afraid": it must follow the hero
@@ -2552,7 +2582,10 @@ def by_words(story):
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
     number = rng.choice([1, 1, 1, 2, 2, 2, 3, 3])               # "Dragons!" is a request, too
+    if isinstance(story, PremiseStory) and len(must) == 1 and must[0][0] in story.background:
+        number = 2                                              # who has no part in what happens is not asked for alone
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
+              and not (isinstance(story, PlotStory) and slot == "hero" and ("trait", cast) in must)
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)

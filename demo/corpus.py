@@ -986,13 +986,19 @@ TAKEN = set("half pair bit piece part end side top bottom kind middle rest corne
 NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|swam|swim\w*|sang|hatch\w*)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?)\b")}
 
+# Where one can be, but not around which a story can go.
+SEATS = "chair sofa table shelf bookshelf floor carpet leaf branch mushroom motorcycle tractor horse elephant swing slide mast fence rocket".split()
+
 # Whom the word list has among neither its people nor its kin.
-PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir".split())
+PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir "
+             "fairy elf gnome dwarf goblin kobold giant troll ogre pixie imp genie leprechaun ghost angel vampire mummy nymph sprite spirit robot android "
+             "alien snowman scarecrow mermaid witch wizard".split())
 
 # The words of a beginning's last sentence by which nothing has happened yet, and those of any by which something is wrong, or not yet so.
 AT_PEACE = re.compile(r"\b(loved|loves|liked|likes|lived|lives|named|called|always|every|together|best|enjoyed)\b")
 WORRY = re.compile(r"(?i)\b(but|not|[a-z]+n't|never|no|nobody|nothing|nowhere|cry|cried|crying|sad|afraid|scared|lost|wish(ed|es)?|want(ed|s)?|could|stuck|"
-                   r"broken?|torn|trouble|problem|hurt|sick|hungry|lonely|alone|too|gone|missing|worr(y|ied)|fell|angry|dark|tired)\b")
+                   r"broken?|torn|trouble|problem|hurt|sick|hungry|lonely|alone|too|gone|missing|worr(y|ied)|fell|angry|dark|tired|confused|puzzled|upset|"
+                   r"nervous|grumpy|mad|cross|bored|cold|jealous|ashamed|strange|odd|suddenly|forgot)\b")
 
 # The words by which a beginning says of a noun, NOUN, perhaps with an article and an adjective before it, what trouble there is with it.
 NOUN = "Qq"
@@ -1021,13 +1027,17 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 
 
 # The first words of wishes for something that is not there before they are fulfilled.
-YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet".split())
+YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit".split())
 
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
-                    rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b")
+                    rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
+
+# ... and those behind which it is not told of as there.
+NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
+                       r"(?:i am|i'm) (?:an?|the|your)(?: [a-z]+)?|play(?:ing|ed)?(?: at)?) $")
 
 # The words by which it says whose kin somebody is, and where something is.
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
@@ -1847,6 +1857,7 @@ class PlotStory(Story):
                    and not re.search(rf"\b{re.escape(phrase.split()[-1])} (?:{named})\b", self.begun)] + self.names
         kin = {match[0].split()[-1] for match in KIN.finditer(self.begun)}
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
+        phrases = [re.sub("^(?:his|her) ", "the ", phrase) if not phrase.startswith(self.cast["his"] + " ") else phrase for phrase in phrases]       # the friend's
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
@@ -1854,13 +1865,13 @@ class PlotStory(Story):
         return [(self.sort(phrase), phrase) for phrase in sorted(phrases, key=self.at)][:6]
 
     def is_there(self, phrase):
-        """Whether what PHRASE names, "the porridge", is there at all: not what something is only like, "thick as porridge", nor the place from which
-        somebody came or where he wants to go, nor rain of yesterday."""
+        """Whether what PHRASE names, "the porridge", is there at all: not what something is only like, "thick as porridge", nor what somebody says that
+        he is or plays, nor the place from which somebody came or where he wants to go, nor rain of yesterday."""
         noun = re.escape(phrase.split()[-1])
         said = [self.begun[:match.start()].lower() for match in re.finditer(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:(?!as |like |from |to )[a-z-]+ )?{noun}\b", self.begun)]
         if not said:
             return noun not in ("rain", "snow") or re.search(rf"\b{noun}ing\b", self.begun) is not None
-        return not all(re.search(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|from|(?:get|got|go|way|back|how) to) $", before) for before in said)
+        return not all(NOT_THERE.search(before) for before in said)
 
     def told_trouble(self, situation):
         """(trouble, goal) as SITUATION says. Raises ValueError where the beginning does not name the goal."""
@@ -1918,13 +1929,13 @@ class PlotStory(Story):
         if noun in self.sorts:                                  # it stands for a noun of that sort
             return self.sorts[noun]
         if noun in {one.kind for one in self.cast.characters.values()}:
-            return "person" if noun in nouns.people | PEOPLE else "animal"
+            return "person" if noun in nouns.people | PEOPLE or noun.split()[-1] in PEOPLE else "animal"
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
         if noun in nouns.places and noun not in GREAT and noun not in words["things"]:
             return "place"                                      # the woods, the stairs
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
-        if one in nouns.people | PEOPLE:
+        if one in nouns.people | PEOPLE or last in PEOPLE:
             return "person"
         if noun in GREAT:
             return "nature"
@@ -1935,13 +1946,16 @@ class PlotStory(Story):
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
         words, rng, others = self.grammar.words, self.rng, {}
+        seats = SMALL | {*words["things"], *words["animals"], *SEATS}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
             if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
+            if sort == "thing" and not all(ARTICLE.search(self.begun[:match.start()]) for match in re.finditer(rf"\b{noun}\b", self.begun)):
+                continue                                        # flour is no kite
             where = sort == "place" and re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
-                [place for preposition, place in words["places"] if not where or preposition == where[1]] or [noun] if sort == "place"
+                [place for preposition, place in words["places"] if (not where or preposition == where[1]) and place not in seats] or [noun] if sort == "place"
                 else words["animals" if sort == "animal" else "things"])
             other = plural(other) if sort == "many" else other
             if " " not in other and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
@@ -1963,6 +1977,9 @@ class PlotStory(Story):
         about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
         friend = cast.characters["friend"]
         rival = lambda phrase: self.trouble == "quarrel" and (phrase == friend.name or phrase.split()[-1] == friend.kind.split()[-1])
+        if self.trouble == "quarrel" and self.hero is friend:           # with whom it names, then
+            other = next((phrase for sort, phrase in about if sort in ("person", "animal")), None)
+            rival = lambda phrase: phrase == other
         self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT) or rival(phrase)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal

@@ -286,23 +286,24 @@ def base_of(past, irregular):
 def as_of_now(text, irregular):
     """TEXT, told in the past, as one speaks of what happens in a story: "Mia lost her hat and was sad" -> "Mia loses her hat and is sad". By the word
     lists alone, so that it errs now and then, as do people who ask."""
-    parts, many = re.split(r"([A-Za-z]+(?:'[a-z]+)?)", text), False
+    parts, many, turned = re.split(r"([A-Za-z]+(?:'[a-z]+)?)", text), False, False          # turned: a verb since the last comma or full stop
     words = parts[1::2]
     for i, word in enumerate(words):
         many = many and not re.search("[.!?]", parts[2 * i])
+        turned = turned and not re.search("[.,;:!?]", parts[2 * i])
         before = next((each for each in reversed(words[:i]) if each.lower() not in BETWEEN), "").lower()
         if before in ("he", "she", "it", "nobody", "somebody", "who", "everybody", "everyone", "someone"):
             many = False
         elif before in ("i", "you", "we", "they"):
             many = True
-        elif i > 1 and words[i - 2] == "and" and (words[i - 1][0].isupper() or i > 2 and words[i - 3][0].isupper()):
+        elif not turned and i > 1 and words[i - 2] == "and" and (words[i - 1][0].isupper() or i > 2 and words[i - 3][0].isupper()):
             many = True                                         # "Tom and Mia", "Tom and the dog"
         named = word in ("named", "called") and words[i + 1:i + 2] and words[i + 1][0].isupper()
         state = word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())      # "one was left."
         if word in NOW:
-            words[i] = {"had": "have", "did": "do"}.get(word, NOW[word]) if many else NOW[word]
+            words[i], turned = {"had": "have", "did": "do"}.get(word, NOW[word]) if many else NOW[word], True
         elif word.islower() and before and before not in AUXILIARIES | BARE and words[i - 1].lower() not in BARE and not (named or state) and (base := base_of(word, irregular)):
-            words[i] = base if many else conjugate(base, irregular)[1]
+            words[i], turned = base if many else conjugate(base, irregular)[1], True
     parts[1::2] = words
     return "".join(parts).replace("can not", "cannot")
 
@@ -1027,7 +1028,7 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 
 
 # The first words of wishes for something that is not there before they are fulfilled.
-YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit".split())
+YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit bring carry take deliver ride open".split())
 
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
@@ -2031,9 +2032,10 @@ class PlotStory(Story):
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
-        noun = phrase.split()[-1]
-        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{re.escape(noun)}\b", self.begun)
-        listed = next((preposition for preposition, place in self.grammar.words["places"] if place.split()[-1] == noun), "in")
+        noun, bare, places = phrase.split()[-1], re.sub("^(?:the|an?|his|her|my) ", "", phrase), self.grammar.words["places"]
+        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )*{re.escape(bare)}\b", self.begun)
+        listed = next((preposition for preposition, place in places if place == bare), None) or next(
+            (preposition for preposition, place in places if place.split()[-1] == noun), "in")
         return f"{said[1] if said else listed} {phrase}"
 
     def calling_by_kind(self, text):
@@ -2122,7 +2124,16 @@ class PremiseStory(PlotStory):
 
     def is_true(self, asked):
         """Whether the request ASKED, in small letters, asks for what is told, and for a story as long as it is."""
-        return not (UNTRUE.search(asked) or self.misnames(asked) or self.mistells(asked)) and self.is_as_long(asked)
+        return not (UNTRUE.search(asked) or self.misnames(asked) or self.mistells(asked)) and self.names_enough(asked) and self.is_as_long(asked)
+
+    def names_enough(self, asked):
+        """Whether ASKED names, where it names anybody or anything that has no part in what happens, one that has; and the hero, if he is neither a
+        child nor an animal nor grown up: nobody expects a thunderstorm to go for a walk."""
+        hero, words, core = self.hero, self.grammar.words, self.used - {"hero", "clause", *self.background}
+        names = [name for slot in core for name in (self.cast.verbs if slot == "deed" else self.cast.names(slot)) if name]
+        is_said = lambda names: any(word[:4] in asked for name in names for word in name.lower().split() if len(word) > 2)
+        usual = hero.child or any(hero.kind in words[kinds] for kinds in ("animals", "he people", "she people"))
+        return (not self.background or not names or is_said(names)) and (usual or is_said([hero.kind, hero.name or ""]))
 
     def misnames(self, asked):
         """Whether ASKED names somebody or something otherwise than the beginning does: without the noun that is made up, "the fox" by his name though
@@ -2295,7 +2306,8 @@ class PremiseStory(PlotStory):
                 phrase = cast["the nature"] if slot == "nature" and cast["the nature"].startswith("the ") else re.sub(
                     "^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
                 sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)
-                named[phrase] = sort if sort in ("many", "place") else "nature" if slot == "nature" else "thing"
+                named[phrase] = "nature" if slot == "nature" and (slot in self.background or sort not in ("many", "place")) else sort if sort in (
+                    "many", "place") else "thing"
             elif slot == "friend" and not cast.characters["friend"].name:
                 named[str(cast.characters["friend"])] = "animal" if (
                     cast.characters["friend"].kind in self.grammar.words["animals"] and self.premise.trouble != "sorry") else "person"
@@ -2556,7 +2568,8 @@ def ask(story, topic):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
-    two = clause and isinstance(story, PlotStory) and re.search(" and an? ", clause[2])               # "needs help and a mouse"
+    two = clause and isinstance(story, PlotStory) and (                                          # "needs help and a mouse", "finding out who stole"
+        re.search(" and (?:an? |[A-Z])", clause[2]) or re.search(r"(?:ing|out|question|about)$", clause[1]))
     if clause and " and " not in clause[1] and not two and rng.random() < 0.25:
         cast["subject"], cast["predicate"], hero = *clause.groups(), cast.characters["hero"]
         if hero.child and hero.name and rng.random() < 0.3 and re.fullmatch(
@@ -2619,7 +2632,10 @@ def ask_words(story, words):
     """A request for STORY by WORDS {word: whether it is a noun that takes "a"}, not yet tidy."""
     cast, rng = story.cast, story.rng
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
-    articled, quoted = ["a " * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
+    article = lambda word: "the " if isinstance(story, PlotStory) and re.search(r" of |^(?:end|edge|bottom|top|foot|other) ", word) else "a "
+    articled, quoted = [article(word) * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
+    if isinstance(story, PlotStory):
+        articled = [cast["nature"] if word == re.sub("^(?:an?|the) ", "", cast["nature"]) else word for word in articled]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
     asked = story.grammar.expand_rule("ask words", cast, rng)

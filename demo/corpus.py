@@ -1036,7 +1036,8 @@ ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|f
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
-# ... and those behind which it is not told of as there.
+# It, with an article and an adjective, and those behind which it is not told of as there.
+SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:(?!as |like |from |to )[a-z-]+ )?{NOUN}\b")
 NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
                        r"(?:i am|i'm) (?:an?|the|your)(?: [a-z]+)?|play(?:ing|ed)?(?: at)?) $")
 
@@ -1671,6 +1672,11 @@ def as_told_by_me(text):
     return '"'.join(parts)
 
 
+def places_of(part, text):
+    """[where PART stands in TEXT, ...]"""
+    return [place for place in range(len(text)) if text.startswith(part, place)] if part in text else []
+
+
 class PlotStory(Story):
     """A plot told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
@@ -1868,8 +1874,9 @@ class PlotStory(Story):
     def is_there(self, phrase):
         """Whether what PHRASE names, "the porridge", is there at all: not what something is only like, "thick as porridge", nor what somebody says that
         he is or plays, nor the place from which somebody came or where he wants to go, nor rain of yesterday."""
-        noun = re.escape(phrase.split()[-1])
-        said = [self.begun[:match.start()].lower() for match in re.finditer(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:(?!as |like |from |to )[a-z-]+ )?{noun}\b", self.begun)]
+        noun = phrase.split()[-1]
+        begun = self.begun.replace(noun, NOUN)
+        said = [begun[:match.start()].lower() for match in SAID_OF.finditer(begun)]
         if not said:
             return noun not in ("rain", "snow") or re.search(rf"\b{noun}ing\b", self.begun) is not None
         return not all(NOT_THERE.search(before) for before in said)
@@ -2043,18 +2050,20 @@ class PlotStory(Story):
         child "the girl", where she is the only one."""
         wish = [an(self.cast[form]) for form in ("wish", "wish.past", "wish.ing")] if self.trouble == "wish" else []
         for one in self.cast.characters.values():
-            wishes = [match.span() for form in wish for match in re.finditer(re.escape(form), text)]
+            wishes = [(place, place + len(form)) for form in wish for place in places_of(form, text)]
             met = one.name and re.search(rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
-            places = met and [match for match in re.finditer(rf"\b{re.escape(one.name)}\b(?!'| the |[^\"]*\"(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)
-                              if not any(start <= match.start() < end for start, end in wishes)]
+            places = met and [place for place in places_of(one.name, text) if not any(start <= place < end for start, end in wishes)
+                              and text.count('"', place) % 2 == 0 and not re.match("['A-Za-z]| the ", text[place + len(one.name):])
+                              and not text[:place][-1:].isalpha()]
             if not places or self.begun.count(f" {one.kind}") > 1:
                 continue
             place, how = self.rng.choice(places), f"{self.cast['trait']} " if one is self.hero and "trait" in self.used else met[1]
             called = f"the {how}{one.kind}" if one.child or how and self.rng.random() < 0.5 else f"{one.name} the {one.kind}"
-            said_by = re.search(r'[!?]" $', text[:place.start()]) and re.match(rf" {SAID}\b", text[place.end():])
-            if re.search(r'(^|[.!?]"? |\n)$', text[:place.start()]) and not said_by:
+            behind = text[place + len(one.name):]
+            said_by = text[:place].endswith(('!" ', '?" ')) and re.match(rf" {SAID}\b", behind)
+            if re.search(r'(^|[.!?]"? |\n)$', text[:place]) and not said_by:
                 called = called[0].upper() + called[1:]
-            text = text[:place.start()] + called + text[place.end():]
+            text = text[:place] + called + behind
         return text
 
     def agreeing(self, text):

@@ -6459,7 +6459,7 @@ def test_requests_ask_for_what_is_told(asked, true):
 def test_what_is_asked_of_a_situation_is_all_that_is_told():
     """A request for a situation says what happens there, and the story begins with that alone, behind how its hero is met."""
     corpus, words, seen = demo_module("corpus"), plotted_grammar(), 0
-    for i in range(300):
+    for i in range(400):
         rng = random.Random(f"situation {i}")
         try:
             story = corpus.PlotStory(words, rng, rng.choice(words.situations_of["a situation"]), asked=True)

@@ -984,7 +984,10 @@ VISITORS = "mouse beetle snail sparrow frog hedgehog rabbit squirrel cat hen duc
 TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town wall door window roof floor chimney ceiling".split())
 
 # What is said only of some animals and places, for which no others can stand.
-NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|swam|swim\w*|sang|hatch\w*)\b"),
+NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|swam|swim\w*|sang|hatch\w*|roar\w*|howl\w*|neigh\w*|"
+                                r"clip-clop|shoes|hooves|horns?|beak|mane)\b"),
+            "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
+                                r"wheels?|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|sew\w*|knit\w*|read\w*|stitch\w*)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?)\b")}
 
 # Where one can be, but not around which a story can go.
@@ -1027,6 +1030,10 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 }.items()}
 
 
+# What a request has to say of two more sorts of trouble.
+ASKED_WITH = {"quarrel": re.compile("both|each|neither|quarrel|fight|fought|only one|share|agree|angry|pull|take|will not|argu|first"),
+              "riddle": re.compile(r"\b(?:who|what|why|where|how|knows?|secret|strange|riddle|mystery|wonders?|ever)\b")}
+
 # The first words of wishes for something that is not there before they are fulfilled.
 YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit bring carry take deliver ride open".split())
 
@@ -1039,7 +1046,8 @@ ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|f
 # It, with an article and an adjective, and those behind which it is not told of as there.
 SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:(?!as |like |from |to )[a-z-]+ )?{NOUN}\b")
 NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
-                       r"(?:i am|i'm) (?:an?|the|your)(?: [a-z]+)?|play(?:ing|ed)?(?: at)?) $")
+                       r"(?:i am|i'm) (?:an?|the|your)(?: [a-z]+)?|play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
+                       r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
 # The words by which it says whose kin somebody is, and where something is.
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
@@ -1213,7 +1221,8 @@ class Situation(Tale):
         often another one. With a name, mostly, and always where the tale says the kind besides."""
         kinds = self.lists.get(role, ["any"])
         kind = rng.choice(kinds)
-        if role == "hero" and len(kinds) > 1 and set(kinds) <= set(words["animals"]) and rng.random() < 0.5:
+        if role == "hero" and len(kinds) > 1 and set(kinds) <= set(words["animals"]) and rng.random() < 0.5 and not any(
+                NO_OTHER["animal"].search(literal_of_all(text)) for text in self.begin):
             kind = "animal"
         if kind == "any":
             kind = rng.choice(["child", "child", "animal", "animal", "creature", "adult"])
@@ -1754,6 +1763,9 @@ class PlotStory(Story):
             raise ValueError(f"nobody asked for {self.hero}: {self.begun}")
         friend, pattern = self.cast.characters["friend"], IS["gone"] if situation.trouble in ("gone", "away") else None
         goal = situation.goal and self.grammar.expand(situation.goal, self.cast, self.rng)
+        if situation.trouble in ASKED_WITH and not ASKED_WITH[situation.trouble].search(self.deeds or self.happening) or (
+                situation.trouble in ("stuck", "sad", "wrong", "afraid", "want") and goal and not is_said(self.begun, head(goal).split()[-1], IS[situation.trouble])):
+            raise ValueError(f"nobody asked for its trouble: {self.begun}")
         if situation.trouble == "weather" and goal and head(goal).split()[-1] not in self.begun:
             raise ValueError(f"nobody asked for the weather: {self.begun}")
         if situation.trouble == "quarrel" and not re.search(rf"\b{re.escape(friend.name or friend.kind)}\b", self.begun) or (
@@ -1939,11 +1951,13 @@ class PlotStory(Story):
         if noun in {one.kind for one in self.cast.characters.values()}:
             return "person" if noun in nouns.people | PEOPLE or noun.split()[-1] in PEOPLE else "animal"
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
+        if last == "children":
+            return "many"
         if noun in nouns.places and noun not in GREAT and noun not in words["things"]:
             return "place"                                      # the woods, the stairs
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
-        if one in nouns.people | PEOPLE or last in PEOPLE:
+        if one in nouns.people | PEOPLE or last in PEOPLE or last.endswith(("man", "woman", "lady")):
             return "person"
         if noun in GREAT:
             return "nature"
@@ -1994,7 +2008,7 @@ class PlotStory(Story):
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})     # he arrives
-            helps = lambda phrase: re.search(rf"\bwith {re.escape(phrase)}\b", self.goal)
+            helps = lambda phrase: re.search(rf"\b(?:with|for|teach) {re.escape(phrase)}\b", self.goal)
             about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and helps(phrase)] or [
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
                 if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
@@ -2006,6 +2020,8 @@ class PlotStory(Story):
             cast["it"] = it
             parts = 3 if len(plot.lines[key]) > 5 else 2
             texts = texts or (plot.lines[key][nth % parts::parts] if it else plot.lines[key])
+            if "event" in self.used and it == re.sub("^an? ", "the ", cast["event"]):       # it has no end to go to
+                texts = [text for text in texts if not re.search(r"\b(?:end|half|side) of x|around x", literal(text))] or texts
             texts = [text for text in texts if text not in told] or [text for text in plot.lines[key] if text not in told] or texts
             told.append(rng.choice(texts))
             text = grammar.expand(told[-1], cast, rng)
@@ -2040,7 +2056,7 @@ class PlotStory(Story):
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
         noun, bare, places = phrase.split()[-1], re.sub("^(?:the|an?|his|her|my) ", "", phrase), self.grammar.words["places"]
-        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )*{re.escape(bare)}\b", self.begun)
+        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:(?!of )[a-z]+ )*{re.escape(bare)}\b", self.begun)
         listed = next((preposition for preposition, place in places if place == bare), None) or next(
             (preposition for preposition, place in places if place.split()[-1] == noun), "in")
         return f"{said[1] if said else listed} {phrase}"
@@ -2093,7 +2109,7 @@ CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventuro
             "sorry": "honest truthful well-behaved obedient kind".split(), "weather": "patient easygoing".split()}
 
 # What is no wish to come true.
-BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy)\b(?! (?:down|in|on|under))")
+BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy|give up|run away|throw a tantrum)\b(?! (?:down|in|on|under))")
 
 # What requests say that no premise tells.
 UNTRUE = re.compile("(?i)" + "|".join((
@@ -2104,7 +2120,8 @@ UNTRUE = re.compile("(?i)" + "|".join((
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
     r"\b(?:like|love|loves|likes|crazy about) (?:little )?(?:boys|girls|women|men|kings|queens)",                                            # odd to say
     "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b", r"\bmy (?:favorite|old|new) (?!animal)",
-    r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", r"\bthe (?:story|tale) when\b")))
+    r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", "only eats", "eats nothing but", "cannot stop eating", r"\bchanges\b(?! places| into)",
+    r"\bthere is [a-z]+ing\b", r"\bmy class of\b", r"\bthe (?:story|tale) when\b")))
 
 # Words by which a story is asked to be short, or long.
 SHORT = re.compile(r"(?i)\b(?:short|brief|quick|not too long|few (?:lines|sentences)|paragraph)\b")
@@ -2151,7 +2168,7 @@ class PremiseStory(PlotStory):
         hero = cast.characters["hero"]
         kind, thing, friend = (re.escape(word.lower()) for word in (hero.kind, cast.thing.split()[-1], cast.characters["friend"].kind))
         by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
-        described = re.search(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) "
+        described = re.search(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) (?:[a-z-]+ )?"
                               rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
         near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
         return any((self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
@@ -2168,7 +2185,7 @@ class PremiseStory(PlotStory):
         return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                     "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
                     "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try)\b", asked),
-                    "go" not in about and "journey" in asked, "help" in about and re.search(helps, asked),
+                    self.premise.name == "deed with a thing" and not re.search(rf"\b{thing}", asked), "go" not in about and "journey" in asked, "help" in about and re.search(helps, asked),
                     "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
                     and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun),
@@ -2236,7 +2253,7 @@ class PremiseStory(PlotStory):
                 self.used.add(slot)
                 self.background.append(slot)
         self.must = [(slot, cast) for slot in (*self.background, *sorted(self.used & set(SPECIAL) - set(self.background)))]
-        if self.background and "friend" in self.used and not self.known and "meet" not in premise.about and rng.random() < 0.15:
+        if self.background and "friend" in self.used and "trait" not in self.used and not self.known and "meet" not in premise.about and rng.random() < 0.15:
             cast.pair()
         elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.12:
             self.clause_of_hero()
@@ -2252,8 +2269,10 @@ class PremiseStory(PlotStory):
         return trait in CONTRARY.get(trouble, ()) or trait in self.grammar.premises["bad trait"].lists["trait"]
 
     def tell(self):
-        """As any plot; whom a premise has wronged is whoever should hear it."""
+        """As any plot, with a last word on its premise where there is a rule for one; whom that has wronged is whoever should hear it."""
         super().tell()
+        if f"last {self.premise.name}" in self.grammar.rules:
+            self.text += " " + tidy(self.grammar.expand_rule(f"last {self.premise.name}", self.cast, self.rng))
         friend = str(self.cast.characters["friend"])
         if self.trouble == "sorry" and "friend" in self.used and not {"friend", "pair"} & {*self.background, *self.cast} and "toldsecret" not in self.premise.about:
             heard = re.sub(r"\bthe one who should hear it\b", friend, self.text[self.length:])

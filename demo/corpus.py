@@ -33,7 +33,11 @@ PIECES = re.compile(r"[()|]|\{[^{}]*\}|<[a-z][a-zA-Z0-9 _-]*>|[^()|{}<]+|[<{}]")
 
 
 class Sequence(list):
-    """Pieces one after the other: str, Slot, Rule, or Choice."""
+    """Pieces one after the other: str, Slot, Rule, or Choice. Not to be changed once its `roots` have been asked for."""
+
+    @functools.cached_property
+    def roots(self):
+        return {slot.split()[-1].split(".")[0] for slot in slots(self)}
 
 
 class Choice(list):
@@ -1683,7 +1687,11 @@ def as_told_by_me(text):
 
 def places_of(part, text):
     """[where PART stands in TEXT, ...]"""
-    return [place for place in range(len(text)) if text.startswith(part, place)] if part in text else []
+    places, place = [], text.find(part)
+    while place >= 0:
+        places.append(place)
+        place = text.find(part, place + 1)
+    return places
 
 
 class PlotStory(Story):
@@ -2631,8 +2639,8 @@ def literal_of_all(text):
 
 
 def roots(phrase):
-    """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"."""
-    return {slot.split()[-1].split(".")[0] for slot in slots(phrase)}
+    """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"; a set of one's own."""
+    return set(phrase.roots) if isinstance(phrase, Sequence) else {slot.split()[-1].split(".")[0] for slot in slots(phrase)}
 
 
 def by_words(story):

@@ -2016,8 +2016,8 @@ class PlotStory(Story):
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})     # he arrives
-            helps = lambda phrase: re.search(rf"\b(?:with|for|teach) {re.escape(phrase)}\b", self.goal)
-            about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and helps(phrase)] or [
+            about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and not (
+                self.goal.startswith(YET_TO_COME))] or [
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
                 if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
 
@@ -2048,7 +2048,7 @@ class PlotStory(Story):
         about *= 2 if len(about) == 1 and not self.brief else 1
         lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
         again = rng.sample(range(len(lines)), len(lines))
-        again = sorted(sorted(again, key=lambda i: about[i][0] not in ("person", "animal"))[:0 if self.brief else rng.choice([3, 4])])      # above all the living
+        again = sorted(sorted(again, key=lambda i: about[i][0] not in ("person", "animal"))[:rng.choice([0, 0, 1]) if self.brief else rng.choice([3, 4])])      # above all the living
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
@@ -2167,7 +2167,9 @@ class PremiseStory(PlotStory):
         names = [name for slot in core for name in (self.cast.verbs if slot == "deed" else self.cast.names(slot)) if name]
         is_said = lambda names: any(word[:4] in asked for name in names for word in name.lower().split() if len(word) > 2)
         usual = hero.child or any(hero.kind in words[kinds] for kinds in ("animals", "he people", "she people"))
-        return (not self.background or not names or is_said(names)) and (usual or is_said([hero.kind, hero.name or ""]))
+        friend, known = self.cast.characters["friend"], is_said([hero.kind, hero.name or ""])
+        alone = "friend" in self.used and is_said([friend.kind, friend.name or ""]) and not known           # who is asked for is the hero, then
+        return (not self.background or not names or is_said(names)) and (usual or known) and not alone
 
     def misnames(self, asked):
         """Whether ASKED names somebody or something otherwise than the beginning does: without the noun that is made up, "the fox" by his name though
@@ -2181,6 +2183,7 @@ class PremiseStory(PlotStory):
         near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
         return any((self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
                     described and described[0] not in begun and described[1] not in begun, "place" in self.used and (cast.place[0] == "near") < near,
+                    re.search(rf"\blittle {kind}", asked) and "little" not in begun,
                     "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked), "friend" not in self.used and "they are " in asked,
                     re.search(r"\b(?:his|her|their|its) (?:best )?friend is\b", asked) and not re.search(rf"\b{kind}|\b{(hero.name or '-').lower()}\b", asked)))
 
@@ -2193,7 +2196,9 @@ class PremiseStory(PlotStory):
         return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                     "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
                     "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try)\b", asked),
-                    self.premise.name == "deed with a thing" and not re.search(rf"\b{thing}", asked), "go" not in about and "journey" in asked, "help" in about and re.search(helps, asked),
+                    self.premise.name == "deed with a thing" and not re.search(rf"\b{thing}", asked), "go" not in about and "journey" in asked,
+                    "help" in about and re.search(helps, asked), self.trouble == "weather" and re.search(r"\b(?:liked?|loved?|enjoyed)\b", asked),
+                    "night" in about and re.search("not want to sleep|not go to bed", asked) and "want to sleep" not in begun,
                     "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
                     and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun),
@@ -2265,7 +2270,7 @@ class PremiseStory(PlotStory):
             cast.pair()
         elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.12:
             self.clause_of_hero()
-        self.invented = self.invent(self.used) if self.wanted and rng.random() < 0.3 else None
+        self.invented = self.invent(self.used, "thing" in premise.lists) if self.wanted and rng.random() < 0.3 else None
         if "trait" in self.used:
             cast.characters["hero"].adjective = ""
         if "event" in self.background:
@@ -2310,9 +2315,9 @@ class PremiseStory(PlotStory):
                 base := base_of(match[1], irregular)):
             self.cast.verbs = conjugate(f"{base} {match[2]}", irregular)
 
-    def invent(self, used):
-        """Make up a noun for one of the slots USED; returns it, None where nothing was."""
-        slots = [slot for slot in ("thing", "thing", "place", "deed", *(("hero", "friend") if "pair" not in self.cast else ())) if slot in used]
+    def invent(self, used, has_list):
+        """Make up a noun for one of the slots USED, but the thing where the premise HAS_LIST of things; returns it, None where nothing was."""
+        slots = [slot for slot in ("thing", "thing", "place", "deed", *(("hero", "friend") if "pair" not in self.cast else ())) if slot in used and not (slot == "thing" and has_list)]
         if not slots:
             return None
         before = {slot: self.cast.names(slot)[0] for slot in slots}
@@ -2342,7 +2347,7 @@ class PremiseStory(PlotStory):
                 phrase = cast["the nature"] if slot == "nature" and cast["the nature"].startswith("the ") else re.sub(
                     "^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
                 sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)
-                named[phrase] = "nature" if slot == "nature" and (slot in self.background or sort not in ("many", "place")) else sort if sort in (
+                named[phrase] = "thing" if slot == "food" else "nature" if slot == "nature" and (slot in self.background or sort not in ("many", "place")) else sort if sort in (
                     "many", "place") else "thing"
             elif slot == "friend" and not cast.characters["friend"].name:
                 named[str(cast.characters["friend"])] = "animal" if (

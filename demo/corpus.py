@@ -90,7 +90,7 @@ class Grammar:
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
-            if path.stem == "premises" and not plotted:
+            if path.stem.split("-")[0] == "premises" and not plotted:
                 continue                                        # its rules are not for tales
             {"situations": read_situations, "premises": read_premises}.get(path.stem.split("-")[0], read_tales)(path, self)
         begins = lambda tale: tale.open or tale.start and (tale.event or "fact" in tale.needs)
@@ -306,7 +306,7 @@ def as_of_now(text, irregular):
         state = word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())      # "one was left."
         if word in NOW:
             words[i], turned = {"had": "have", "did": "do"}.get(word, NOW[word]) if many else NOW[word], True
-        elif word.islower() and before and before not in AUXILIARIES | BARE and words[i - 1].lower() not in BARE and not (named or state) and (base := base_of(word, irregular)):
+        elif word.islower() and before and before not in AUXILIARIES | BARE and not (named or state) and (base := base_of(word, irregular)):
             words[i], turned = base if many else conjugate(base, irregular)[1], True
     parts[1::2] = words
     return "".join(parts).replace("can not", "cannot")
@@ -954,7 +954,7 @@ GOALLESS = ("low", "sorry", "plain", "fix")
 ALONE = {"sad": "low", "odd": "plain", "afraid": "low"}         # what they are for the hero himself, where it is about nobody else; all others: "fix"
 
 # What a plot's start says of a wish, where the beginning may have said it.
-WANTED = re.compile(r"\bx (?:only |just |still )?(?:wanted|wished)\b|\bx wanted was\b|rather do than")
+WANTED = re.compile(r"\bx (?:only |just |still )?(?:wanted|wished)\b|rather do than")
 
 # Behind speech in a line of a plot, before a letter that tidy() leaves small: "Boo!" to nobody.
 KEPT = "\N{WORD JOINER}"
@@ -985,14 +985,15 @@ SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi 
 VISITORS = "mouse beetle snail sparrow frog hedgehog rabbit squirrel cat hen duck toad mole ladybug goat".split()
 
 # What one takes or has, and nothing else instead.
-TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town wall door window roof floor chimney ceiling".split())
+TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town wall door window roof floor chimney ceiling wedding ball concert fair festival birthday parade contest".split())
 
 # What is said only of some animals and places, for which no others can stand.
-NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|swam|swim\w*|sang|hatch\w*|roar\w*|howl\w*|neigh\w*|"
+NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|sw[aiu]m\w*|sang|hatch\w*|hive|roar\w*|howl\w*|neigh\w*|"
                                 r"clip-clop|shoes|hooves|horns?|beak|mane)\b"),
             "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
-                                r"wheels?|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|sew\w*|knit\w*|read\w*|stitch\w*)\b"),
-            "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?)\b")}
+                                r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*)\b"),
+            "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?|"
+                               r"day of|ready for|invited)\b")}
 
 # Where one can be, but not around which a story can go.
 SEATS = "chair sofa table shelf bookshelf floor carpet leaf branch mushroom motorcycle tractor horse elephant swing slide mast fence rocket".split()
@@ -1035,22 +1036,23 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 
 
 # What a request has to say of two more sorts of trouble.
-ASKED_WITH = {"quarrel": re.compile("both|each|neither|quarrel|fight|fought|only one|share|agree|angry|pull|take|will not|argu|first"),
+ASKED_WITH = {"quarrel": re.compile(r"\b(?:both|each|neither|quarrel|fight|fought|only one|share|agree|angry|pull|take|will not|argu|first)"),
               "riddle": re.compile(r"\b(?:who|what|why|where|how|knows?|secret|strange|riddle|mystery|wonders?|ever)\b")}
 
 # The first words of wishes for something that is not there before they are fulfilled.
 YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit bring carry take deliver ride open".split())
 
 # The words by which it says that NOUN is not there, or not any more.
-ABSENT = re.compile(rf"\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
+ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
 # It, with an article and an adjective, and those behind which it is not told of as there.
-SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their) )?(?:(?!as |like |from |to )[a-z-]+ )?{NOUN}\b")
+SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) )?(?:(?!(?:as|like|from|to|for|at|am|i'm|play(?:ed|ing)?|hear|heard|smell|smelled) )"
+                     rf"[a-z-]+ )?{NOUN}\b")
 NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
-                       r"(?:i am|i'm) (?:an?|the|your)(?: [a-z]+)?|play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
+                       r"i am|i'm|play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
 # The words by which it says whose kin somebody is, and where something is.
@@ -1082,7 +1084,7 @@ class Plot(Tale):
 
     @functools.cached_property
     def leads(self):
-        """The words that half of its starts and turns have: "snail", who is in all of it."""
+        """The words that most of its starts and turns have: "snail", who is in all of it."""
         texts = [set(re.findall("[a-z]+", literal_of_all(text).lower())) for key in ("start", "turn") for text in self.lines[key]]
         return {word for word, times in collections.Counter(word for text in texts for word in text).items() if 2 * times > len(texts)}
 
@@ -1123,7 +1125,7 @@ def read_tales(path, grammar):
                 body.append(line)
             elif isinstance(tale, Plot) and key == "for" and value.split()[:1] and value.split()[0] in TROUBLES:
                 tale.trouble, *tale.verbs = value.split()
-            elif isinstance(tale, Plot) and key == "not" and tale.trouble == "wish" and value:
+            elif isinstance(tale, Plot) and key == "not" and tale.trouble == "wish" and not tale.verbs and value:
                 tale.not_verbs = value.split()
             elif isinstance(tale, Plot) and key in Plot.KEYS and tale.trouble:
                 tale.lines[key].append(text := parse(re.sub(r'([!?]" )(?=\(?[a-z])', rf"\1{KEPT}", value)))
@@ -1700,7 +1702,8 @@ class PlotStory(Story):
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
     or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort. If it was asked for, `deeds`
     what its hero does, "loses her hat", or `happening` what else happens, "all the lights go out", as requests say it; else "".
-    `until_start` how long the text is up to the plot's start; `brief` whether it is short, as each that it names has one line alone."""
+    `until_start` how long the text is up to the plot's start; `brief` whether it is short: of up to 270 words, with one line for each of three at
+    most, and a second for one of them at most."""
 
     def __init__(self, grammar, rng, source, named=False, asked=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
@@ -1736,12 +1739,13 @@ class PlotStory(Story):
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
             fit = [each for each in grammar.plots_for[self.trouble] if each.verbs and goal.split()[0] in each.verbs]
             fit = fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs and not (
-                each.not_verbs and goal.split()[0] in each.not_verbs)]
+                self.trouble == "wish" and goal.split()[0] in each.not_verbs)]
             kinds = {one.kind.split()[-1] for one in self.cast.characters.values() if one.kind in self.begun}
             self.plot = rng.choice([each for each in fit if not kinds & each.leads] or fit)
             self.own = isinstance(source, Situation) and not others
             self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
             self.tell()
+            self.brief &= len(self.text.split()) <= 270
             if not (twice := repeats(self.text)):
                 return
             why = f"repeats {twice!r}"
@@ -1784,9 +1788,12 @@ class PlotStory(Story):
             raise ValueError(f"nobody asked to {goal}: {self.begun}")
 
     def is_as_long(self, asked):
-        """Whether the request ASKED asks for a short story only where this is brief, and for a long one only where it is none of the shorter."""
+        """Whether this is as long as the request ASKED says: brief for a short story, of up to 190 words for a very short one, of 330 or more for a long
+        one."""
         words = len(self.text.split())
-        return bool(SHORT.search(asked)) <= self.brief and not (VERY_SHORT.search(asked) and words > 190 or LONG.search(asked) and words < 330)
+        if SHORT.search(asked) and not self.brief or VERY_SHORT.search(asked) and words > 190:
+            return False
+        return not LONG.search(asked) or words >= 330
 
     def to_be_kept_apart(self):
         """The words that a held-out request may not have two of."""
@@ -1880,7 +1887,7 @@ class PlotStory(Story):
         hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
-        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if phrase.split()[-1] not in no_noun and self.is_there(phrase)
+        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if not no_noun & {phrase.split()[-1], nouns.forms.get(phrase.split()[-1])} and self.is_there(phrase)
                    and not re.search(rf"\b{re.escape(phrase.split()[-1])} (?:{named})\b", self.begun)] + self.names
         kin = {match[0].split()[-1] for match in KIN.finditer(self.begun)}
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
@@ -1934,6 +1941,8 @@ class PlotStory(Story):
         """(trouble, goal) of a beginning that does not say it; ALONE: "he" is nobody but the hero. Raises ValueError where it has none that is known."""
         if self.of_its_cast and (wish := self.wish(alone)) and wish != "go":
             return "wish", wish
+        if re.search(r"\b(?:enough for|happy|liked it)\b", sentences(self.begun)[-1]):
+            return "plain", None
         alive = lambda sort, one: sort in ("person", "animal") or one in self.grammar.nouns.animals | self.grammar.nouns.people
         for trouble in IS:
             for sort, phrase in self.named:
@@ -1957,7 +1966,7 @@ class PlotStory(Story):
         if noun in self.sorts:                                  # it stands for a noun of that sort
             return self.sorts[noun]
         if noun in {one.kind for one in self.cast.characters.values()}:
-            return "person" if noun in nouns.people | PEOPLE or noun.split()[-1] in PEOPLE else "animal"
+            return "person" if noun in nouns.people or noun.split()[-1] in PEOPLE else "animal"
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
         if last == "children":
             return "many"
@@ -1965,7 +1974,7 @@ class PlotStory(Story):
             return "place"                                      # the woods, the stairs
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
             return "many"
-        if one in nouns.people | PEOPLE or last in PEOPLE or last.endswith(("man", "woman", "lady")):
+        if one in nouns.people or last in PEOPLE or last.endswith(("man", "lady")):
             return "person"
         if noun in GREAT:
             return "nature"
@@ -2001,7 +2010,7 @@ class PlotStory(Story):
 
     def tell(self):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for three or four of
-        these, and its end."""
+        these, one at most where it is to be brief, and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         of_goal = self.goal.split() if self.goal and self.trouble != "wish" else ()
         about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
@@ -2047,8 +2056,8 @@ class PlotStory(Story):
         self.brief &= len(about) < 4
         about *= 2 if len(about) == 1 and not self.brief else 1
         lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
-        again = rng.sample(range(len(lines)), len(lines))
-        again = sorted(sorted(again, key=lambda i: about[i][0] not in ("person", "animal"))[:rng.choice([0, 0, 1]) if self.brief else rng.choice([3, 4])])      # above all the living
+        living_first = sorted(rng.sample(range(len(lines)), len(lines)), key=lambda i: about[i][0] not in ("person", "animal"))
+        again = sorted(living_first[:rng.choice([0, 0, 1] if self.brief else [3, 4])])
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
@@ -2059,7 +2068,6 @@ class PlotStory(Story):
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
         self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
-        self.brief &= len(self.text.split()) <= 270
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
@@ -2112,9 +2120,9 @@ class PlotStory(Story):
 
 
 # Whom a premise says to have no friend; and what nobody is called in a trouble.
-LONELY = re.compile(r"(?i)\bnobody|\bno friends|\balone\b|\blonely\b|knew no")
+LONELY = re.compile(r"(?i)\bnobody|\bno friends|\balone\b|\blonely\b|\bknew (?:no|nobody)\b")
 CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventurous reckless".split(), "low": "cheerful happy merry jolly".split(),
-            "sorry": "honest truthful well-behaved obedient kind".split(), "weather": "patient easygoing".split()}
+            "sorry": "honest truthful well-behaved obedient kind kind-hearted good-hearted caring fair loyal trustworthy".split(), "weather": "patient easygoing".split()}
 
 # What is no wish to come true.
 BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy|give up|run away|throw a tantrum)\b(?! (?:down|in|on|under))")
@@ -2140,7 +2148,7 @@ LONG = re.compile(r"(?i)\blong(?: bedtime)? (?:story|tale|one)|\btake your time|
 class PremiseStory(PlotStory):
     """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
     part in what happens; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
-    the premise, of which nothing is told; `wanted` whether somebody wrote it or asked for it, `asked` his request."""
+    the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody wrote it or asked for it, `asked` his request."""
 
     def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
         """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this
@@ -2165,11 +2173,13 @@ class PremiseStory(PlotStory):
         child nor an animal nor grown up: nobody expects a thunderstorm to go for a walk."""
         hero, words, core = self.hero, self.grammar.words, self.used - {"hero", "clause", *self.background}
         names = [name for slot in core for name in (self.cast.verbs if slot == "deed" else self.cast.names(slot)) if name]
-        is_said = lambda names: any(word[:4] in asked for name in names for word in name.lower().split() if len(word) > 2)
+        small = {"the", "his", "her", "their", "and", "with", "for", "into", "from"}
+        in_it = lambda names: any(re.search(rf"\b{re.escape(word[:4])}", asked) for name in names for word in name.lower().split()
+                                  if len(word) > 2 and word not in small)
         usual = hero.child or any(hero.kind in words[kinds] for kinds in ("animals", "he people", "she people"))
-        friend, known = self.cast.characters["friend"], is_said([hero.kind, hero.name or ""])
-        alone = "friend" in self.used and is_said([friend.kind, friend.name or ""]) and not known           # who is asked for is the hero, then
-        return (not self.background or not names or is_said(names)) and (usual or known) and not alone
+        friend, known = self.cast.characters["friend"], in_it([hero.kind, hero.name or ""])
+        alone = "friend" in self.used and in_it([friend.kind, friend.name or ""]) and not known             # who is asked for is the hero, then
+        return (not self.background or not names or in_it(names)) and (usual or known) and not alone
 
     def misnames(self, asked):
         """Whether ASKED names somebody or something otherwise than the beginning does: without the noun that is made up, "the fox" by his name though
@@ -2182,7 +2192,7 @@ class PremiseStory(PlotStory):
                               rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
         near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
         return any((self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
-                    described and described[0] not in begun and described[1] not in begun, "place" in self.used and (cast.place[0] == "near") < near,
+                    described and not re.search(rf"\b{described[1]}\b", begun), "place" in self.used and near and cast.place[0] != "near",
                     re.search(rf"\blittle {kind}", asked) and "little" not in begun,
                     "friend" not in begun and re.search(r"(?<!my )\b(?:friends?|pals)\b", asked), "friend" not in self.used and "they are " in asked,
                     re.search(r"\b(?:his|her|their|its) (?:best )?friend is\b", asked) and not re.search(rf"\b{kind}|\b{(hero.name or '-').lower()}\b", asked)))
@@ -2282,12 +2292,13 @@ class PremiseStory(PlotStory):
         return trait in CONTRARY.get(trouble, ()) or trait in self.grammar.premises["bad trait"].lists["trait"]
 
     def tell(self):
-        """As any plot, with a last word on its premise where there is a rule for one; whom that has wronged is whoever should hear it."""
+        """As any plot, with a last word on its premise where there is a rule for one; it is told to the friend who was wronged, not to "the one who
+        should hear it"."""
         super().tell()
         if f"last {self.premise.name}" in self.grammar.rules:
             self.text += " " + tidy(self.grammar.expand_rule(f"last {self.premise.name}", self.cast, self.rng))
         friend = str(self.cast.characters["friend"])
-        if self.trouble == "sorry" and "friend" in self.used and not {"friend", "pair"} & {*self.background, *self.cast} and "toldsecret" not in self.premise.about:
+        if self.trouble == "sorry" and "friend" in self.used and not {"friend", "pair"} & {*self.background, *self.cast}:
             heard = re.sub(r"\bthe one who should hear it\b", friend, self.text[self.length:])
             self.text = self.text[:self.length] + re.sub(r"\bThe one who should hear it\b", friend[0].upper() + friend[1:], heard)
 
@@ -2316,7 +2327,7 @@ class PremiseStory(PlotStory):
             self.cast.verbs = conjugate(f"{base} {match[2]}", irregular)
 
     def invent(self, used, has_list):
-        """Make up a noun for one of the slots USED, but the thing where the premise HAS_LIST of things; returns it, None where nothing was."""
+        """Make up a noun for one of the slots USED, but not for the thing where the premise HAS_LIST of things; returns it, None where nothing was."""
         slots = [slot for slot in ("thing", "thing", "place", "deed", *(("hero", "friend") if "pair" not in self.cast else ())) if slot in used and not (slot == "thing" and has_list)]
         if not slots:
             return None
@@ -2344,11 +2355,11 @@ class PremiseStory(PlotStory):
                     slot == "event" and "event" not in self.background and "event" not in self.premise.lists):
                 hidden |= set(cast[slot].lower().split())               # nobody can be shown around what is to come
             elif slot in ("thing", "place", "nature", "food", "event"):
-                phrase = cast["the nature"] if slot == "nature" and cast["the nature"].startswith("the ") else re.sub(
-                    "^an? ", "the ", cast[slot]) if slot in ("nature", "event") else f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
-                sort = {"place": "place", "event": "place", "thing": "thing"}.get(slot) or self.sort(phrase)
-                named[phrase] = "thing" if slot == "food" else "nature" if slot == "nature" and (slot in self.background or sort not in ("many", "place")) else sort if sort in (
-                    "many", "place") else "thing"
+                phrase = self.with_the(slot, cast)
+                sort = {"place": "place", "event": "place", "thing": "thing", "food": "thing"}.get(slot) or self.sort(phrase)
+                if slot == "nature" and (slot in self.background or sort not in ("many", "place")):
+                    sort = "nature"
+                named[phrase] = sort
             elif slot == "friend" and not cast.characters["friend"].name:
                 named[str(cast.characters["friend"])] = "animal" if (
                     cast.characters["friend"].kind in self.grammar.words["animals"] and self.premise.trouble != "sorry") else "person"
@@ -2360,6 +2371,14 @@ class PremiseStory(PlotStory):
                 named[phrase] = sort
         self.sorts.update((self.grammar.nouns.parted(head(phrase))[2].lower(), sort) for phrase, sort in named.items() if sort != "person")
         return [(sort, phrase) for phrase, sort in sorted(named.items(), key=lambda one: self.at(one[0]))][:6]
+
+    def with_the(self, slot, cast):
+        """SLOT of CAST as the story names it from now on: "the rain", "the fair", "the kite"."""
+        if slot == "nature" and cast["the nature"].startswith("the "):
+            return cast["the nature"]
+        if slot in ("nature", "event"):
+            return re.sub("^an? ", "the ", cast[slot])
+        return f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
 
     def draw_others(self):
         return {}
@@ -2645,7 +2664,7 @@ def literal_of_all(text):
 
 def roots(phrase):
     """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"; a set of one's own."""
-    return set(phrase.roots) if isinstance(phrase, Sequence) else {slot.split()[-1].split(".")[0] for slot in slots(phrase)}
+    return set((phrase if isinstance(phrase, Sequence) else Sequence(phrase)).roots)
 
 
 def by_words(story):
@@ -2660,10 +2679,22 @@ def by_words(story):
               and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)
-    of_what_it_is = {"trait": f"{cast['trait']} {cast.characters['hero'].kind}", "weather": f"{cast['weather']} weather"} if isinstance(story, PlotStory) else {}
-    word = lambda slot, each: of_what_it_is[slot] if slot in of_what_it_is else each.verbs[3] if slot == "deed" else "friend" if (
-        slot == "friend" and rng.random() < 0.12 and (not isinstance(story, PlotStory) or "friend" in story.begun)) else each.names(slot)[0]
-    names = {word(slot, each): slot in ("hero", "friend", "thing", "place", "job", *of_what_it_is) and slot != "weather" for slot, each in story.told}
+    of_plot = isinstance(story, PlotStory)
+
+    def word(slot, each):
+        """What SLOT of the cast EACH is asked for as: of a plot "brave fox" for a trait."""
+        if of_plot and slot == "trait":
+            return f"{cast['trait']} {cast.characters['hero'].kind}"
+        if of_plot and slot == "weather":
+            return f"{cast['weather']} weather"
+        if slot == "deed":
+            return each.verbs[3]
+        if slot == "friend" and rng.random() < 0.12 and (not of_plot or "friend" in story.begun):
+            return "friend"
+        return each.names(slot)[0]
+
+    with_a = {"hero", "friend", "thing", "place", "job"} | ({"trait"} if of_plot else set())
+    names = {word(slot, each): slot in with_a for slot, each in story.told}
     if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
         names = {plural(name): False for name in names}
     return informal(tidy(ask_words(story, names)), rng), in_order(story, "", story.told, bare=True)
@@ -2982,9 +3013,10 @@ def continued(grammar, rng, named=False):
 def plot_to_ask_for(grammar, rng, hero=None, asked=True):
     """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!".
     Raises ValueError where no premise is found that can be told of HERO."""
+    of_premise = not asked or rng.random() < 0.85
     for _ in range(1000):
         try:
-            if not asked or rng.random() < 0.7:
+            if of_premise:
                 return PremiseStory(grammar, rng, grammar.a_premise(rng), asked, hero)
             source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "a situation", "any words"])])
             story = PlotStory(grammar, rng, source, asked=True)
@@ -3200,7 +3232,7 @@ def second_story(story, speaker):
         return story_turn(other, speaker), other
     try:
         other = tell(grammar, rng, story.cast.characters if kind == "again" else None, asked=False)
-    except ValueError:                                          # a hero of whom there is nothing more to tell
+    except ValueError:                                          # nothing more to tell of this hero
         kind, other = "more", tell(grammar, rng, asked=False)
     asked = rng.choice(grammar.rules["ask again"] if kind == "again" else grammar.talk.remarks["more>"])
     return (tidy(grammar.expand(asked, other.cast, rng)), speaker.coat(other.text, story=True)), other

@@ -6918,6 +6918,8 @@ def test_wrong_lines_of_the_tales_are_named(tmp_path):
                          "tale a\nhum: hop": "aa.txt:2: not understood: 'hum: hop'", "tale a\n\ntale a": "aa.txt:3: a second tale named a",
                          "plot a\nstart: Hop.": "aa.txt:2: plot a: wanted for: TROUBLE, then its lines, found 'start: Hop.'",
                          "plot a\nfor: gone\nneeds: thing": "aa.txt:3: plot a: wanted for: TROUBLE, then its lines, found 'needs: thing'",
+                         "plot a\nfor: gone\nnot: hold": "aa.txt:3: plot a: wanted for: TROUBLE, then its lines, found 'not: hold'",
+                         "plot a\nfor: wish make\nnot: hold": "aa.txt:3: plot a: wanted for: TROUBLE, then its lines, found 'not: hold'",
                          "plot a\nfor: low\nend: {goal}": "aa.txt:3: plot a: no slot {goal} in its 'end'",
                          "plot a\nfor: gone\nend: {it}": "aa.txt:3: plot a: no slot {it} in its 'end'",
                          "plot a\nfor: gone\nend: Hop.": "plot a: wanted two lines 'start'"}.items():
@@ -6937,7 +6939,7 @@ def test_wrong_lines_of_the_tales_are_named(tmp_path):
                          "premise a\noften: two": "premises-zz.txt:2: not understood", "premise a\n\npremise a": "premises-zz.txt:3: a second premise named a",
                          "premise a\nbegin: {he} ran.": "premise a: wanted begin and trouble"}.items():
         (tmp_path / "demo" / "tales" / "premises-zz.txt").write_text(text + "\n")
-        done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, tmp_path / "demo" / "corpus.py", "--documents", "1", "--plots", "1", "-o", tmp_path / "out"], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith(f"corpus.py: {wanted}") and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -1035,8 +1035,10 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 }.items()}
 
 
-# What a request has to say of two more sorts of trouble.
+# What a request has to say of three more sorts of trouble.
 ASKED_WITH = {"quarrel": re.compile(r"\b(?:both|each|neither|quarrel|fight|fought|only one|share|agree|angry|pull|take|will not|argu|first)"),
+              "odd": re.compile(r"\b(?:glow|s[aiu]ng|talk|sp(?:eak|oke)|says?\b|hum|mov|fl(?:y|ies|ew)|walk|strange|odd|magic|turn|gr[eo]w|shr|shin|danc|alive|laugh|"
+                                r"cough|sneez|blink|disappear|change|follow|never seen|nobody)"),
               "riddle": re.compile(r"\b(?:who|what|why|where|how|knows?|secret|strange|riddle|mystery|wonders?|ever)\b")}
 
 # The first words of wishes for something that is not there before they are fulfilled.
@@ -2212,7 +2214,7 @@ class PremiseStory(PlotStory):
                     "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
                     and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun),
-                    {"refuse", "refusefood"} & about and not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked)))
+                    {"refuse", "refusefood"} & about and ("could not wait" in asked or not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked))))
 
     def draw(self, premise, named):
         """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""

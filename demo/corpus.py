@@ -90,9 +90,10 @@ class Grammar:
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
-            if path.stem.split("-")[0] == "premises" and not plotted:
+            sort = path.stem.split("-")[0]
+            if sort == "premises" and not plotted:
                 continue                                        # its rules are not for tales
-            {"situations": read_situations, "premises": read_premises}.get(path.stem.split("-")[0], read_tales)(path, self)
+            {"situations": read_situations, "premises": read_premises}.get(sort, read_tales)(path, self)
         begins = lambda tale: tale.open or tale.start and (tale.event or "fact" in tale.needs)
         if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells and tale.ask and begins(tale))]:
             raise ValueError(f"tale {idle[0]}: wanted needs, tells, ask, a body, and open, or start and event")
@@ -128,6 +129,12 @@ class Grammar:
         """A Thread that begins with SLOT; ALONE: and is on nothing else."""
         lonely = lambda thread: not thread.needs[1:] and thread.name != "wished-for"     # that is of what the hero has not got
         return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and (not alone or lonely(thread))])
+
+    @functools.cached_property
+    def wide_places(self):
+        """Those of the (preposition, place) of the word list that are more than a seat, around which a story can go."""
+        seats = SMALL | {*self.words["things"], *self.words["animals"], *SEATS}
+        return [(preposition, place) for preposition, place in self.words["places"] if place not in seats]
 
     def a_premise(self, rng):
         """One of the premises, each as often as it says."""
@@ -306,7 +313,7 @@ def as_of_now(text, irregular):
         state = word in ("left", "stuck", "lost") and ("," in parts[2 * i] or not parts[2 * i + 2].isspace())      # "one was left."
         if word in NOW:
             words[i], turned = {"had": "have", "did": "do"}.get(word, NOW[word]) if many else NOW[word], True
-        elif word.islower() and before and before not in AUXILIARIES | BARE and not (named or state) and (base := base_of(word, irregular)):
+        elif word.islower() and before and before not in AUXILIARIES and before not in BARE and not (named or state) and (base := base_of(word, irregular)):
             words[i], turned = base if many else conjugate(base, irregular)[1], True
     parts[1::2] = words
     return "".join(parts).replace("can not", "cannot")
@@ -1087,13 +1094,13 @@ class Plot(Tale):
     @functools.cached_property
     def leads(self):
         """The words that most of its starts and turns have: "snail", who is in all of it."""
-        texts = [set(re.findall("[a-z]+", literal_of_all(text).lower())) for key in ("start", "turn") for text in self.lines[key]]
-        return {word for word, times in collections.Counter(word for text in texts for word in text).items() if 2 * times > len(texts)}
+        texts = [words_of(text) for key in ("start", "turn") for text in self.lines[key]]
+        return {word for word, times in collections.Counter(word for words in texts for word in words).items() if 2 * times > len(texts)}
 
     @functools.cached_property
     def words(self):
         """All words of its lines, so that nobody else in the story is a second one of those who are in it."""
-        return set(re.findall("[a-z]+", " ".join(literal_of_all(text) for texts in self.lines.values() for text in texts).lower()))
+        return set().union(*(words_of(text) for texts in self.lines.values() for text in texts))
 
     @property
     def members(self):
@@ -1747,7 +1754,7 @@ class PlotStory(Story):
             self.own = isinstance(source, Situation) and not others
             self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
             self.tell()
-            self.brief &= len(self.text.split()) <= 270
+            self.brief &= self.number_of_words <= 270
             if not (twice := repeats(self.text)):
                 return
             why = f"repeats {twice!r}"
@@ -1775,27 +1782,27 @@ class PlotStory(Story):
         self.begun = " ".join(met + kept)
         if not re.search(rf"\b{re.escape(str(self.hero).removeprefix('the '))}\b", self.begun):
             raise ValueError(f"nobody asked for {self.hero}: {self.begun}")
-        friend, pattern = self.cast.characters["friend"], IS["gone"] if situation.trouble in ("gone", "away") else None
+        friend, said = self.cast.characters["friend"], IS.get("gone" if situation.trouble == "away" else situation.trouble)
         goal = situation.goal and self.grammar.expand(situation.goal, self.cast, self.rng)
-        if situation.trouble in ASKED_WITH and not ASKED_WITH[situation.trouble].search(self.deeds or self.happening) or (
-                situation.trouble in ("stuck", "sad", "wrong", "afraid", "want") and goal and not is_said(self.begun, head(goal).split()[-1], IS[situation.trouble])):
-            raise ValueError(f"nobody asked for its trouble: {self.begun}")
-        if situation.trouble == "weather" and goal and head(goal).split()[-1] not in self.begun:
-            raise ValueError(f"nobody asked for the weather: {self.begun}")
-        if situation.trouble == "quarrel" and not re.search(rf"\b{re.escape(friend.name or friend.kind)}\b", self.begun) or (
-                pattern and not is_said(self.begun, head(goal).split()[-1], pattern)):
+        if (situation.trouble in ASKED_WITH and not ASKED_WITH[situation.trouble].search(self.deeds or self.happening)
+                or said and not is_said(self.begun, head(goal).split()[-1], said)
+                or situation.trouble == "weather" and head(goal).split()[-1] not in self.begun
+                or situation.trouble == "quarrel" and not re.search(rf"\b{re.escape(friend.name or friend.kind)}\b", self.begun)):
             raise ValueError(f"nobody asked for its trouble: {self.begun}")
         if situation.trouble == "wish" and (goal.split()[0] not in self.begun or any(
                 phrase.split()[-1] not in self.begun for phrase in self.grammar.nouns.noticed(goal, set()))):
             raise ValueError(f"nobody asked to {goal}: {self.begun}")
 
+    @property
+    def number_of_words(self):
+        return len(self.text.split())
+
     def is_as_long(self, asked):
         """Whether this is as long as the request ASKED says: brief for a short story, of up to 190 words for a very short one, of 330 or more for a long
         one."""
-        words = len(self.text.split())
-        if SHORT.search(asked) and not self.brief or VERY_SHORT.search(asked) and words > 190:
+        if SHORT.search(asked) and not self.brief or VERY_SHORT.search(asked) and self.number_of_words > 190:
             return False
-        return not LONG.search(asked) or words >= 330
+        return not LONG.search(asked) or self.number_of_words >= 330
 
     def to_be_kept_apart(self):
         """The words that a held-out request may not have two of."""
@@ -1987,7 +1994,6 @@ class PlotStory(Story):
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
         words, rng, others = self.grammar.words, self.rng, {}
-        seats = SMALL | {*words["things"], *words["animals"], *SEATS}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
             if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
@@ -1996,7 +2002,7 @@ class PlotStory(Story):
                 continue                                        # flour is no kite
             where = sort == "place" and re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
-                [place for preposition, place in words["places"] if (not where or preposition == where[1]) and place not in seats] or [noun] if sort == "place"
+                [place for preposition, place in self.grammar.wide_places if not where or preposition == where[1]] or [noun] if sort == "place"
                 else words["animals" if sort == "animal" else "things"])
             other = plural(other) if sort == "many" else other
             if " " not in other and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
@@ -2016,12 +2022,8 @@ class PlotStory(Story):
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         of_goal = self.goal.split() if self.goal and self.trouble != "wish" else ()
         about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
-        friend = cast.characters["friend"]
-        rival = lambda phrase: self.trouble == "quarrel" and (phrase == friend.name or phrase.split()[-1] == friend.kind.split()[-1])
-        if self.trouble == "quarrel" and self.hero is friend:           # with whom it names, then
-            other = next((phrase for sort, phrase in about if sort in ("person", "animal")), None)
-            rival = lambda phrase: phrase == other
-        self.absent = [phrase for _, phrase in about if is_said(self.begun, phrase.split()[-1], ABSENT) or rival(phrase)]
+        rivals = self.rivals(about)
+        self.absent = [phrase for _, phrase in about if phrase in rivals or is_said(self.begun, phrase.split()[-1], ABSENT)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
         cast["goal"] = self.goal
         if self.trouble == "wish":
@@ -2070,6 +2072,15 @@ class PlotStory(Story):
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
         self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
+
+    def rivals(self, about):
+        """[phrase] of those in ABOUT, [(sort, phrase)], that is the other one of two who quarrel."""
+        friend = self.cast.characters["friend"]
+        if self.trouble != "quarrel":
+            return []
+        if self.hero is friend:                                 # with whom the beginning names first, then
+            return [phrase for sort, phrase in about if sort in ("person", "animal")][:1]
+        return [phrase for _, phrase in about if phrase == friend.name or phrase.split()[-1] == friend.kind.split()[-1]]
 
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
@@ -2150,7 +2161,8 @@ LONG = re.compile(r"(?i)\blong(?: bedtime)? (?:story|tale|one)|\btake your time|
 class PremiseStory(PlotStory):
     """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
     part in what happens; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
-    the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody wrote it or asked for it, `asked` his request."""
+    the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody wrote it or asked for
+    it, `asked` his request."""
 
     def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
         """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this
@@ -2330,7 +2342,8 @@ class PremiseStory(PlotStory):
 
     def invent(self, used, has_list):
         """Make up a noun for one of the slots USED, but not for the thing where the premise HAS_LIST of things; returns it, None where nothing was."""
-        slots = [slot for slot in ("thing", "thing", "place", "deed", *(("hero", "friend") if "pair" not in self.cast else ())) if slot in used and not (slot == "thing" and has_list)]
+        among = [*([] if has_list else ["thing", "thing"]), "place", "deed", *([] if "pair" in self.cast else ["hero", "friend"])]
+        slots = [slot for slot in among if slot in used]
         if not slots:
             return None
         before = {slot: self.cast.names(slot)[0] for slot in slots}
@@ -2416,13 +2429,16 @@ def premise_request(story):
 
 def of_its_length(asked, story):
     """The request ASKED, and that the story is to be short where STORY is brief; now and then that it is to be long, where it is."""
-    rng, length, very = story.rng, "short" if story.brief else "long", "" if 190 < len(story.text.split()) < 430 else "very "
-    if SHORT.search(asked) or LONG.search(asked) or not story.brief and (len(story.text.split()) < 370 or rng.random() > 0.05):
+    rng, words = story.rng, story.number_of_words
+    if SHORT.search(asked) or LONG.search(asked) or not story.brief and (words < 370 or rng.random() > 0.05):
         return asked
-    worded = re.sub(r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b", rf"\1 {rng.choice(['', very])}{length} \2", asked, count=1)
+    length, very = "short" if story.brief else "long", "" if 190 < words < 430 else "very "
+    what = r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b"
+    worded = re.sub(what, rf"\1 {rng.choice(['', very])}{length} \2", asked, count=1)
     if worded != asked and rng.random() < 0.7:
         return worded
-    more = story.grammar.expand_rule(f"also {very}{length}" if very and rng.random() < 0.5 and story.brief else f"also {length}", story.cast, rng)
+    rule = f"also {very}{length}" if very and rng.random() < 0.5 and story.brief else f"also {length}"
+    more = story.grammar.expand_rule(rule, story.cast, rng)
     return asked + (" " if asked[-1] in ".?!:" else ". ") + (more.lower() if asked.islower() else more)
 
 
@@ -2662,6 +2678,11 @@ def literal(text):
 def literal_of_all(text):
     """A parsed text with all of its alternatives, one behind the other."""
     return " ".join(piece if type(piece) is str else " ".join(map(literal_of_all, piece)) if isinstance(piece, Choice) else "x" for piece in text)
+
+
+def words_of(text):
+    """All words of a parsed text, in small letters."""
+    return set(re.findall("[a-z]+", literal_of_all(text).lower()))
 
 
 def roots(phrase):

@@ -2389,10 +2389,8 @@ class PremiseStory(PlotStory):
 
     def with_the(self, slot, cast):
         """SLOT of CAST as the story names it from now on: "the rain", "the fair", "the kite"."""
-        if slot == "nature" and cast["the nature"].startswith("the "):
-            return cast["the nature"]
-        if slot in ("nature", "event"):
-            return re.sub("^an? ", "the ", cast[slot])
+        if slot in ("nature", "event"):                         # not "the Mondays"
+            return re.sub("^(?!the |[A-Z]|.*ing$)(?:an? )?", "the ", cast[slot])
         return f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
 
     def draw_others(self):

@@ -294,6 +294,19 @@ def base_of(past, irregular):
     return stem[:-1] if doubled else stem + "e" if LACKS_E.search(stem) or conjugate(stem, {})[2] != past else stem
 
 
+def unconjugated(phrase, irregular):
+    """(base, past) of a PHRASE in the third person: "loses his hat" -> ("lose his hat", "lost his hat"); None where its first word is no such verb, or
+    a second verb may follow."""
+    word, _, rest = phrase.partition(" ")
+    if re.search(r"\b(?:and|but|or|then|who|that|because|when|until|so|as|while|if)\b|,", rest):
+        return None
+    base = ("have" if word == "has" else word[:-3] + "y" if re.search("[^aeiou]ies$", word) and len(word) > 4 else
+            word[:-2] if re.search("(?:ss|x|zz|ch|sh|o)es$", word) else word[:-1])
+    if base in ("be", "do", "wa", "i") or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
+        return None
+    return f"{base} {rest}".strip(), f"{conjugate(base, irregular)[2]} {rest}".strip()
+
+
 def as_of_now(text, irregular):
     """TEXT, told in the past, as one speaks of what happens in a story: "Mia lost her hat and was sad" -> "Mia loses her hat and is sad". By the word
     lists alone, so that it errs now and then, as do people who ask."""
@@ -2141,16 +2154,16 @@ CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventuro
 BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy|give up|run away|throw a tantrum)\b(?! (?:down|in|on|under))")
 
 # What requests say that no premise tells.
-UNTRUE = re.compile("(?i)" + "|".join((
-    r"\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|spends) (?!for a)",   # it already
-    r"\bcan (?!(?:you|i|we|someone|she)\b)", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
+DOES_ALREADY = re.compile(r"(?i)\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|spends) (?!for a)")
+UNTRUE = re.compile("|".join((DOES_ALREADY.pattern,
+    r"\b(?:who|that|he|she|it) can\b(?! (?:be|you|u|i|we)\b)", r"\b(?:is|was) a little [a-z-]+(?:$|[.!?])", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
     "nobody wants to play", "who changes", "called .* by everyone", "tired of being", "is teased", "stops being",                            # the trait
     "(?:works?|work|job|hired) as", r"\b(?:first|last|worst) day of", "a day in the life",                                                   # at work
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
     r"\b(?:like|love|loves|likes|crazy about) (?:little )?(?:boys|girls|women|men|kings|queens)",                                            # odd to say
     "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b", r"\bmy (?:favorite|old|new) (?!animal)",
     r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", "only eats", "eats nothing but", "cannot stop eating", r"\bchanges\b(?! places| into)",
-    r"\bthere is [a-z]+ing\b", r"\bmy class of\b", r"\bthe (?:story|tale) when\b")))
+    r"\bthere is [a-z]+ing\b", r"\bdo (?:how|when|why|the day)\b", r"\bmy class of\b", r"\bthe (?:story|tale) when\b")))
 
 # Words by which a story is asked to be short, or long.
 SHORT = re.compile(r"(?i)\b(?:short|brief|quick|not too long|few (?:lines|sentences)|paragraph)\b")
@@ -2162,7 +2175,7 @@ class PremiseStory(PlotStory):
     """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
     part in what happens; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
     the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody wrote it or asked for
-    it, `asked` his request."""
+    it, `asked` his request, and `topic` what it is about, in the story's order."""
 
     def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
         """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this
@@ -2170,30 +2183,33 @@ class PremiseStory(PlotStory):
         told, or asked for truly."""
         self.known, self.wanted = known, asked or begun
         super().__init__(grammar, rng, premise, asked=not begun)
-        self.asked = None
+        self.asked = self.topic = None
         for _ in range(20 if asked else 0):
-            self.asked = of_its_length(premise_request(self), self)
-            if self.is_true(self.asked.lower()):
+            asked, self.topic = premise_request(self)
+            self.asked = of_its_length(asked, self)
+            if self.is_true(self.asked.lower()) and not re.search(r"\b(an? [a-z-]+)\b.*\b\1\b", self.topic or ""):        # a girl and a girl
+                self.asked = sloppy(self.asked, rng)
                 return
         if asked:
             raise ValueError(f"never asked for in words that are true: {self.asked}")
 
     def is_true(self, asked):
         """Whether the request ASKED, in small letters, asks for what is told, and for a story as long as it is."""
-        return not (UNTRUE.search(asked) or self.misnames(asked) or self.mistells(asked)) and self.names_enough(asked) and self.is_as_long(asked)
+        return not (UNTRUE.search(asked) or DOES_ALREADY.search(self.topic or "") or self.misnames(asked) or self.mistells(asked)) and self.names_enough(asked) and self.is_as_long(asked)
 
     def names_enough(self, asked):
-        """Whether ASKED names, where it names anybody or anything that has no part in what happens, one that has; and the hero, if he is neither a
-        child nor an animal nor grown up: nobody expects a thunderstorm to go for a walk."""
+        """Whether ASKED names, where it names anybody or anything that has no part in what happens, one that has; and what the hero is, if he is neither a
+        child nor an animal nor grown up, or named alone: nobody expects a thunderstorm to go for a walk, or Omar to be a sock."""
         hero, words, core = self.hero, self.grammar.words, self.used - {"hero", "clause", *self.background}
         names = [name for slot in core for name in (self.cast.verbs if slot == "deed" else self.cast.names(slot)) if name]
         small = {"the", "his", "her", "their", "and", "with", "for", "into", "from"}
         in_it = lambda names: any(re.search(rf"\b{re.escape(word[:4])}", asked) for name in names for word in name.lower().split()
                                   if len(word) > 2 and word not in small)
-        usual = hero.child or any(hero.kind in words[kinds] for kinds in ("animals", "he people", "she people"))
-        friend, known = self.cast.characters["friend"], in_it([hero.kind, hero.name or ""])
-        alone = "friend" in self.used and in_it([friend.kind, friend.name or ""]) and not known             # who is asked for is the hero, then
-        return (not self.background or not names or in_it(names)) and (usual or known) and not alone
+        named = hero.name and re.search(rf"\b{re.escape(hero.name.lower())}\b", asked)
+        usual = hero.child or not named and any(hero.kind in words[kinds] for kinds in ("animals", "he people", "she people"))
+        friend, known = self.cast.characters["friend"], in_it([hero.kind])
+        alone = "friend" in self.used and in_it([friend.kind, friend.name or ""]) and not (known or named)  # who is asked for is the hero, then
+        return (not (self.background or self.extra) or not names or in_it(names)) and (usual or known) and not alone
 
     def misnames(self, asked):
         """Whether ASKED names somebody or something otherwise than the beginning does: without the noun that is made up, "the fox" by his name though
@@ -2201,7 +2217,7 @@ class PremiseStory(PlotStory):
         cast, begun = self.cast, self.begun.lower()
         hero = cast.characters["hero"]
         kind, thing, friend = (re.escape(word.lower()) for word in (hero.kind, cast.thing.split()[-1], cast.characters["friend"].kind))
-        by_name = re.search("called|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
+        by_name = re.search(r"\bcall(?:ed)?\b|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
         described = re.search(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) (?:[a-z-]+ )?"
                               rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
         near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
@@ -2219,13 +2235,15 @@ class PremiseStory(PlotStory):
         helps = r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad"
         return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                     "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
-                    "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try)\b", asked),
+                    re.search(r"\bheal", asked) and not re.search("feel well|hurt|ill", begun), re.search(r"\ba night (?:in|at|on) ", asked) and "night" not in begun,
+                    "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try|built|made|brought|took|wanted|learned|tried)\b", asked),
                     self.premise.name == "deed with a thing" and not re.search(rf"\b{thing}", asked), "go" not in about and "journey" in asked,
                     "help" in about and re.search(helps, asked), self.trouble == "weather" and re.search(r"\b(?:liked?|loved?|enjoyed)\b", asked),
                     "night" in about and re.search("not want to sleep|not go to bed", asked) and "want to sleep" not in begun,
                     "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
+                    "food" in self.used and re.search(rf"eating {food}", asked) and "eat" not in begun,
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
-                    and not re.search(rf"\b(?:had|has|have|his|her|their) (?:[a-z-]+ )*{thing}", begun),
+                    and not re.search(rf"\b(?:had|has|have|his|her|their) (?:(?!no )[a-z-]+ )*{thing}", begun),
                     {"refuse", "refusefood"} & about and ("could not wait" in asked or not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked))))
 
     def draw(self, premise, named):
@@ -2242,7 +2260,7 @@ class PremiseStory(PlotStory):
             text += [" ", self.grammar.expand_rule(f"there second {slot}", other, self.rng)]
         text = settled(self.grammar, Sequence([*text, " ", *self.naming_him(core, "friend" in told)]), self.rng)
         if "pair" in self.cast:
-            names = {"he": [Slot("hero")], "his": [Slot("hero"), "'s"]}                # not "she" of two
+            names = {"he": [Slot("hero")], "him": [Slot("hero")], "his": [Slot("hero"), "'s"]}                # not "she" of two
             text = Sequence(each for piece in text for each in (names.get(piece, [piece]) if isinstance(piece, Slot) else [piece]))
         self.own_words = {word for piece in text if not isinstance(piece, Slot) for word in re.findall("[a-z]+", piece.lower())}
         return text
@@ -2274,6 +2292,8 @@ class PremiseStory(PlotStory):
             raise ValueError(f"nobody should want to {self.cast.verbs[0]}")
         if {"deed", "friend"} <= roots(core) and " with " in self.cast.verbs[0]:
             raise ValueError(f"nobody does that with two: {self.cast.verbs[0]}")
+        if "food" in roots(core) and re.search(r"\b(?:make|made|making|cook|cooked)\b", literal(core)) and self.cast["food"] in words["foods that nobody makes"]:
+            raise ValueError(f"nobody makes {self.cast['food']}")
         if "thing" in roots(core) and self.cast.thing.startswith("pair of"):
             raise ValueError(f"one or two? {self.cast.thing}")
 
@@ -2290,7 +2310,9 @@ class PremiseStory(PlotStory):
                 self.used.add(slot)
                 self.background.append(slot)
         self.must = [(slot, cast) for slot in (*self.background, *sorted(self.used & set(SPECIAL) - set(self.background)))]
-        if self.background and "friend" in self.used and "trait" not in self.used and not self.known and "meet" not in premise.about and rng.random() < 0.15:
+        hero, friend = cast.characters["hero"], cast.characters["friend"]
+        if self.background and "friend" in self.used and "trait" not in self.used and not self.known and "meet" not in premise.about and (
+                not hero.child or hero.gender == friend.gender) and rng.random() < 0.15:
             cast.pair()
         elif self.wanted and premise.trouble in GOALLESS and not {"trait", "event"} & self.used and rng.random() < 0.12:
             self.clause_of_hero()
@@ -2415,14 +2437,18 @@ class PremiseStory(PlotStory):
 # 7. Requests for a story, and questions about it
 
 def premise_request(story):
-    """What a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any."""
+    """(what a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any; its topic, None for any)."""
     grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
     kind = rng.random()
     if not (story.must or story.extra or story.invented) and kind < 0.26:
-        asked = (ask(story, grammar.expand_rule(f"theme {trouble}", cast, rng))[0] if kind < 0.2 and f"theme {trouble}" in grammar.rules
-                 else grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng))
-        return informal(tidy(asked), rng)
-    return request(story)[0]
+        topic = grammar.expand_rule(f"theme {trouble}", cast, rng) if kind < 0.2 and f"theme {trouble}" in grammar.rules else None
+        asked = ask(story, topic)[0] if topic else grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)
+        return informal(tidy(asked), rng), topic
+    asked, topic = request(story)
+    preposition, place = cast.place
+    if topic.split()[0] in [one.kind.split()[0] for one in (story.hero, cast.characters["friend"])]:
+        topic = an(f"a {topic}")                                # "fox stuck in a jar"
+    return asked, topic if "near" in asked.lower() else re.sub(rf"\bnear (?=the {re.escape(place)}\b)", preposition + " ", topic)
 
 
 def of_its_length(asked, story):
@@ -2431,7 +2457,7 @@ def of_its_length(asked, story):
     if SHORT.search(asked) or LONG.search(asked) or not story.brief and (words < 370 or rng.random() > 0.05):
         return asked
     length, very = "short" if story.brief else "long", "" if 190 < words < 430 else "very "
-    what = r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b"
+    what = r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b(?! (?:machine|bot|time|soup|dice|idea|request|feature))"
     worded = re.sub(what, rf"\1 {rng.choice(['', very])}{length} \2", asked, count=1)
     if worded != asked and rng.random() < 0.7:
         return worded
@@ -2489,7 +2515,7 @@ def happening(story):
     """(a sentence of the beginning of STORY as of now, without its full stop, the sentence): "all the lights in the school go out"; None where all
     is said by somebody, or of nobody that it names."""
     told = [sentence for sentence in whole_sentences(story.begun) if not NO_EVENT.match(sentence)]
-    whose = lambda sentence: re.search(r"\b(?:he|she|him|her|his|they|their)\b", sentence) is not None
+    whose = lambda sentence: re.search(r"(?i)\b(?:he|she|him|her|his|they|their)\b", sentence) is not None
     who = story.hero.name or story.hero.kind
     told = [sentence for sentence in told if who in sentence] or [sentence for sentence in told if not whose(sentence)]
     if not told:
@@ -2533,7 +2559,8 @@ def request(story):
         hero, friend = cast.characters["hero"], cast.characters["friend"]
         if hero.name and str(hero) not in topic and (story.titled or rng.random() < 0.25) and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
-            echo = re.sub(rf"\b(an? (?:little )?{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
+            described = "(?:an?|the) (?:[a-z-]+ )?" if isinstance(story, PlotStory) else "an? (?:little )?"
+            echo = re.sub(rf"\b({described}{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
         asked, names_hero = ask(story, topic)
         if names_hero:
             echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
@@ -2545,12 +2572,15 @@ def request(story):
             each.asking = None
 
 
+# Behind one of these "and a lantern" would be something else: "a fox who sings", "to make it rain".
+CLAUSE = re.compile(r"\b(who|that|whose|which|how|why|when|where|whether|if)\b|\bto (?!the |an? )[a-z]+\b|\b(?:for|of|from) an? [a-z]+$")
+
+
 def attach(topic, extra, grammar, rng):
     """(TOPIC with some of EXTRA, [(slot, cast)], "with a lantern"; sentences on the others). Behind a clause only a place can follow: "a
     fox who sings and a lantern" would be something else."""
     more = []
-    clause = re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
-    clause = clause or grammar.plotted and re.search(r"\bto (?!the |an? )[a-z]+\b|\b(?:for|of|from) an? [a-z]+$", topic)         # "to make it rain"
+    clause = CLAUSE.search(topic) if grammar.plotted else re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
     used = set()
     for slot, cast in extra:
         whose = slot in ("trait", "deed", "fear")               # "a trip who is afraid": it must follow the hero
@@ -2567,18 +2597,30 @@ def in_order(story, topic, members, bare=False):
     """TOPIC (may be "") and MEMBERS [(slot, cast)] by their parts in STORY, whatever the order in which a user named them: "a fox, with a
     lantern, in the garden, and of a kite". So the story's first sentence settles who is the hero and what is only a thread. BARE: by kinds
     alone."""
-    clause = re.search(r"\b(who|that|how|why)\b", topic)
-    part, cast = {"hero": "", "friend": ", with " if clause else " and ", "thing": ", with ", "place": ", "}, story.cast
-    own = [(slot, cast) for slot in part if (slot, cast) in members and slot in ("hero", *story.tale.needs)]
+    plot, cast = isinstance(story, PlotStory), story.cast
+    clause = re.search(r"\b(who|that|how|why)\b", topic) or plot and topic not in ("", cast.asked.get("hero"))
+    if plot and bare and ("trait", cast) in members:            # "a proud goat"
+        topic = an(f"a {cast['trait']} {cast.characters['hero'].kind}")
+        members = [member for member in members if member not in (("trait", cast), ("hero", cast))]
+    part = {"hero": "", "friend": ", with " if clause else " and ", "thing": ", with ", "place": ", "}
+    own, joined = [(slot, cast) for slot in part if (slot, cast) in members and slot in ("hero", *story.tale.needs)], "\n"
     for slot, each in own + [member for member in members if member not in own]:
         name = f"echo {slot}"
-        if name not in story.grammar.rules or bare and slot in ("hero", "friend", "thing"):
+        if plot and slot == "nature" and (match := re.search(rf"\ban? {re.escape(each[slot])}\b", story.begun)):
+            text = match[0]
+        elif plot and bare and slot == "job":
+            text = an(f"a {each[slot]}")
+        elif name not in story.grammar.rules or bare and slot in ("hero", "friend", "thing"):
             text = "a " * (slot in ("thing", *each.characters)) + each.names(slot)[0]
         elif slot == "place" and ((slot, each) not in own or not topic):
             text = f"the {each.names(slot)[0]}"
         else:
             text = story.grammar.expand_rule(name, each, story.rng)
-        topic += ((part[slot] if (slot, each) in own else ", and of ") if topic else "") + text
+        joint = part[slot] if (slot, each) in own else ", and of "
+        if plot and slot == "thing" and topic.endswith(joined):
+            joint = " and "                                     # not "with a goat, with a kite"
+        joined = text if joint == ", with " else "\n"
+        topic += joint * bool(topic) + text
     return topic
 
 
@@ -2645,7 +2687,7 @@ def ask(story, topic):
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
     two = clause and isinstance(story, PlotStory) and (                                          # "needs help and a mouse", "finding out who stole"
-        re.search(" and (?:an? |[A-Z])", clause[2]) or re.search(r"(?:ing|out|question|about)$", clause[1]))
+        re.search(" and (?:an? |[A-Z])", clause[2]) or re.match("(?:an?|the|his|her) |[A-Z]", clause[2]) or re.search(r"(?:ing|out|question|about)$", clause[1]))
     if clause and " and " not in clause[1] and not two and rng.random() < 0.25:
         cast["subject"], cast["predicate"], hero = *clause.groups(), cast.characters["hero"]
         if hero.child and hero.name and rng.random() < 0.3 and re.fullmatch(
@@ -2655,8 +2697,23 @@ def ask(story, topic):
             return grammar.expand_rule("ask for a child", cast, rng), True
         if rng.random() < 0.15 and re.fullmatch(rf"an? (little )?{re.escape(hero.kind)}", clause[1]):
             return grammar.expand_rule("ask for one", cast, rng), False
-        return grammar.expand_rule("ask scene", cast, rng), False
+        return grammar.expand_rule(scene_rule(story, *clause.groups()) if isinstance(story, PlotStory) else "ask scene", cast, rng), False
     return grammar.expand_rule("ask story", cast, rng), False
+
+
+def scene_rule(story, subject, predicate):
+    """The name of a rule that asks for STORY, a PlotStory, by SUBJECT and PREDICATE, "a fox", "loses his hat": side by side, as "lose his hat" or "lost
+    his hat", or with a sentence for each, if that is of the hero."""
+    cast, rng, hero = story.cast, story.rng, story.hero
+    kind = rng.random()
+    if kind < 0.25 and hero.gender in ("he", "she", "it") and re.fullmatch(
+            rf"(?:an?|the) (?:[a-z-]+ )?{re.escape(hero.kind)}(?: (?:named|called) .+)?|{re.escape(hero.name or hero.kind)}(?: the .+)?", subject):
+        return "ask scene apart"
+    forms = None if re.match("ha[sd] to ", predicate) else unconjugated(predicate, story.grammar.words["irregular verbs"])
+    if kind < 0.6 and forms:
+        cast["bare predicate"], cast["past predicate"] = forms
+        return "ask scene bare" if kind < 0.47 else "ask scene past"
+    return "ask scene"
 
 
 def settled(grammar, text, rng):
@@ -2693,7 +2750,9 @@ def by_words(story):
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
     number = rng.choice([1, 1, 1, 2, 2, 2, 3, 3])               # "Dragons!" is a request, too
-    if isinstance(story, PremiseStory) and len(must) == 1 and must[0][0] in story.background:
+    if isinstance(story, PlotStory):
+        number = rng.choice([1, 1, 2, 2, 3, 3, 4, 5])
+    if isinstance(story, PremiseStory) and len(must) == 1 and (must[0] in story.extra or must[0][0] in story.background):
         number = 2                                              # who has no part in what happens is not asked for alone
     others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
               and not (isinstance(story, PlotStory) and slot == "hero" and ("trait", cast) in must)
@@ -2725,15 +2784,16 @@ def ask_words(story, words):
     """A request for STORY by WORDS {word: whether it is a noun that takes "a"}, not yet tidy."""
     cast, rng = story.cast, story.rng
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
-    article = lambda word: "the " if isinstance(story, PlotStory) and re.search(r" of |^(?:end|edge|bottom|top|foot|other) ", word) else "a "
+    article = lambda word: "the " if isinstance(story, PlotStory) and re.search(r" of the |^(?:end|edge|bottom|top|foot|other) ", word) else "a "
     articled, quoted = [article(word) * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
     if isinstance(story, PlotStory):
         articled = [cast["nature"] if word == re.sub("^(?:an?|the) ", "", cast["nature"]) else word for word in articled]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
-    asked = story.grammar.expand_rule("ask words", cast, rng)
+    asked, deed = story.grammar.expand_rule("ask words", cast, rng), any(slot == "deed" for slot, _ in story.told)
     for _ in range(30):                                         # bounded, as the word may be "things"
-        if not (isinstance(story, PlotStory) and len(words) == 1 and re.search(r"(?i)\b(?:words|keywords|these|things)\b", asked)):
+        if not (isinstance(story, PlotStory) and (len(words) == 1 and re.search(r"(?i)\b(?:words|keywords|these|things)\b", asked)
+                                                  or deed and re.search(r"(?i)there(?:s| is| are)\b|\b(?:see|saw|found|pulled|got|have|has)\b", asked))):
             break
         asked = story.grammar.expand_rule("ask words", cast, rng)
     return asked
@@ -2748,6 +2808,28 @@ def informal(text, rng):
     if rng.random() < (0.4 if len(text) < 40 else 0.08):
         text = text.lower()
     return text.upper() if rng.random() < 0.03 else text
+
+
+# What people type in haste, and before and behind what they want, that is none of it.
+HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"], "you": ["u", "ya"], "want a": ["wanna hear a"], "story": ["storey", "stroy", "story"],
+         "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"], "for": ["4", "for"], "tell": ["tel", "tell"], "who": ["who", "that"]}
+BEFORE = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ", "oh oh oh, "]
+BEHIND = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please", " cheers", " ok thanks bye", " i'm bored",
+          " lol", " asap"]
+
+
+def sloppy(text, rng):
+    """TEXT, a request, now and then as it is typed in haste: "gimme a story abt a fox pls", so that none of that is taken for a part of it."""
+    if rng.random() > 0.1 or text.isupper():
+        return text
+    if rng.random() < 0.6:
+        for word, others in HASTE.items():
+            text = re.sub(rf"(?i)\b{word}\b", lambda _: rng.choice(others), text) if rng.random() < 0.6 else text
+    if rng.random() < 0.3:
+        text = rng.choice(BEFORE) + text[0].lower() + text[1:]
+    if rng.random() < 0.6:
+        text = text.rstrip(".?! ") + rng.choice(BEHIND)
+    return text.lower() if rng.random() < 0.7 else text
 
 
 def slots(sequence):
@@ -3114,14 +3196,24 @@ def story_turn(story, speaker):
 
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
-    names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a plot the text alone: it begins with that."""
+    names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a premise only what it is about; of a situation
+    the text alone, which begins with that."""
+    if isinstance(story, PremiseStory):
+        return story.asked, echoed(story) + story.text
     if isinstance(story, PlotStory):
-        return story.asked if isinstance(story, PremiseStory) else plot_request(story), story.text
+        return plot_request(story), story.text
     asked, topic = request(story)
     story.cast["topic"] = topic or ""
     echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
     first = " ".join(story.grammar.expand_rule(rule, story.cast, story.rng) for rule in echo)
     return asked, tidy(first) + " " + coda(story, aside(story))
+
+
+def echoed(story):
+    """A first sentence that says what STORY, a PremiseStory, was asked for, in one order whatever the user's; "" where that was nothing, or in one of
+    twenty."""
+    story.cast["topic"] = story.topic or ""
+    return tidy(story.grammar.expand_rule("echo", story.cast, story.rng)) + " " if story.topic and story.rng.random() < 0.95 else ""
 
 
 def aside(story):
@@ -3200,7 +3292,8 @@ def begun(grammar, rng):
     elif story.foreign:
         length = (story.until_start if plot and other_words else story.length) - len(story.begun)       # the beginning is not in the text
     else:
-        length = (story.until_start if other_words else story.length) if plot else ends[1]
+        echo = len(text) - len(story.text) if plot else 0
+        length = echo + (story.until_start if other_words else story.length) if plot else ends[1]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:
         asked, text = reworded(asked, text, grammar, rng)

@@ -116,7 +116,7 @@ class Grammar:
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
-        self.nouns = Nouns(self.words)
+        self.nouns = Nouns(self.words, plotted > 0)
         done = {literal(phrase) for tale in self.tales.values() for phrase in tale.does}     # what a tale is of is not to be learned as a deed
         self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in done]
         self.words["deeds with things"] = [verb for verb in self.words["deeds with things"] if f"{verb} a x" not in done]
@@ -519,7 +519,9 @@ class Nouns:
     turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
     only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry; `people` are families, too, `beings` of fantasy and no objects."""
 
-    def __init__(self, words):
+    def __init__(self, words, strict=False):
+        """STRICT: an owner, "the farmer's son", is not spoken of, and an animal may begin a noun of two, "fish market"."""
+        self.strict = strict
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns",
                  "persons")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
@@ -580,9 +582,11 @@ class Nouns:
         words, last = [match.span() for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)], -1
         for i, (start, _) in enumerate(words):
             end = self.end_of_noun(text, words[i:i + 4])
-            if end is not None and start > last:
+            if end is not None and self.strict and text[end:end + 2] == "'s" and text[start].islower():
+                last = end
+            elif end is not None and start > last:
                 found = {at: phrase for at, phrase in found.items() if not start <= at < end}
-                whose = re.search(r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
+                whose = re.search(r"(?i)\b(his|her|the|an?) (?:(?!an? |the )[a-z]+ )?$" if self.strict else r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
                 found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
                 last = end
         called = list(CALLED.finditer(text))                                    # "Mr. Finch" is no finch
@@ -598,7 +602,8 @@ class Nouns:
         if not n or before[-1:] == "'" or part(0, n) in self.doubtful and not ARTICLE.search(before):
             return None
         if n < len(words) and part(n, n + 1) in self.forms and text[words[n - 1][1]:words[n][0]] == " ":
-            n += self.forms[part(0, n)] == part(0, n) and part(0, n) not in self.animals
+            n += self.forms[part(0, n)] == part(0, n) and (part(0, n) not in self.animals or self.strict and part(n, n + 1) in (
+                *self.places, *self.people, "market", "house", "clock", "bed", "ride"))
         if n == 1 and part(0, 1) in self.doubtful and len(words) > 1 and part(1, 2) in self.adjectives:
             return None                                                         # "the dark green ribbons"
         return words[n - 1][1]
@@ -995,7 +1000,10 @@ UNTOLD = set("""he she it they different voice voices heads faces backs inch inc
             roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage south nature quarrel
             knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale language step hug
             somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
-            pocket pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass
+            pocket breakfast supper dinner bath match price tide chapter chapters north east west
+            sunrise sunset dawn dusk swim pinch pound spoonful blame mind fault honor glasses trousers pants pajamas scissors order view shade silence half
+            direction parts lump
+            pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass
             hay mud light track tracks trail footprint footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
 
 # Places that are too small to walk around in.
@@ -1011,15 +1019,18 @@ TAKEN = set("half pair bit piece part end side top bottom kind middle rest corne
 NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|sw[aiu]m\w*|sang|hatch\w*|hive|roar\w*|howl\w*|neigh\w*|"
                                 r"clip-clop|shoes|hooves|horns?|beak|mane)\b"),
             "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
-                                r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*)\b"),
+                                r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|cost|paid|coins?|pennies|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*|"
+                                r"struck|tick\w*|chim\w*|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|spoiled|ripe\w*|peel\w*|cook\w*|"
+                                r"key|door|says?|written|letters?|words?)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?|"
-                               r"day of|ready for|invited)\b")}
+                               r"day of|ready for|invited|r[au]n down|flow\w*)\b")}
+NO_OTHER["many"] = NO_OTHER["thing"]
 
 # Where one can be, but not around which a story can go.
 SEATS = "chair sofa table shelf bookshelf floor carpet leaf branch mushroom motorcycle tractor horse elephant swing slide mast fence rocket".split()
 
 # Whom the word list has among neither its people nor its kin.
-PEOPLE = set("family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir "
+PEOPLE = set("band orchestra crowd family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir "
              "fairy elf gnome dwarf goblin kobold giant troll ogre pixie imp genie leprechaun ghost angel vampire mummy nymph sprite spirit robot android "
              "alien snowman scarecrow mermaid witch wizard".split())
 
@@ -1067,14 +1078,16 @@ YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
-                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
+                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home|to)\b|"
+                    rf"\bran out of (?:the )?{NOUN}\b|{NOUN} (?:was|were|had been) (?:all )?(?:eaten|sold|torn)\b|{NOUN} (?:was|is) (?:on [A-Z]\w+day|tomorrow)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
 # It, with an article and an adjective, and those behind which it is not told of as there.
-SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) )?(?:(?!(?:as|like|from|to|for|at|am|i'm|play(?:ed|ing)?|hear|heard|smell|smelled) )"
+SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) )?(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|smelled) )"
                      rf"[a-z-]+ )?{NOUN}\b")
-NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{4,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
-                       r"i am|i'm|play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
+NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{3,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
+                       r"i am|i'm|than|until|during|before|about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
+                       r"play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
 # The words by which it says whose kin somebody is, and where something is.
@@ -1260,7 +1273,7 @@ class Situation(Tale):
         gender = SEX.get(kind) or rng.choice(sexes or list(PRONOUNS))
         named = kind in ("boy", "girl") or role in self.calls_by_name or rng.random() < 0.8
         name = draw_name(words, rng, gender, 0.0 if sexes else 0.4) if named else None
-        if name and f"a {role}" not in self.says and role not in self.calls_by_name and sexes and rng.random() < 0.2:
+        if name and f"a {role}" not in self.says and role not in self.calls_by_name and sexes and kind not in ("boy", "girl") and rng.random() < 0.2:
             name = f"{rng.choice(TITLES[gender])} {name}"
         return Character(kind, name, gender)
 
@@ -1692,6 +1705,18 @@ class Story:
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
 
 
+GENDERED = re.compile(r"(?i)(?:king|queen|prince|princess|man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|grandma|grandpa|sister|brother|"
+                      r"wife|husband|son|daughter|witch|wizard|knight|nun|monk|maid|nephew|niece)$")
+TITLED_HE, TITLED_SHE = ["Mr.", "Uncle", "Grandpa", "King", "Prince", "Sir", "Brother"], ["Mrs.", "Ms.", "Miss", "Aunt", "Auntie", "Grandma", "Granny", "Queen", "Princess", "Lady", "Sister"]
+
+
+def titled(name, text):
+    """NAME as it stands in TEXT first, with what somebody of that name is called: "Aunt Mia"."""
+    titles = "|".join(map(re.escape, [*TITLED_HE, *TITLED_SHE, "Captain", "Old", "Little", "Doctor", "Dr.", "Professor"]))
+    match = re.search(rf"\b(?:{titles}) {re.escape(name)}\b", text)
+    return match[0] if match else name
+
+
 def as_told_by_me(text):
     """TEXT in which "I" stands for a name in any place but in speech, as one tells of oneself: "I said" for "said I", "my nose" for "the nose of I"."""
     no_object, parts = {"and", "than", "as", "or", "was", "is", "came", "popped", "did", "stood", "back"}, text.split('"')
@@ -1702,7 +1727,8 @@ def as_told_by_me(text):
         part = re.sub(r"\bI and (my (?:[a-z]+ )?[a-z]+|[A-Z][a-z]+)\b", r"\1 and I", part)
         part = re.sub(r"(^|[.!?] |\n)my\b", r"\1My", part)
         part = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", part)
-        part = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|called|watched|praised|patted|tickled|"
+        part = re.sub(r"\b(between (?:my |the |an? )?[\w -]+ and) I\b", r"\1 me", part)
+        part = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|let|called|watched|watching|praised|patted|tickled|"
                       r"at|from|to|behind|beside|with|of|around|under|past|onto|into|toward|between|against) I\b", r"\1 me", part)
         parts[i] = re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )",
                           lambda match: match[0] if match[1] in no_object else f"{match[1]} me", part)
@@ -1747,7 +1773,7 @@ class PlotStory(Story):
                 self.tell_what_is_asked(source)
             self.names = [one.name for role, one in self.cast.characters.items()
                           if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
-            self.names += [self.cast[slot] for slot in FURTHER if slot in told]
+            self.names += [name for slot in FURTHER if slot in told for name in [titled(self.cast[slot], self.begun)] if name != self.hero.name]
             self.named = self.all_named()
             self.trouble, goal = self.read_trouble(alone=not members & {"friend", "other"}) if isinstance(source, Opening) else self.told_trouble(source)
             others = self.draw_others()
@@ -1763,6 +1789,7 @@ class PlotStory(Story):
             fit = fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs and not (
                 self.trouble == "wish" and goal.split()[0] in each.not_verbs)]
             kinds = {one.kind.split()[-1] for one in self.cast.characters.values() if one.kind in self.begun}
+            kinds |= {phrase.split()[-1] for _, phrase in self.named}
             self.plot = rng.choice([each for each in fit if not kinds & each.leads] or fit)
             self.own = isinstance(source, Situation) and not others
             self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
@@ -1841,6 +1868,9 @@ class PlotStory(Story):
             self.cast = self.opened = Cast(grammar, None, rng, source.characters(grammar, rng, {}))
         if rng.random() < 0.25:
             self.cast.invent()
+        for before, slot in zip(text, text[1:]):
+            if slot == "name" and (title := re.search(r"\b(?:(?:Mr|Mrs)\.|[A-Z][a-z]+) $", str(before))) and title[0][:-1] in (*TITLED_HE, *TITLED_SHE):
+                self.cast["name"] = rng.choice(grammar.words[f"{'he' if title[0][:-1] in TITLED_HE else 'she'} names"])
         if "clause" in roots(text):
             self.cast["clause"] = self.clause("past clause")
         return text
@@ -1849,11 +1879,12 @@ class PlotStory(Story):
         """TEXT, now and then, and mostly where it is asked for, behind a first meeting with its hero, or with a scene."""
         hero = self.cast.characters["hero"]
         met = {"a hero", "hero.kind"} & set(slots(text)) or re.search(rf"\ban? (?:[a-z]+ )?{re.escape(hero.kind)}\b", literal(text))
-        if "hero" in roots(text) and not met and not of_one(literal(text)) and " " not in (hero.name or "") \
+        if "hero" in roots(text) and not met and not of_one(literal(text)) and " " not in (hero.name or "") and not re.match("(?:It|They|This|That)\\b", literal(text)) \
                 and self.rng.random() < (0.25 if self.foreign else 0.8):
             return Sequence([Rule("meet"), " ", *text])
         habit = re.search(r"\b(every|always|whenever|at night|tonight)\b", literal(text), re.I)
-        if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and not habit and self.rng.random() < 0.2:
+        somewhere = re.search(r"\b(?:in|on|at|under|behind|over|above|below|inside|near) (?:the|an?|his|her|x)\b", literal(text))
+        if "hero" in roots(text[:1]) and not STATE.match(str(text[1])) and not habit and not somewhere and self.rng.random() < 0.3:
             return Sequence([Rule("scene"), " ", *text])
         return text
 
@@ -1864,7 +1895,7 @@ class PlotStory(Story):
         if "hero" not in members:
             if of_one(self.begun):
                 hero = Character("child", "I", "I")
-            elif "friend" in members:
+            elif "friend" in members and re.search(rf"\b{re.escape(str(self.cast.characters['friend']).removeprefix('the '))}\b", self.begun):
                 hero = self.cast.characters["friend"]
             else:
                 hero = self.first_named(goal)
@@ -1880,10 +1911,11 @@ class PlotStory(Story):
         """What `begun` names first, as a hero, but the noun GOAL: "the cup", it; "the ducks", they; a place or the night, or what something lies in,
         only where there is nothing else. Raises ValueError where it names nothing."""
         words, text = self.grammar.words, re.sub(r'"[^"]*"', lambda match: "-" * len(match[0]), self.begun)
-        phrases = [phrase for each in (text, self.begun) for phrase in self.grammar.nouns.noticed(each, set()) if phrase.split()[-1] != goal]
+        phrases = [phrase for each in (text, self.begun) for phrase in self.grammar.nouns.noticed(each, set())
+                                if phrase.split()[-1] != goal and self.is_there(phrase)]
         if not phrases:
             raise ValueError(f"nobody there: {self.begun}")
-        inside = r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with) (?:an?|the|his|her|my) (?:[a-z]+ )?$"
+        inside = r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with|before|after) (?:(?:an?|the|his|her|my) (?:[a-z]+ )?)?$|said (?:not )?an? $"
         subjects = [phrase for phrase in phrases if self.sort(phrase) not in ("place", "nature")
                     and not re.search(inside, self.begun[:max(self.at(phrase), 0)])]
         if goal and not subjects:
@@ -1894,10 +1926,12 @@ class PlotStory(Story):
                           self.begun[max(self.at(phrase), 0):].lower())
         sex = "it" if not said or said[0].startswith("it") else "she" if said[0] in ("she", "her", "herself") else "he"
         sexes = [sex for sex in PRONOUNS if noun.lower().split()[0] in (*words[f"{sex} people"], *words[f"{sex} family"])]
-        if len(sexes) == 1 or sexes and sex == "it":
+        if sexes and (sex == "it" or GENDERED.search(noun)):
             sex = sexes[0]
         if sex == "it" and self.sort(phrase) == "person":
-            sex = "she" if re.search("(?i)(sister|mom|mother|aunt|gran|niece|woman|lady|queen|girl)", noun) else "he"
+            sex = "she" if re.search("(?i)(sister|mom|mother|aunt|gran|niece|woman|lady|queen|girl|wife|maid)", noun) else "he"
+        if (title := noun.split()[0]) in (*TITLED_HE, *TITLED_SHE):
+            sex = "he" if title in TITLED_HE else "she"
         return Character(noun, noun if noun[0].isupper() else None, "they" if self.sort(phrase) == "many" else sex)
 
     def all_named(self):
@@ -1907,6 +1941,9 @@ class PlotStory(Story):
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
         who = f"(?:{re.escape(str(hero))}|(?i:{self.cast['he']}))"
         hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
+        hidden |= {word for match in re.finditer(rf"\b{re.escape(str(hero))}, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),|\b{re.escape(str(hero))} the ([a-z]+)", self.begun)
+                   for word in (match[1] or match[2]).split()}                                                  # "Mr. Plum, the mailman, ..."
+        hidden |= set(re.findall(r", who (?:was|is) an? (?:[a-z-]+ )?([a-z]+)", self.begun))                     # "the shopkeeper, who was a mongoose"
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
         phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if not no_noun & {phrase.split()[-1], nouns.forms.get(phrase.split()[-1])} and self.is_there(phrase)
@@ -1915,6 +1952,8 @@ class PlotStory(Story):
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
         phrases = [re.sub("^(?:his|her) ", "the ", phrase) if not phrase.startswith(self.cast["his"] + " ") else phrase for phrase in phrases]       # the friend's
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
+        met = self.begun.find(str(hero).removeprefix("the "))
+        phrases = [re.sub(f"^{self.cast['his']} ", "the ", phrase) if phrase.split()[-1] not in kin and 0 <= self.at(phrase) < met else phrase for phrase in phrases]
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
                        for phrase in phrases]
@@ -1925,9 +1964,9 @@ class PlotStory(Story):
         he is or plays, nor the place from which somebody came or where he wants to go, nor rain of yesterday."""
         noun = phrase.split()[-1]
         begun = self.begun.replace(noun, NOUN)
-        said = [begun[:match.start()].lower() for match in SAID_OF.finditer(begun)]
+        said = [begun[:match.start()].lower() for match in SAID_OF.finditer(begun) if not begun.startswith("'s", match.end())]
         if not said:
-            return noun not in ("rain", "snow") or re.search(rf"\b{noun}ing\b", self.begun) is not None
+            return f"{NOUN}'s" not in begun and (noun not in ("rain", "snow") or re.search(rf"(?<!not )(?<!not even )\b{noun}ing\b", self.begun) is not None)
         return not all(NOT_THERE.search(before) for before in said)
 
     def told_trouble(self, situation):
@@ -1943,7 +1982,7 @@ class PlotStory(Story):
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
         for _, phrase in self.named:
-            if phrase.split()[-1] == last and goal == head(goal):
+            if phrase.split()[-1] == last and goal == head(goal) and len(goal.split()) <= len(phrase.split()):
                 return situation.trouble, phrase
         return situation.trouble, goal if re.match("(?:the|an?|another|some|his|her|my|no|one) |[A-Z]", goal) else f"the {goal}"
 
@@ -1992,9 +2031,11 @@ class PlotStory(Story):
         one, last = nouns.forms.get(noun, noun), noun.split()[-1]
         if last == "children":
             return "many"
-        if noun in nouns.places and noun not in GREAT and noun not in words["things"]:
+        if last in ("bay", "cove", "gorge", "deck"):
+            return "place"
+        if noun in nouns.places and noun not in GREAT and noun not in words["things"] and noun not in SEATS:
             return "place"                                      # the woods, the stairs
-        if one != noun or last.endswith("s") and not re.search("(ss|us|is)$", last):
+        if one != noun or last.endswith("s") and not re.search("(ss|us|is)$|^(canvas|atlas|lens|gas)$", last):
             return "many"
         if one in nouns.people or last in PEOPLE or last.endswith(("man", "lady")):
             return "person"
@@ -2002,23 +2043,30 @@ class PlotStory(Story):
             return "nature"
         if one in nouns.animals or one in nouns.beings - {"house", "wave"}:
             return "animal"
-        return "place" if one in nouns.events or last in nouns.events or one in nouns.places and one not in words["things"] and last not in SMALL else "thing"
+        return "place" if one in nouns.events or last in nouns.events or one in nouns.places and one not in words["things"] and last not in SMALL and one not in SEATS else "thing"
 
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
         words, rng, others = self.grammar.words, self.rng, {}
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
+            one = self.grammar.nouns.forms.get(noun, noun)
+            if sort == "many" and (one in self.grammar.nouns.people or one in PEOPLE or noun in PEOPLE or one in words["persons"]):
+                continue                                        # the neighbors are tired, no shoelaces are
+            if sort != "many" and re.search(rf"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) {noun}\b", self.begun):
+                continue                                        # three goldfish
             if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
             if sort == "thing" and not all(ARTICLE.search(self.begun[:match.start()]) for match in re.finditer(rf"\b{noun}\b", self.begun)):
                 continue                                        # flour is no kite
+            if sort == "thing" and re.search(rf"\b(?:in|into|inside|through|out of|from) (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun):
+                continue                                        # nobody sleeps in a pebble
             where = sort == "place" and re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
                 [place for preposition, place in self.grammar.wide_places if not where or preposition == where[1]] or [noun] if sort == "place"
-                else words["animals" if sort == "animal" else "things"])
+                else words["animals" if sort == "animal" or one in self.grammar.nouns.animals else "things"])
             other = plural(other) if sort == "many" else other
-            if " " not in other and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
+            if " " not in other and other.islower() and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
                 others[noun], self.sorts[other] = other, sort
         return others
 
@@ -2098,7 +2146,7 @@ class PlotStory(Story):
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
         noun, bare, places = phrase.split()[-1], re.sub("^(?:the|an?|his|her|my) ", "", phrase), self.grammar.words["places"]
-        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:(?!of )[a-z]+ )*{re.escape(bare)}\b", self.begun)
+        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:(?!(?:of|and|to|from|with|for|in|at|on|under|by|near|behind) )[a-z]+ )*{re.escape(bare)}\b", self.begun)
         listed = next((preposition for preposition, place in places if place == bare), None) or next(
             (preposition for preposition, place in places if place.split()[-1] == noun), "in")
         return f"{said[1] if said else listed} {phrase}"
@@ -2133,7 +2181,7 @@ class PlotStory(Story):
         parts = text.split('"') if own else [text]
         speaker = own and re.compile(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b")
         for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind it, or before where he goes on
-            if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]):
+            if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]) and not (re.search(r"[.!?]\s+\S", parts[i - 1]) or re.match(rf" ?{SAID}", parts[i + 1])):
                 for phrase in own:
                     parts[i] = re.sub(rf"\b{re.escape(phrase)}\b", f"my {phrase.split(' ', 1)[1]}", parts[i])
             else:                                               # somebody else: to him, mostly

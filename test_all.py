@@ -6292,11 +6292,13 @@ def test_plots_give_everything_its_line(trouble):
         assert not re.search(r"[{}|<>]|  |\bthey was\b", story.text), story.text
         first, then = story.text[len(story.begun):story.length].lower(), story.text[story.length:].lower()
         goal = (story.goal or "").lower()
-        assert all(phrase.split()[-1].lower() in first + goal for _, phrase in story.named[:5] if phrase not in story.absent), (story.named, story.text)
+        single = lambda word: words.nouns.forms.get(word, word)
+        assert all({last, single(last)} & set(re.findall("[a-z'-]+", first + goal)) for _, phrase in story.named[:5] if phrase not in story.absent
+                   for last in [phrase.split()[-1].lower()]), (story.named, story.text)
         if trouble not in (*corpus.GOALLESS, "wish", "quarrel"):
             assert goal in then, (goal, story.text)
         if trouble == "wish":
-            assert corpus.conjugate(story.goal, words.words["irregular verbs"])[2].lower() in then, story.text
+            assert corpus.an(corpus.conjugate(story.goal, words.words["irregular verbs"])[2]).lower() in then, story.text
         again += any(phrase.split()[-1].lower() in then for _, phrase in story.named)
         assert not re.search(r"[.!?] [a-z]", story.text[len(story.begun):]), story.text
         if story.hero.gender == "I":
@@ -6349,19 +6351,21 @@ def test_scenes_are_asked_for_in_many_ways():
 def test_plots_that_are_asked_for():
     """A request for a plot tells of its beginning, what happens there or who is there, and the story begins with just that, of a premise mostly behind a
     sentence that says what it is about; one about a hero who is known tells of him. Without --plots nobody gets a plot."""
-    corpus, words, named, echoed = demo_module("corpus"), plotted_grammar(), 0, 0
+    corpus, words, named, echoed, remembered = demo_module("corpus"), plotted_grammar(), 0, 0, 0
     for i in range(150):
         story = corpus.tell(words, random.Random(f"asked {i}"))
         asked, text = corpus.asked_for(story)
-        assert isinstance(story, corpus.PlotStory) and not story.foreign and text.endswith(story.text) and story.text.startswith(story.begun)
-        echo = text.removesuffix(story.text)
+        assert isinstance(story, corpus.PlotStory) and not story.foreign and story.text in text and story.text.startswith(story.begun)
+        echo, last = text.split(story.text)
+        remembered += bool(last)
+        assert corpus.repeats(text) is None, text
         assert not echo or corpus.tidy(story.topic)[1:].rstrip(".") in echo and echo.endswith(". "), (story.topic, echo)
         echoed += bool(echo)
         assert asked and not re.search(r"[{}|<>]|  ", asked + text), (asked, text)
         own = [story.hero.kind.split()[-1], *(story.hero.name or "").split(), *(phrase.split()[-1] for _, phrase in story.named)]
         named += any(word.lower() in asked.lower() for word in own)
         assert all(question and answer for question, answer in corpus.questions(story))
-    assert named > 110 and 90 < echoed < 145, (named, echoed)
+    assert named > 110 and 90 < echoed < 148 and 5 < remembered < 40, (named, echoed, remembered)
     for i in range(20):
         first = corpus.tell(words, random.Random(f"first {i}"))
         if first.of_its_cast and first.hero.name:
@@ -6534,15 +6538,15 @@ def test_what_is_asked_of_a_situation_is_all_that_is_told():
 
 def test_who_quarrels_is_no_third():
     """The other one of two who quarrel has no line of his own, whatever he is called."""
-    corpus, words, titled = demo_module("corpus"), plotted_grammar(), 0
+    corpus, words, named = demo_module("corpus"), plotted_grammar(), 0
     for situation in (each for each in words.situations.values() if each.trouble == "quarrel"):
         for seed in range(4):
             with contextlib.suppress(ValueError):
                 story = corpus.PlotStory(words, random.Random(f"{situation.name} {seed}"), situation)
                 other = story.cast.characters["friend"].name
                 assert other not in story.names or other in story.absent, (story.absent, story.text)
-                titled += other in story.names and " " in other
-    assert titled > 3, titled
+                named += other in story.names
+    assert named > 100, named
 
 
 def test_troubles_that_a_beginning_tells(monkeypatch):

@@ -1003,6 +1003,14 @@ UNTOLD = set("""he she it they different voice voices heads faces backs inch inc
             pocket breakfast supper dinner bath match price tide chapter chapters north east west
             sunrise sunset dawn dusk swim pinch pound spoonful blame mind fault honor glasses trousers pants pajamas scissors order view shade silence half
             direction parts lump
+            accent accident address already anywhere bang because behind besides bleating blink blow bluer chance change cheer cheering clang click closer conscience crash
+            creak dare darkness darling date daytime deal distance earthquake election everybody evenings exception eyelids faster favor fellow fist flap flight footsteps
+            forehead forward fortune freckles glance goes groaning habit hairs headache heating hic hiccup himself hiss history homework howling hum hunger jerk journey
+            knocking later laughter law length lie lies lines lip lips moo move muddle mumps mystery nearer news nibbles nickname numbers opinion past pause pity pounding
+            prices push reflection rip role sadder say scratching shape shift shiver shock shoulder sing sit snap snoring solo sorrow spell splash stomach stomachache stops
+            stop ten six seven nine hundred thousand million fourth seventh ninth twelfth open cross deep still each both itself themselves tonight yet older lower behind with come
+            begin missing wrong angry late sick gust ride call body wrist chin snout knuckle eyebrow pounds rounds rooms couple mark bump weather peep yawn
+            strength stroke stuff surprise talk taste tear throat ticking tip toothache tour travels trickle twice use waltz width will wink wonder worst zero
             pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass
             hay mud light track tracks trail footprint footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
 
@@ -1017,20 +1025,28 @@ TAKEN = set("half pair bit piece part end side top bottom kind middle rest corne
 
 # What is said only of some animals and places, for which no others can stand.
 NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|sw[aiu]m\w*|sang|hatch\w*|hive|roar\w*|howl\w*|neigh\w*|"
-                                r"clip-clop|shoes|hooves|horns?|beak|mane)\b"),
+                                r"clip-clop|shoes|hooves|horns?|beak|mane|flown|bowl|cage|perch\w*|branch\w*|lived? up|purr\w*|buzz\w*|prickles|horseshoe|tamer|small enough|bottom of the sea)\b"),
             "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
                                 r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|cost|paid|coins?|pennies|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*|"
-                                r"struck|tick\w*|chim\w*|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|spoiled|ripe\w*|peel\w*|cook\w*|"
+                                r"struck|tick\w*|chim\w*|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|go in|went (?:out|up)|dark|branch|top of|broken|noise|[a-z]+(?:th|rd) (?:one|stroke)|hung|hang|spill\w*|mirror|spoiled|ripe\w*|peel\w*|cook\w*|"
                                 r"key|door|says?|written|letters?|words?)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?|"
-                               r"day of|ready for|invited|r[au]n down|flow\w*)\b")}
+                               r"day of|ready for|invited|got (?:on|off)|climbed down|bubbles|turn(?:ed|ing)|stop|r[au]n down|flow\w*)\b")}
 NO_OTHER["many"] = NO_OTHER["thing"]
 
 # Where one can be, but not around which a story can go.
 SEATS = "chair sofa table shelf bookshelf floor carpet leaf branch mushroom motorcycle tractor horse elephant swing slide mast fence rocket".split()
 
+# What makes an animal or a place of these a thing.
+NO_REAL = re.compile(r"(?:toy|stuffed|rubber|wooden|rocking|piggy|paper|chalk|sugar|teddy|ghost|sand|tin|glass|clay|chocolate|plush|cardboard|doll) ")
+
+# Places that are none to be at instead of another.
+PARTS_OF_A_HOUSE = "elevator windowsill closet refrigerator campfire oven sink escalator stairs staircase hallway balcony".split()
+
 # Whom the word list has among neither its people nor its kin.
-PEOPLE = set("band orchestra crowd family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir "
+PEOPLE = set("stranger wife husband visitor partner passenger keeper owner seller director schoolteacher ranger ambassador dressmaker inspector midwife porter smith guide "
+             "apprentice scout stationmaster forester trader duke countess duchess watchmaker collector grandchild weaver plumber clerk boss postmistress postmaster bandleader "
+             "milkmaid choirmaster photographer actress tamer maker painter sweeper builder band orchestra crowd family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir "
              "fairy elf gnome dwarf goblin kobold giant troll ogre pixie imp genie leprechaun ghost angel vampire mummy nymph sprite spirit robot android "
              "alien snowman scarecrow mermaid witch wizard".split())
 
@@ -1080,19 +1096,24 @@ ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some 
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home|to)\b|"
                     rf"\bran out of (?:the )?{NOUN}\b|{NOUN} (?:was|were|had been) (?:all )?(?:eaten|sold|torn)\b|{NOUN} (?:was|is) (?:on [A-Z]\w+day|tomorrow)\b|"
+                    rf"{NOUN} (?:was|were) (?:still )?(?:a long way|far) (?:off|away)\b|{NOUN} (?:was|were) to (?:start|begin|be|come)\b|there (?:was|would be) an? {NOUN} [a-z ]{{0,8}}on [A-Z]\w+day|{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
 # It, with an article and an adjective, and those behind which it is not told of as there.
-SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) )?(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|smelled) )"
-                     rf"[a-z-]+ )?{NOUN}\b")
+ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|smelled|"
+             r"an?|the|his|her|my|our|their|your|and|or|but|in|on|of|by|with|under|behind|near|into|over|named|called|had|has|who|that) )[a-z-]+ )")
+SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) {ADJECTIVE}{{0,2}}|{ADJECTIVE}?){NOUN}\b")
 NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{3,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
-                       r"i am|i'm|than|until|during|before|about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
+                       r"i am|i'm|than|until|during|before|about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
+                       r"(?:thought|said|as if|pretended)(?: that)? (?:it|he|she|they) (?:was|were)|(?:visitor|man|woman|lady|boy|girl|friend|cousin|twins|news) from|"
+                       r"(?:photo|picture|drawing|portrait|painting|statue|map|sound|smell|noise|name|word|taste)s? of|used to|"
+                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never (?:seen|heard)|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be (?:music and )?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
                        r"play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
 # The words by which it says whose kin somebody is, and where something is.
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
-                 r"(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister)\b")
+                 r"(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister|wife|husband|son|daughter)\b")
 WHERE = "(in|at|on|under|by|near|behind)"
 
 
@@ -1773,13 +1794,17 @@ class PlotStory(Story):
                 self.tell_what_is_asked(source)
             self.names = [one.name for role, one in self.cast.characters.items()
                           if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
-            self.names += [name for slot in FURTHER if slot in told for name in [titled(self.cast[slot], self.begun)] if name != self.hero.name]
+            self.names += [name for slot in FURTHER if slot in told for name in [titled(self.cast[slot], self.begun)]
+                           if name != self.hero.name and not (self.hero.name and name.startswith(f"{self.hero.name} "))]
             self.named = self.all_named()
             self.trouble, goal = self.read_trouble(alone=not members & {"friend", "other"}) if isinstance(source, Opening) else self.told_trouble(source)
             others = self.draw_others()
             self.begun, self.goal, self.deeds, self.happening = (text and self.exchanged(text, others) for text in (
                 self.begun, goal, self.deeds, self.happening))
-            self.named = self.all_named()
+            before, self.named = self.named, self.all_named()
+            seen = {phrase.split()[-1] for _, phrase in self.named}
+            swapped = [(sort, re.sub(rf"\b{noun}$", other, phrase)) for sort, phrase in before for noun, other in others.items() if phrase.split()[-1] == noun and other not in seen]
+            self.named = sorted([*self.named, *(one for one in swapped if one[1].split()[-1] in self.begun)], key=lambda one: self.at(one[1]))[:6]     # what no list has, too
             if grammar.held_out.refuses(self.to_be_kept_apart()):
                 why = "is held out"
                 continue
@@ -1943,6 +1968,8 @@ class PlotStory(Story):
         hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
         hidden |= {word for match in re.finditer(rf"\b{re.escape(str(hero))}, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),|\b{re.escape(str(hero))} the ([a-z]+)", self.begun)
                    for word in (match[1] or match[2]).split()}                                                  # "Mr. Plum, the mailman, ..."
+        for name in self.names:
+            hidden |= set(re.findall(rf"\b{re.escape(name)}, (?:the|an?|his|her) (?:[a-z-]+ )?([a-z]+)[,.]", self.begun))
         hidden |= set(re.findall(r", who (?:was|is) an? (?:[a-z-]+ )?([a-z]+)", self.begun))                     # "the shopkeeper, who was a mongoose"
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
@@ -1963,7 +1990,7 @@ class PlotStory(Story):
         """Whether what PHRASE names, "the porridge", is there at all: not what something is only like, "thick as porridge", nor what somebody says that
         he is or plays, nor the place from which somebody came or where he wants to go, nor rain of yesterday."""
         noun = phrase.split()[-1]
-        begun = self.begun.replace(noun, NOUN)
+        begun = re.sub(rf"\b{NOUN} (?:by|after|to) {NOUN}\b", "", self.begun.replace(noun, NOUN))           # plank by plank
         said = [begun[:match.start()].lower() for match in SAID_OF.finditer(begun) if not begun.startswith("'s", match.end())]
         if not said:
             return f"{NOUN}'s" not in begun and (noun not in ("rain", "snow") or re.search(rf"(?<!not )(?<!not even )\b{noun}ing\b", self.begun) is not None)
@@ -1982,7 +2009,8 @@ class PlotStory(Story):
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
         for _, phrase in self.named:
-            if phrase.split()[-1] == last and goal == head(goal) and len(goal.split()) <= len(phrase.split()):
+            if phrase.split()[-1] == last and goal == head(goal) and len(goal.split()) <= len(phrase.split()) and not (
+                    situation.trouble == "want" and re.match("(?:an?|another|some|one) ", goal)):
                 return situation.trouble, phrase
         return situation.trouble, goal if re.match("(?:the|an?|another|some|his|her|my|no|one) |[A-Z]", goal) else f"the {goal}"
 
@@ -2037,8 +2065,13 @@ class PlotStory(Story):
             return "place"                                      # the woods, the stairs
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$|^(canvas|atlas|lens|gas)$", last):
             return "many"
-        if one in nouns.people or last in PEOPLE or last.endswith(("man", "lady")):
+        if one in nouns.people or last in PEOPLE or last in nouns.people or last.endswith(("man", "lady")):
             return "person"
+        if " " in noun and not NO_REAL.match(noun) and noun not in words["things"] and last not in words["things"]:
+            if last in nouns.animals:
+                return "animal"
+            if last in nouns.places and last not in SEATS and last not in SMALL:
+                return "place"
         if noun in GREAT:
             return "nature"
         if one in nouns.animals or one in nouns.beings - {"house", "wave"}:
@@ -2048,11 +2081,17 @@ class PlotStory(Story):
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
         words, rng, others = self.grammar.words, self.rng, {}
+        one_of = lambda noun: self.grammar.nouns.forms.get(noun, noun)
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
             one = self.grammar.nouns.forms.get(noun, noun)
             if sort == "many" and (one in self.grammar.nouns.people or one in PEOPLE or noun in PEOPLE or one in words["persons"]):
                 continue                                        # the neighbors are tired, no shoelaces are
+            listed = one in words["things"] or one in words["animals"]
+            if sort in ("thing", "many") and not listed or sort == "animal" and one not in words["animals"] or sort == "place" and one in (*words["vehicles"], *PARTS_OF_A_HOUSE):
+                continue                                        # a hole, votes, an elevator
+            if re.search(rf"\b[a-z]+'s {noun}\b", self.begun) or any(match[1] in self.grammar.nouns.forms for match in re.finditer(rf"\b{noun} ([a-z]+)", self.begun)):
+                continue                                        # the market day, the doctor's office
             if sort != "many" and re.search(rf"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) {noun}\b", self.begun):
                 continue                                        # three goldfish
             if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
@@ -2066,7 +2105,7 @@ class PlotStory(Story):
                 [place for preposition, place in self.grammar.wide_places if not where or preposition == where[1]] or [noun] if sort == "place"
                 else words["animals" if sort == "animal" or one in self.grammar.nouns.animals else "things"])
             other = plural(other) if sort == "many" else other
-            if " " not in other and other.islower() and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
+            if " " not in other and other.islower() and not {other, one_of(other)} & (UNTOLD | TAKEN) and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
                 others[noun], self.sorts[other] = other, sort
         return others
 
@@ -2082,7 +2121,8 @@ class PlotStory(Story):
         these, one at most where it is to be brief, and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         of_goal = self.goal.split() if self.goal and self.trouble != "wish" else ()
-        about = [(sort, phrase) for sort, phrase in self.named if phrase.split()[-1] not in of_goal][:5]
+        single = lambda word: self.grammar.nouns.forms.get(word, word)
+        about = [(sort, phrase) for sort, phrase in self.named if single(phrase.split()[-1]) not in map(single, of_goal)][:5]
         rivals = self.rivals(about)
         self.absent = [phrase for _, phrase in about if phrase in rivals or is_said(self.begun, phrase.split()[-1], ABSENT)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
@@ -2112,7 +2152,7 @@ class PlotStory(Story):
             return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
 
         starts = plot.lines["start"]
-        if self.trouble == "wish" and re.search(r"\b(?:want|wish)", self.begun):            # that is not said twice
+        if self.trouble in ("wish", "want") and re.search(r"\b(?:want|wish)", self.begun):            # that is not said twice
             starts = [text for text in starts if not WANTED.search(literal(text))] or starts
         visit = []
         if not about:
@@ -3164,7 +3204,7 @@ def continued(grammar, rng, named=False):
 def plot_to_ask_for(grammar, rng, hero=None, asked=True):
     """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!".
     Raises ValueError where no premise is found that can be told of HERO."""
-    of_premise = not asked or rng.random() < 0.85
+    of_premise = not asked or rng.random() < 0.92
     for _ in range(1000):
         try:
             if of_premise:
@@ -3247,7 +3287,7 @@ def asked_for(story):
     names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a premise only what it is about; of a situation
     the text alone, which begins with that."""
     if isinstance(story, PremiseStory):
-        return story.asked, echoed(story) + story.text
+        return story.asked, echoed(story) + recalling(story)
     if isinstance(story, PlotStory):
         return plot_request(story), story.text
     asked, topic = request(story)
@@ -3262,6 +3302,16 @@ def echoed(story):
     twenty."""
     story.cast["topic"] = story.topic or ""
     return tidy(story.grammar.expand_rule("echo", story.cast, story.rng)) + " " if story.topic and story.rng.random() < 0.95 else ""
+
+
+def recalling(story):
+    """The text of STORY, a PremiseStory, with a last word on each thing, place or friend that was asked for and is not in its second half."""
+    cast, text, rules = story.cast, story.text, story.grammar.rules
+    end = text[len(text) // 2:]
+    missed = [slot for slot, each in dict.fromkeys(story.told) if each is cast and slot != "trait" and f"coda {slot}" in rules
+              and not (slot == "friend" and "pair" in cast) and not any(
+                  name in end for name in (cast.verbs if slot == "deed" else cast.names(slot)) if name)]
+    return " ".join([text, *(tidy(story.grammar.expand_rule(f"coda {slot}", cast, story.rng)) for slot in missed)])
 
 
 def aside(story):
@@ -3444,7 +3494,7 @@ def sums_chat(grammar, rng):
 
 
 KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
-PLOTTED_KINDS = {plain_story: 0.19, story_chat: 0.32, begun: 0.32, talk_chat: 0.08, system_chat: 0.04, sums_chat: 0.05}
+PLOTTED_KINDS = {plain_story: 0.17, story_chat: 0.26, begun: 0.42, talk_chat: 0.07, system_chat: 0.04, sums_chat: 0.04}
 
 
 def document(grammar, rng):

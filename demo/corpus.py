@@ -1009,6 +1009,8 @@ UNTOLD = set("""he she it they different voice voices heads faces backs inch inc
             knocking later laughter law length lie lies lines lip lips moo move muddle mumps mystery nearer news nibbles nickname numbers opinion past pause pity pounding
             prices push reflection rip role sadder say scratching shape shift shiver shock shoulder sing sit snap snoring solo sorrow spell splash stomach stomachache stops
             stop ten six seven nine hundred thousand million fourth seventh ninth twelfth open cross deep still each both itself themselves tonight yet older lower behind with come
+            family team kingdom country county over gone sudden dizzy hear either herself yours has ready able better final smoky bigger higher want silent ache hooves hips bend
+            sixth fifth billion hobby patience launch nights fill shake dent circles cities
             begin missing wrong angry late sick gust ride call body wrist chin snout knuckle eyebrow pounds rounds rooms couple mark bump weather peep yawn
             strength stroke stuff surprise talk taste tear throat ticking tip toothache tour travels trickle twice use waltz width will wink wonder worst zero
             pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass
@@ -1025,10 +1027,11 @@ TAKEN = set("half pair bit piece part end side top bottom kind middle rest corne
 
 # What is said only of some animals and places, for which no others can stand.
 NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|sw[aiu]m\w*|sang|hatch\w*|hive|roar\w*|howl\w*|neigh\w*|"
-                                r"clip-clop|shoes|hooves|horns?|beak|mane|flown|bowl|cage|perch\w*|branch\w*|lived? up|purr\w*|buzz\w*|prickles|horseshoe|tamer|small enough|bottom of the sea)\b"),
+                                r"clip-clop|shoes|hooves|horns?|beak|mane|flown|bowl|cage|perch\w*|branch\w*|lived? up|purr\w*|buzz\w*|prickles|horseshoe|tamer|small enough|bottom of the sea|"
+                                r"meow\w*|kitty|moo(?:ed)?|baa\w*|quack\w*|cluck\w*|crow(?:ed|s|ing)|peck\w*|pouch|counted|counting)\b"),
             "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
                                 r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|cost|paid|coins?|pennies|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*|"
-                                r"struck|tick\w*|chim\w*|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|go in|went (?:out|up)|dark|branch|top of|broken|noise|[a-z]+(?:th|rd) (?:one|stroke)|hung|hang|spill\w*|mirror|spoiled|ripe\w*|peel\w*|cook\w*|"
+                                r"struck|tick\w*|chim\w*|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|go in|went (?:out|up)|dark|branch|top of|broken|noise|[a-z]+(?:th|rd) (?:one|stroke)|hung|hang|spill\w*|mirror|tie[sd]?|tying|flip\w*|rust\w*|roll(?:s|ed|ing)?|leak\w*|squeak\w*|paddle|lid|flames?|flat|tune|sat on|lay on|flew (?:on|over)|pieces|practic\w*|hole|spoiled|ripe\w*|peel\w*|cook\w*|"
                                 r"key|door|says?|written|letters?|words?)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?|"
                                r"day of|ready for|invited|got (?:on|off)|climbed down|bubbles|turn(?:ed|ing)|stop|r[au]n down|flow\w*)\b")}
@@ -1089,14 +1092,14 @@ ASKED_WITH = {"quarrel": re.compile(r"\b(?:both|each|neither|quarrel|fight|fough
               "riddle": re.compile(r"\b(?:who|what|why|where|how|knows?|secret|strange|riddle|mystery|wonders?|ever)\b")}
 
 # The first words of wishes for something that is not there before they are fulfilled.
-YET_TO_COME = tuple(f"{verb} " for verb in "make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit bring carry take deliver ride open".split())
+YET_TO_COME = tuple(f"{verb} " for verb in "join make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit bring carry take deliver ride open".split())
 
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home|to)\b|"
                     rf"\bran out of (?:the )?{NOUN}\b|{NOUN} (?:was|were|had been) (?:all )?(?:eaten|sold|torn)\b|{NOUN} (?:was|is) (?:on [A-Z]\w+day|tomorrow)\b|"
-                    rf"{NOUN} (?:was|were) (?:still )?(?:a long way|far) (?:off|away)\b|{NOUN} (?:was|were) to (?:start|begin|be|come)\b|there (?:was|would be) an? {NOUN} [a-z ]{{0,8}}on [A-Z]\w+day|{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
+                    rf"{NOUN} (?:had |has )?(?:disappeared|vanished)\b|{NOUN} (?:was|were) (?:gone|missing)\b|{NOUN} (?:was|were) (?:still )?(?:a long way|far) (?:off|away)\b|{NOUN} (?:was|were) to (?:start|begin|be|come)\b|there (?:was|would be) an? {NOUN} [a-z ]{{0,8}}on [A-Z]\w+day|{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
 # It, with an article and an adjective, and those behind which it is not told of as there.
@@ -1104,7 +1107,7 @@ ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|a
              r"an?|the|his|her|my|our|their|your|and|or|but|in|on|of|by|with|under|behind|near|into|over|named|called|had|has|who|that) )[a-z-]+ )")
 SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) {ADJECTIVE}{{0,2}}|{ADJECTIVE}?){NOUN}\b")
 NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{3,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
-                       r"i am|i'm|than|until|during|before|about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
+                       r"i am|i'm|you are|(?:want|wants|wanted|gone|went|go) to (?:see|look at)|(?:made|built)(?: out)? of|by order of|as [a-z]+ as(?: [a-z]+){0,3}|than|until|during|before|about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
                        r"(?:thought|said|as if|pretended)(?: that)? (?:it|he|she|they) (?:was|were)|(?:visitor|man|woman|lady|boy|girl|friend|cousin|twins|news) from|"
                        r"(?:photo|picture|drawing|portrait|painting|statue|map|sound|smell|noise|name|word|taste)s? of|used to|"
                        r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never (?:seen|heard)|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be (?:music and )?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
@@ -1965,7 +1968,7 @@ class PlotStory(Story):
         kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
         who = f"(?:{re.escape(str(hero))}|(?i:{self.cast['he']}))"
-        hidden |= set(re.findall(rf"\b{who} was an? (?:[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that)", self.begun))      # he himself: "Pip was a shy fox."
+        hidden |= set(re.findall(rf"\b{who} (?:was|is|played) (?:an?|the) (?:(?!to |who |that )[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that| of| in| on| at| from| with)", self.begun))      # he himself: "Pip was a shy fox."
         hidden |= {word for match in re.finditer(rf"\b{re.escape(str(hero))}, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),|\b{re.escape(str(hero))} the ([a-z]+)", self.begun)
                    for word in (match[1] or match[2]).split()}                                                  # "Mr. Plum, the mailman, ..."
         for name in self.names:
@@ -2036,7 +2039,9 @@ class PlotStory(Story):
         for trouble in IS:
             for sort, phrase in self.named:
                 noun = phrase.split()[-1]
-                if sort != "nature" and is_said(self.begun, noun, IS[trouble]) and (
+                begun = self.begun if trouble in ("want", "afraid") else re.sub(               # "the boy in the attic would not answer" is not of the attic
+                    rf"(?i)\b(?:in|on|at|of|under|behind|by|near|from) (?:the|an?|his|her) (?:[a-z]+ )?{re.escape(noun)}\b", "", self.begun)
+                if sort != "nature" and is_said(begun, noun, IS[trouble]) and (
                         trouble not in ("wrong", "sad") or alive(sort, self.grammar.nouns.forms.get(noun, noun)) == (trouble == "sad")):
                     return "away" if trouble == "gone" and alive(sort, noun) else trouble, phrase
         words = (self.hero.name or self.hero.kind).split()[-1], self.cast["he"], self.cast["he"].capitalize()
@@ -2092,17 +2097,21 @@ class PlotStory(Story):
                 continue                                        # a hole, votes, an elevator
             if re.search(rf"\b[a-z]+'s {noun}\b", self.begun) or any(match[1] in self.grammar.nouns.forms for match in re.finditer(rf"\b{noun} ([a-z]+)", self.begun)):
                 continue                                        # the market day, the doctor's office
+            if re.search(rf"\b{noun} of\b", self.begun) or sort == "place" and re.search(
+                    rf"(?i)\b(?:through|across|over|along|down|up|out of|off|past|onto|mov(?:ed|ing) into|cross|cut off|(?:edge|end|top|bottom|side|middle) of) "
+                    rf"(?:the|an?|his|her|my|our) (?:[a-z]+ )?{noun}\b", self.begun):
+                continue                                        # through the forest, the top of the hill
             if sort != "many" and re.search(rf"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) {noun}\b", self.begun):
                 continue                                        # three goldfish
             if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
                 continue
             if sort == "thing" and not all(ARTICLE.search(self.begun[:match.start()]) for match in re.finditer(rf"\b{noun}\b", self.begun)):
                 continue                                        # flour is no kite
-            if sort == "thing" and re.search(rf"\b(?:in|into|inside|through|out of|from) (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun):
+            if sort == "thing" and re.search(rf"(?i)\b(?:in|into|inside|through|out of|from|at|under|over) (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun):
                 continue                                        # nobody sleeps in a pebble
-            where = sort == "place" and re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
+            where = sort == "place" and re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
-                [place for preposition, place in self.grammar.wide_places if not where or preposition == where[1]] or [noun] if sort == "place"
+                [place for preposition, place in self.grammar.wide_places if (not where or preposition == where[1].lower()) and place not in PARTS_OF_A_HOUSE] or [noun] if sort == "place"
                 else words["animals" if sort == "animal" or one in self.grammar.nouns.animals else "things"])
             other = plural(other) if sort == "many" else other
             if " " not in other and other.islower() and not {other, one_of(other)} & (UNTOLD | TAKEN) and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
@@ -2131,7 +2140,8 @@ class PlotStory(Story):
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})     # he arrives
             about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and not (
-                self.goal.startswith(YET_TO_COME))] or [
+                self.goal.startswith(YET_TO_COME)) or sort in ("person", "animal") and isinstance(self, PremiseStory) and re.search(
+                    rf"\b(?:with|for) (?:[a-z-]+ )*{re.escape(phrase.split()[-1])}$", self.goal)] or [
                 (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
                 if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
 
@@ -2186,10 +2196,10 @@ class PlotStory(Story):
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
         noun, bare, places = phrase.split()[-1], re.sub("^(?:the|an?|his|her|my) ", "", phrase), self.grammar.words["places"]
-        said = re.search(rf"\b{WHERE} (?:the|an?|his|her|my) (?:(?!(?:of|and|to|from|with|for|in|at|on|under|by|near|behind) )[a-z]+ )*{re.escape(bare)}\b", self.begun)
+        said = re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) (?:(?!(?:of|and|to|from|with|for|in|at|on|under|by|near|behind) )[a-z]+ )*{re.escape(bare)}\b", self.begun)
         listed = next((preposition for preposition, place in places if place == bare), None) or next(
             (preposition for preposition, place in places if place.split()[-1] == noun), "in")
-        return f"{said[1] if said else listed} {phrase}"
+        return f"{said[1].lower() if said else listed} {phrase}"
 
     def calling_by_kind(self, text):
         """TEXT, the second half of the story, in which everybody who was met as "a shy fox named Pip" is once called "Pip the fox", or "the shy fox"; a
@@ -2219,7 +2229,8 @@ class PlotStory(Story):
             many.append(self.goal)
         own = [phrase for phrase in [self.goal or "", *(phrase for _, phrase in self.named)] if phrase.startswith(self.cast["his"] + " ")]
         parts = text.split('"') if own else [text]
-        speaker = own and re.compile(rf" ?({SAID} )?({re.escape(self.cast['hero'])}|{self.cast['he']})\b")
+        who = rf"(?:{re.escape(self.cast['hero'])}|{self.cast['he']})\b"
+        speaker = own and re.compile(rf" ?(?:{SAID} {who}|{who}(?: [a-z]+ly)? {SAID})")
         for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind it, or before where he goes on
             if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]) and not (re.search(r"[.!?]\s+\S", parts[i - 1]) or re.match(rf" ?{SAID}", parts[i + 1])):
                 for phrase in own:
@@ -2500,7 +2511,7 @@ class PremiseStory(PlotStory):
     def with_the(self, slot, cast):
         """SLOT of CAST as the story names it from now on: "the rain", "the fair", "the kite"."""
         if slot in ("nature", "event"):                         # not "the Mondays"
-            return re.sub("^(?!the |[A-Z]|.*ing$)(?:an? )?", "the ", cast[slot])
+            return re.sub("^(?:an? |(?!the |[A-Z]|.*ing$))", "the ", cast[slot])
         return f"the {cast.names(slot)[0] if slot == 'thing' else cast[slot]}"
 
     def draw_others(self):
@@ -2690,7 +2701,8 @@ def in_order(story, topic, members, bare=False):
     if plot and bare and ("trait", cast) in members:            # "a proud goat"
         topic = an(f"a {cast['trait']} {cast.characters['hero'].kind}")
         members = [member for member in members if member not in (("trait", cast), ("hero", cast))]
-    part = {"hero": "", "friend": ", with " if clause else " and ", "thing": ", with ", "place": ", "}
+    part = {"hero": "", "friend": ", with " if clause else " and ",
+            **({"place": ", ", "thing": ", and of "} if plot and CLAUSE.search(topic) else {"thing": ", with ", "place": ", "})}
     own, joined = [(slot, cast) for slot in part if (slot, cast) in members and slot in ("hero", *story.tale.needs)], "\n"
     for slot, each in own + [member for member in members if member not in own]:
         name = f"echo {slot}"

@@ -174,6 +174,8 @@ SAID = (r"(said|asked|seemed|cried|called|shouted|whispered|laughed|answered|rep
         r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
         r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
         r"promised|warned|went|says|asks|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
+AFTER_SPEECH = re.compile(r'([!?]" "?)(?!(?:[\w\'-]+ ){0,4}' + SAID + r'\b)([a-z])')
+BEFORE_SPEECH = re.compile(r'(\b' + SAID + r'(?: [\w\'-]+){0,4}, ")([a-z])')
 LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|onesie|ukul))"         # a vowel that sounds like a consonant
 
 
@@ -193,8 +195,8 @@ def tidy(text):
     text = re.sub(r'(^"?|\n"?)([a-z])', capital, text)
     text = re.sub(r'([.!?] "?)([a-z])', capital, text)                     # He ran. she ran.
     text = re.sub(r'(\." "?)([a-z])', capital, text)                       # "I ran." she ran.
-    text = re.sub(r'([!?]" "?)(?!(?:[\w\'-]+ ){0,4}' + SAID + r'\b)([a-z])', lambda m: m[1] + m[3].upper(), text)
-    return re.sub(r'(\b' + SAID + r'(?: [\w\'-]+){0,4}, ")([a-z])', lambda m: m[0] if '," ' in before(m) else m[1] + m[3].upper(), text)
+    text = AFTER_SPEECH.sub(lambda m: m[1] + m[3].upper(), text)
+    return BEFORE_SPEECH.sub(lambda m: m[0] if '," ' in before(m) else m[1] + m[3].upper(), text)
 
 
 def before(match):
@@ -1045,6 +1047,12 @@ NO_REAL = re.compile(r"(?:toy|stuffed|rubber|wooden|rocking|piggy|paper|chalk|su
 
 # Places that are none to be at instead of another.
 PARTS_OF_A_HOUSE = "elevator windowsill closet refrigerator campfire oven sink escalator stairs staircase hallway balcony".split()
+
+# Before a noun of which there are some; a way, or a part, of a place; and what somebody or something is in.
+NUMBERED = re.compile(r"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) ([a-z]+)")
+WAYS = re.compile(r"(?i)\b(?:through|across|over|along|down|up|out of|off|past|onto|mov(?:ed|ing) into|cross|cut off|(?:edge|end|top|bottom|side|middle) of) "
+                  r"(?:the|an?|his|her|my|our) ([a-z]+(?: [a-z]+)?)")
+INSIDE = re.compile(r"(?i)\b(?:in|into|inside|through|out of|from|at|under|over) (?:the|an?|his|her|my) ([a-z]+(?: [a-z]+)?)")
 
 # Whom the word list has among neither its people nor its kin.
 PEOPLE = set("stranger wife husband visitor partner passenger keeper owner seller director schoolteacher ranger ambassador dressmaker inspector midwife porter smith guide "
@@ -1968,11 +1976,13 @@ class PlotStory(Story):
         kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
         who = f"(?:{re.escape(str(hero))}|(?i:{self.cast['he']}))"
-        hidden |= set(re.findall(rf"\b{who} (?:was|is|played) (?:an?|the) (?:(?!to |who |that )[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that| of| in| on| at| from| with)", self.begun))      # he himself: "Pip was a shy fox."
-        hidden |= {word for match in re.finditer(rf"\b{re.escape(str(hero))}, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),|\b{re.escape(str(hero))} the ([a-z]+)", self.begun)
-                   for word in (match[1] or match[2]).split()}                                                  # "Mr. Plum, the mailman, ..."
+        if re.search(" (?:was|is|played) (?:an?|the) ", self.begun):
+            hidden |= set(re.findall(rf"\b{who} (?:was|is|played) (?:an?|the) (?:(?!to |who |that )[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that| of| in| on| at| from| with)", self.begun))      # he himself: "Pip was a shy fox."
+        if f"{hero}, " in self.begun or f"{hero} the " in self.begun:                                              # "Mr. Plum, the mailman, ..."
+            hidden |= {word for match in re.finditer(rf"\b{re.escape(str(hero))}(?:, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),| the ([a-z]+))", self.begun)
+                       for word in (match[1] or match[2]).split()}
         for name in self.names:
-            hidden |= set(re.findall(rf"\b{re.escape(name)}, (?:the|an?|his|her) (?:[a-z-]+ )?([a-z]+)[,.]", self.begun))
+            hidden |= set(re.findall(rf"\b{re.escape(name)}, (?:the|an?|his|her) (?:[a-z-]+ )?([a-z]+)[,.]", self.begun)) if f"{name}, " in self.begun else set()
         hidden |= set(re.findall(r", who (?:was|is) an? (?:[a-z-]+ )?([a-z]+)", self.begun))                     # "the shopkeeper, who was a mongoose"
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
@@ -2089,26 +2099,9 @@ class PlotStory(Story):
         one_of = lambda noun: self.grammar.nouns.forms.get(noun, noun)
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
-            one = self.grammar.nouns.forms.get(noun, noun)
-            if sort == "many" and (one in self.grammar.nouns.people or one in PEOPLE or noun in PEOPLE or one in words["persons"]):
-                continue                                        # the neighbors are tired, no shoelaces are
-            listed = one in words["things"] or one in words["animals"]
-            if sort in ("thing", "many") and not listed or sort == "animal" and one not in words["animals"] or sort == "place" and one in (*words["vehicles"], *PARTS_OF_A_HOUSE):
-                continue                                        # a hole, votes, an elevator
-            if re.search(rf"\b[a-z]+'s {noun}\b", self.begun) or any(match[1] in self.grammar.nouns.forms for match in re.finditer(rf"\b{noun} ([a-z]+)", self.begun)):
-                continue                                        # the market day, the doctor's office
-            if re.search(rf"\b{noun} of\b", self.begun) or sort == "place" and re.search(
-                    rf"(?i)\b(?:through|across|over|along|down|up|out of|off|past|onto|mov(?:ed|ing) into|cross|cut off|(?:edge|end|top|bottom|side|middle) of) "
-                    rf"(?:the|an?|his|her|my|our) (?:[a-z]+ )?{noun}\b", self.begun):
-                continue                                        # through the forest, the top of the hill
-            if sort != "many" and re.search(rf"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) {noun}\b", self.begun):
-                continue                                        # three goldfish
-            if sort in ("person", "nature") or noun in TAKEN or NO_OTHER.get(sort) and NO_OTHER[sort].search(self.begun) or not re.fullmatch("[a-z]+", noun) or noun in self.grammar.nouns.doubtful or rng.random() > 0.35:
+            one = one_of(noun)
+            if rng.random() > 0.35 or not self.is_replaceable(sort, noun, one):
                 continue
-            if sort == "thing" and not all(ARTICLE.search(self.begun[:match.start()]) for match in re.finditer(rf"\b{noun}\b", self.begun)):
-                continue                                        # flour is no kite
-            if sort == "thing" and re.search(rf"(?i)\b(?:in|into|inside|through|out of|from|at|under|over) (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun):
-                continue                                        # nobody sleeps in a pebble
             where = sort == "place" and re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
                 [place for preposition, place in self.grammar.wide_places if (not where or preposition == where[1].lower()) and place not in PARTS_OF_A_HOUSE] or [noun] if sort == "place"
@@ -2117,6 +2110,29 @@ class PlotStory(Story):
             if " " not in other and other.islower() and not {other, one_of(other)} & (UNTOLD | TAKEN) and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
                 others[noun], self.sorts[other] = other, sort
         return others
+
+    def is_replaceable(self, sort, noun, one):
+        """Whether another noun of its SORT can stand for NOUN, of which the singular is ONE, wherever the beginning says it: only what is listed, not a
+        person, and nothing of which is said what others are not or do not."""
+        nouns, words, begun = self.grammar.nouns, self.grammar.words, self.begun
+        of_people = one in nouns.people or one in PEOPLE or noun in PEOPLE or one in words["persons"]
+        if sort in ("person", "nature") or sort == "many" and of_people or noun in TAKEN or noun in nouns.doubtful or not re.fullmatch("[a-z]+", noun):
+            return False                                        # the neighbors are tired, no shoelaces are
+        listed = {"animal": one in words["animals"], "place": one not in words["vehicles"] and one not in PARTS_OF_A_HOUSE}
+        if not listed.get(sort, one in words["things"] or one in words["animals"]):
+            return False                                        # a hole, votes, an elevator
+        if NO_OTHER.get(sort) and NO_OTHER[sort].search(begun) or any(each in begun for each in (f"'s {noun}", f"{noun} of ", f" of {noun}")):
+            return False                                        # the doctor's office, a box of crayons
+        said = begun.split()
+        if any(word == noun and behind.strip('.,!?"') in nouns.forms for word, behind in zip(said, said[1:])):
+            return False                                        # the market day
+        if sort != "many" and any(match[1] == noun for match in NUMBERED.finditer(begun)):
+            return False                                        # three goldfish
+        if sort == "place":
+            return not any(noun in match[1].split() for match in WAYS.finditer(begun))          # through the forest
+        return sort != "thing" or not any(noun in match[1].split() for match in INSIDE.finditer(begun)) and all(        # nobody sleeps in a pebble
+            ARTICLE.search(begun[:at]) for at in places_of(noun, begun)                         # flour is no kite
+            if not (begun[:at][-1:].isalpha() or begun[at + len(noun):][:1].isalpha()))
 
     def exchanged(self, text, others):
         """TEXT with the nouns of OTHERS exchanged."""
@@ -2207,7 +2223,7 @@ class PlotStory(Story):
         wish = [an(self.cast[form]) for form in ("wish", "wish.past", "wish.ing")] if self.trouble == "wish" else []
         for one in self.cast.characters.values():
             wishes = [(place, place + len(form)) for form in wish for place in places_of(form, text)]
-            met = one.name and re.search(rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
+            met = one.name and re.search(rf"(?:named|called) {re.escape(one.name)}\b", self.begun) and re.search(rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
             places = met and [place for place in places_of(one.name, text) if not any(start <= place < end for start, end in wishes)
                               and text.count('"', place) % 2 == 0 and not re.match("['A-Za-z]| the ", text[place + len(one.name):])
                               and not text[:place][-1:].isalpha()]
@@ -2264,6 +2280,9 @@ UNTRUE = re.compile("|".join((DOES_ALREADY.pattern,
     r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", "only eats", "eats nothing but", "cannot stop eating", r"\bchanges\b(?! places| into)",
     r"\bthere is [a-z]+ing\b", r"\bdo (?:how|when|why|the day)\b", r"\bmy class of\b", r"\bthe (?:story|tale) when\b")))
 
+# What a request may say that a thing, a friend or food is.
+DESCRIBED = re.compile(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of)")
+
 # Words by which a story is asked to be short, or long.
 SHORT = re.compile(r"(?i)\b(?:short|brief|quick|not too long|few (?:lines|sentences)|paragraph)\b")
 VERY_SHORT = re.compile(r"(?i)\b(?:very short|few (?:lines|sentences)|paragraph|quick)\b")
@@ -2317,9 +2336,8 @@ class PremiseStory(PlotStory):
         hero = cast.characters["hero"]
         kind, thing, friend = (re.escape(word.lower()) for word in (hero.kind, cast.thing.split()[-1], cast.characters["friend"].kind))
         by_name = re.search(r"\bcall(?:ed)?\b|name is|name of|'s name", asked) and re.search(rf"\bthe {kind}\b", asked)
-        described = re.search(r"\b(new|strange|tiny|huge|old|golden|little|big|small|happy|funny|magic|best|much|pot of|plate of|bowl of|more|mountain of) (?:[a-z-]+ )?"
-                              rf"(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
-        near = re.search(rf"near (?:the|an?) {re.escape(cast.place[1])}", asked) is not None
+        described = DESCRIBED.search(asked) and re.search(rf"{DESCRIBED.pattern} (?:[a-z-]+ )?(?:{thing}|{friend}|{re.escape(cast['food'])})\b", asked)
+        near = any(f"near {article} {cast.place[1]}" in asked for article in ("the", "a", "an"))
         return any((self.invented and self.invented not in asked, by_name and len(re.findall(rf"\b{kind}", asked)) < 2,
                     described and not re.search(rf"\b{described[1]}\b", begun), "place" in self.used and near and cast.place[0] != "near",
                     re.search(rf"\blittle {kind}", asked) and "little" not in begun,

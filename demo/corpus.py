@@ -174,6 +174,7 @@ SAID = (r"(said|asked|seemed|cried|called|shouted|whispered|laughed|answered|rep
         r"grumbled|giggled|mumbled|squeaked|growled|gasped|agreed|explained|told|repeated|read|muttered|cheered|roared|croaked|"
         r"hummed|sobbed|admitted|announced|smiled|murmured|groaned|boomed|huffed|snapped|sniffed|chirped|exclaimed|"
         r"promised|warned|went|says|asks|puffed|panted|chuckled|hooted|bellowed|wailed|piped|barked|teased|suggested|joked|ordered)")
+# A letter behind a question or a cry, unless it says who said that; and one that begins speech behind who says it.
 AFTER_SPEECH = re.compile(r'([!?]" "?)(?!(?:[\w\'-]+ ){0,4}' + SAID + r'\b)([a-z])')
 BEFORE_SPEECH = re.compile(r'(\b' + SAID + r'(?: [\w\'-]+){0,4}, ")([a-z])')
 LIKE_YOU = r"(?=(?:uni[cfqtv]|use|usu|eu|one\b|one-|onesie|ukul))"         # a vowel that sounds like a consonant
@@ -304,7 +305,7 @@ def unconjugated(phrase, irregular):
         return None
     base = ("have" if word == "has" else word[:-3] + "y" if re.search("[^aeiou]ies$", word) and len(word) > 4 else
             word[:-2] if re.search("(?:ss|x|zz|ch|sh|o)es$", word) else word[:-1])
-    if base in ("be", "do", "wa", "i") or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
+    if word in ("is", "was", "does", "always", "sometimes", "perhaps", "nearly", "unties", "tiptoes", "aches") or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
         return None
     return f"{base} {rest}".strip(), f"{conjugate(base, irregular)[2]} {rest}".strip()
 
@@ -534,6 +535,7 @@ class Nouns:
         bare = lambda kinds: {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]}
         self.animals, self.places, self.events = set(words["animals"]), {place for _, place in words["places"]}, bare(["events"])
         self.people = bare(["he people", "she people", "persons", "he family", "she family"])
+        self.behind_animals = {*self.places, *self.people, "market", "house", "clock", "bed", "ride"} if strict else set()
         self.beings = bare(["creatures"]) - bare(["things", "vehicles", "nouns"]) - self.places
         self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"], *self.places}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
@@ -604,8 +606,7 @@ class Nouns:
         if not n or before[-1:] == "'" or part(0, n) in self.doubtful and not ARTICLE.search(before):
             return None
         if n < len(words) and part(n, n + 1) in self.forms and text[words[n - 1][1]:words[n][0]] == " ":
-            n += self.forms[part(0, n)] == part(0, n) and (part(0, n) not in self.animals or self.strict and part(n, n + 1) in (
-                *self.places, *self.people, "market", "house", "clock", "bed", "ride"))
+            n += self.forms[part(0, n)] == part(0, n) and (part(0, n) not in self.animals or part(n, n + 1) in self.behind_animals)
         if n == 1 and part(0, 1) in self.doubtful and len(words) > 1 and part(1, 2) in self.adjectives:
             return None                                                         # "the dark green ribbons"
         return words[n - 1][1]
@@ -1033,23 +1034,23 @@ NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|yi
                                 r"meow\w*|kitty|moo(?:ed)?|baa\w*|quack\w*|cluck\w*|crow(?:ed|s|ing)|peck\w*|pouch|counted|counting)\b"),
             "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
                                 r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|cost|paid|coins?|pennies|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*|"
-                                r"struck|tick\w*|chim\w*|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|go in|went (?:out|up)|dark|branch|top of|broken|noise|[a-z]+(?:th|rd) (?:one|stroke)|hung|hang|spill\w*|mirror|tie[sd]?|tying|flip\w*|rust\w*|roll(?:s|ed|ing)?|leak\w*|squeak\w*|paddle|lid|flames?|flat|tune|sat on|lay on|flew (?:on|over)|pieces|practic\w*|hole|spoiled|ripe\w*|peel\w*|cook\w*|"
+                                r"struck|tick(?:s|ed|ing)?|chim(?:e|es|ed|ing)|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|go in|went (?:out|up)|dark|branch|top of|broken|noise|(?:third|fourth|fifth|sixth|seventh|ninth|tenth|twelfth|thirteenth) (?:one|stroke)|hung|hang\w*|spill\w*|mirror|tie[sd]?|tying|flip\w*|rust\w*|roll(?:s|ed|ing)?|leak\w*|squeak\w*|paddle|lid|flames?|flat|tune|sat on|lay on|flew (?:on|over)|pieces|practic\w*|hole|spoiled|ripe\w*|peel\w*|cook\w*|"
                                 r"key|door|says?|written|letters?|words?)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?|"
                                r"day of|ready for|invited|got (?:on|off)|climbed down|bubbles|turn(?:ed|ing)|stop|r[au]n down|flow\w*)\b")}
-NO_OTHER["many"] = NO_OTHER["thing"]
+NO_OTHER["many"] = NO_OTHER["thing"]                          # of many animals what is said of one
 
 # Where one can be, but not around which a story can go.
 SEATS = "chair sofa table shelf bookshelf floor carpet leaf branch mushroom motorcycle tractor horse elephant swing slide mast fence rocket".split()
 
 # What makes an animal or a place of these a thing.
-NO_REAL = re.compile(r"(?:toy|stuffed|rubber|wooden|rocking|piggy|paper|chalk|sugar|teddy|ghost|sand|tin|glass|clay|chocolate|plush|cardboard|doll) ")
+NOT_ALIVE = re.compile(r"(?:toy|stuffed|rubber|wooden|rocking|piggy|paper|chalk|sugar|teddy|ghost|sand|tin|glass|clay|chocolate|plush|cardboard|doll) ")
 
 # Places that are none to be at instead of another.
 PARTS_OF_A_HOUSE = "elevator windowsill closet refrigerator campfire oven sink escalator stairs staircase hallway balcony".split()
 
 # Before a noun of which there are some; a way, or a part, of a place; and what somebody or something is in.
-NUMBERED = re.compile(r"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) ([a-z]+)")
+NUMBERED = re.compile(r"(?i)\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|some|few|several|all) ([a-z]+)")
 WAYS = re.compile(r"(?i)\b(?:through|across|over|along|down|up|out of|off|past|onto|mov(?:ed|ing) into|cross|cut off|(?:edge|end|top|bottom|side|middle) of) "
                   r"(?:the|an?|his|her|my|our) ([a-z]+(?: [a-z]+)?)")
 INSIDE = re.compile(r"(?i)\b(?:in|into|inside|through|out of|from|at|under|over) (?:the|an?|his|her|my) ([a-z]+(?: [a-z]+)?)")
@@ -1105,8 +1106,8 @@ YET_TO_COME = tuple(f"{verb} " for verb in "join make build bake cook paint draw
 # The words by which it says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
-                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home|to)\b|"
-                    rf"\bran out of (?:the )?{NOUN}\b|{NOUN} (?:was|were|had been) (?:all )?(?:eaten|sold|torn)\b|{NOUN} (?:was|is) (?:on [A-Z]\w+day|tomorrow)\b|"
+                    rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
+                    rf"\bran out of (?:the )?{NOUN}\b|{NOUN} (?:was|were|had been) (?:all )?(?:eaten|sold)\b|{NOUN} (?:was|is) (?:on [A-Z]\w+day|tomorrow)\b|"
                     rf"{NOUN} (?:had |has )?(?:disappeared|vanished)\b|{NOUN} (?:was|were) (?:gone|missing)\b|{NOUN} (?:was|were) (?:still )?(?:a long way|far) (?:off|away)\b|{NOUN} (?:was|were) to (?:start|begin|be|come)\b|there (?:was|would be) an? {NOUN} [a-z ]{{0,8}}on [A-Z]\w+day|{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
@@ -1114,11 +1115,12 @@ ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some 
 ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|smelled|"
              r"an?|the|his|her|my|our|their|your|and|or|but|in|on|of|by|with|under|behind|near|into|over|named|called|had|has|who|that) )[a-z-]+ )")
 SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) {ADJECTIVE}{{0,2}}|{ADJECTIVE}?){NOUN}\b")
-NOT_THERE = re.compile(r"\b(?:like|as [a-z]+ as|[a-z]{3,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
-                       r"i am|i'm|you are|(?:want|wants|wanted|gone|went|go) to (?:see|look at)|(?:made|built)(?: out)? of|by order of|as [a-z]+ as(?: [a-z]+){0,3}|than|until|during|before|about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
+NOT_THERE = re.compile(r"\b(?:like|(?!and|but|not)[a-z]{3,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
+                       r"i am|i'm|you are|(?:want|wants|wanted|gone|went|go) to (?:see|look at)|(?:made|built)(?: out)? of|by order of|as [a-z]+ as(?: [a-z]+){0,3}|than|until|during|"
+                       r"(?:day|week|night|evening|hour|minutes?|just|long|soon) before|(?:told|tell|talk(?:ed)?|story|book|song|something|nothing|all|know|knew|asked|dreamed|read|thought) about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
                        r"(?:thought|said|as if|pretended)(?: that)? (?:it|he|she|they) (?:was|were)|(?:visitor|man|woman|lady|boy|girl|friend|cousin|twins|news) from|"
                        r"(?:photo|picture|drawing|portrait|painting|statue|map|sound|smell|noise|name|word|taste)s? of|used to|"
-                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never (?:seen|heard)|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be (?:music and )?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
+                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never (?:seen|heard)|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be(?: music and)?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
                        r"play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
@@ -1737,7 +1739,8 @@ class Story:
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
 
 
-GENDERED = re.compile(r"(?i)(?:king|queen|prince|princess|man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|grandma|grandpa|sister|brother|"
+# Who is of one sex by the word for him; and the titles of him, and of her.
+GENDERED = re.compile(r"(?i)\b(?:king|queen|prince|princess|[a-z]*(?<!hu)man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|grandma|grandpa|sister|brother|"
                       r"wife|husband|son|daughter|witch|wizard|knight|nun|monk|maid|nephew|niece)$")
 TITLED_HE, TITLED_SHE = ["Mr.", "Uncle", "Grandpa", "King", "Prince", "Sir", "Brother"], ["Mrs.", "Ms.", "Miss", "Aunt", "Auntie", "Grandma", "Granny", "Queen", "Princess", "Lady", "Sister"]
 
@@ -1759,7 +1762,7 @@ def as_told_by_me(text):
         part = re.sub(r"\bI and (my (?:[a-z]+ )?[a-z]+|[A-Z][a-z]+)\b", r"\1 and I", part)
         part = re.sub(r"(^|[.!?] |\n)my\b", r"\1My", part)
         part = re.sub(r"\bthe ([a-z]+) of I\b", r"my \1", part)
-        part = re.sub(r"\b(between (?:my |the |an? )?[\w -]+ and) I\b", r"\1 me", part)
+        part = re.sub(r"\b(between (?:(?:my|the|an?) )?(?:[\w-]+ ){1,2}and) I\b", r"\1 me", part)
         part = re.sub(r"\b(gave|told|asked|showed|helped|pulled|took|made|brought|followed|led|let|called|watched|watching|praised|patted|tickled|"
                       r"at|from|to|behind|beside|with|of|around|under|past|onto|into|toward|between|against) I\b", r"\1 me", part)
         parts[i] = re.sub(r"(\w+) I(?=[.,!?]| (?:and|with|to|from|in|on|at) )",
@@ -1905,7 +1908,7 @@ class PlotStory(Story):
         if rng.random() < 0.25:
             self.cast.invent()
         for before, slot in zip(text, text[1:]):
-            if slot == "name" and (title := re.search(r"\b(?:(?:Mr|Mrs)\.|[A-Z][a-z]+) $", str(before))) and title[0][:-1] in (*TITLED_HE, *TITLED_SHE):
+            if slot == "name" and (title := re.search(r"\b(?:(?:Mrs?|Ms)\.|[A-Z][a-z]+) $", str(before))) and title[0][:-1] in (*TITLED_HE, *TITLED_SHE):
                 self.cast["name"] = rng.choice(grammar.words[f"{'he' if title[0][:-1] in TITLED_HE else 'she'} names"])
         if "clause" in roots(text):
             self.cast["clause"] = self.clause("past clause")
@@ -1962,7 +1965,7 @@ class PlotStory(Story):
                           self.begun[max(self.at(phrase), 0):].lower())
         sex = "it" if not said or said[0].startswith("it") else "she" if said[0] in ("she", "her", "herself") else "he"
         sexes = [sex for sex in PRONOUNS if noun.lower().split()[0] in (*words[f"{sex} people"], *words[f"{sex} family"])]
-        if sexes and (sex == "it" or GENDERED.search(noun)):
+        if sexes and (sex == "it" or len(sexes) == 1 and GENDERED.search(noun)):
             sex = sexes[0]
         if sex == "it" and self.sort(phrase) == "person":
             sex = "she" if re.search("(?i)(sister|mom|mother|aunt|gran|niece|woman|lady|queen|girl|wife|maid)", noun) else "he"
@@ -1992,7 +1995,7 @@ class PlotStory(Story):
         phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
         phrases = [re.sub("^(?:his|her) ", "the ", phrase) if not phrase.startswith(self.cast["his"] + " ") else phrase for phrase in phrases]       # the friend's
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
-        met = self.begun.find(str(hero).removeprefix("the "))
+        met = next((match.start() for match in re.finditer(rf"\b{re.escape(str(hero).removeprefix('the '))}\b", self.begun)), -1)
         phrases = [re.sub(f"^{self.cast['his']} ", "the ", phrase) if phrase.split()[-1] not in kin and 0 <= self.at(phrase) < met else phrase for phrase in phrases]
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
@@ -2080,9 +2083,10 @@ class PlotStory(Story):
             return "place"                                      # the woods, the stairs
         if one != noun or last.endswith("s") and not re.search("(ss|us|is)$|^(canvas|atlas|lens|gas)$", last):
             return "many"
-        if one in nouns.people or last in PEOPLE or last in nouns.people or last.endswith(("man", "lady")):
+        alive = not NOT_ALIVE.match(noun) and noun not in words["things"]
+        if one in nouns.people or alive and (last in PEOPLE or last in nouns.people or last.endswith(("man", "lady"))):
             return "person"
-        if " " in noun and not NO_REAL.match(noun) and noun not in words["things"] and last not in words["things"]:
+        if " " in noun and alive and last not in words["things"]:
             if last in nouns.animals:
                 return "animal"
             if last in nouns.places and last not in SEATS and last not in SMALL:
@@ -2121,7 +2125,8 @@ class PlotStory(Story):
         listed = {"animal": one in words["animals"], "place": one not in words["vehicles"] and one not in PARTS_OF_A_HOUSE}
         if not listed.get(sort, one in words["things"] or one in words["animals"]):
             return False                                        # a hole, votes, an elevator
-        if NO_OTHER.get(sort) and NO_OTHER[sort].search(begun) or any(each in begun for each in (f"'s {noun}", f"{noun} of ", f" of {noun}")):
+        kind = "animal" if sort == "many" and one in words["animals"] else sort
+        if NO_OTHER.get(kind) and NO_OTHER[kind].search(begun) or any(each in begun for each in (f"'s {noun}", f"{noun} of ", f" of {noun}")):
             return False                                        # the doctor's office, a box of crayons
         said = begun.split()
         if any(word == noun and behind.strip('.,!?"') in nouns.forms for word, behind in zip(said, said[1:])):
@@ -2268,10 +2273,12 @@ CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventuro
 # What is no wish to come true.
 BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy|give up|run away|throw a tantrum)\b(?! (?:down|in|on|under))")
 
-# What requests say that no premise tells.
+# What a request may say that somebody does already, who has yet to learn it.
 DOES_ALREADY = re.compile(r"(?i)\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|spends) (?!for a)")
+
+# ... and all else that requests say and no premise tells.
 UNTRUE = re.compile("|".join((DOES_ALREADY.pattern,
-    r"\b(?:who|that|he|she|it) can\b(?! (?:be|you|u|i|we)\b)", r"\b(?:is|was) a little [a-z-]+(?:$|[.!?])", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
+    r"\bit can\b(?! be\b)", r"\b(?:is|was) a little [a-z-]+(?:$|[.!?])", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
     "nobody wants to play", "who changes", "called .* by everyone", "tired of being", "is teased", "stops being",                            # the trait
     "(?:works?|work|job|hired) as", r"\b(?:first|last|worst) day of", "a day in the life",                                                   # at work
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
@@ -2303,8 +2310,8 @@ class PremiseStory(PlotStory):
         super().__init__(grammar, rng, premise, asked=not begun)
         self.asked = self.topic = None
         for _ in range(20 if asked else 0):
-            asked, self.topic = premise_request(self)
-            self.asked = of_its_length(asked, self)
+            wording, self.topic = premise_request(self)
+            self.asked = of_its_length(wording, self)
             if self.is_true(self.asked.lower()) and not re.search(r"\b(an? [a-z-]+)\b.*\b\1\b", self.topic or ""):        # a girl and a girl
                 self.asked = sloppy(self.asked, rng)
                 return
@@ -2352,13 +2359,14 @@ class PremiseStory(PlotStory):
         helps = r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad"
         return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                     "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
-                    re.search(r"\bheal", asked) and not re.search("feel well|hurt|ill", begun), re.search(r"\ba night (?:in|at|on) ", asked) and "night" not in begun,
+                    re.search(r"\bheal", asked) and not re.search(r"feel well|\bhurt\b|\bill\b", begun),
+                    re.search(r"\ba night (?:in|at|on) ", asked) and not re.search(r"\bnight", begun),
                     "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try|built|made|brought|took|wanted|learned|tried)\b", asked),
                     self.premise.name == "deed with a thing" and not re.search(rf"\b{thing}", asked), "go" not in about and "journey" in asked,
                     "help" in about and re.search(helps, asked), self.trouble == "weather" and re.search(r"\b(?:liked?|loved?|enjoyed)\b", asked),
                     "night" in about and re.search("not want to sleep|not go to bed", asked) and "want to sleep" not in begun,
                     "food" in self.used and re.search(rf"(?:making|makes?|looking for) {food}", asked) and not re.search("make|made", begun),
-                    "food" in self.used and re.search(rf"eating {food}", asked) and "eat" not in begun,
+                    "food" in self.used and re.search(rf"eating {food}", asked) and not re.search(r"\b(?:eat\w*|ate)\b", begun),
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
                     and not re.search(rf"\b(?:had|has|have|his|her|their) (?:(?!no )[a-z-]+ )*{thing}", begun),
                     {"refuse", "refusefood"} & about and ("could not wait" in asked or not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked))))
@@ -2556,7 +2564,7 @@ class PremiseStory(PlotStory):
 def premise_request(story):
     """(what a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any; its topic, None for any)."""
     grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
-    kind = rng.random()
+    kind, story.told = rng.random(), []
     if not (story.must or story.extra or story.invented) and kind < 0.26:
         topic = grammar.expand_rule(f"theme {trouble}", cast, rng) if kind < 0.2 and f"theme {trouble}" in grammar.rules else None
         asked = ask(story, topic)[0] if topic else grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)
@@ -2677,7 +2685,7 @@ def request(story):
         if hero.name and str(hero) not in topic and (story.titled or rng.random() < 0.25) and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
             described = "(?:an?|the) (?:[a-z-]+ )?" if isinstance(story, PlotStory) else "an? (?:little )?"
-            echo = re.sub(rf"\b({described}{hero.kind})\b", rf"\1 named {hero.name}", echo, count=1)
+            echo = re.sub(rf"\b({described}{re.escape(hero.kind)})\b", rf"\1 named {hero.name}", echo, count=1)
         asked, names_hero = ask(story, topic)
         if names_hero:
             echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
@@ -2827,7 +2835,7 @@ def scene_rule(story, subject, predicate):
     if kind < 0.25 and hero.gender in ("he", "she", "it") and re.fullmatch(
             rf"(?:an?|the) (?:[a-z-]+ )?{re.escape(hero.kind)}(?: (?:named|called) .+)?|{re.escape(hero.name or hero.kind)}(?: the .+)?", subject):
         return "ask scene apart"
-    forms = None if re.match("ha[sd] to ", predicate) else unconjugated(predicate, story.grammar.words["irregular verbs"])
+    forms = None if predicate.startswith("has to ") else unconjugated(predicate, story.grammar.words["irregular verbs"])
     if kind < 0.6 and forms:
         cast["bare predicate"], cast["past predicate"] = forms
         return "ask scene bare" if kind < 0.47 else "ask scene past"
@@ -2911,7 +2919,7 @@ def ask_words(story, words):
     asked, deed = story.grammar.expand_rule("ask words", cast, rng), any(slot == "deed" for slot, _ in story.told)
     for _ in range(30):                                         # bounded, as the word may be "things"
         if not (isinstance(story, PlotStory) and (len(words) == 1 and re.search(r"(?i)\b(?:words|keywords|these|things)\b", asked)
-                                                  or deed and re.search(r"(?i)there(?:s| is| are)\b|\b(?:see|saw|found|pulled|got|have|has)\b", asked))):
+                                                  or deed and re.search(r"(?i)there(?:'?s| is| are)\b|\b(?:see|saw|found|pulled|got|have|has)\b", asked))):
             break
         asked = story.grammar.expand_rule("ask words", cast, rng)
     return asked
@@ -2929,10 +2937,11 @@ def informal(text, rng):
 
 
 # What people type in haste, and before and behind what they want, that is none of it.
-HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"], "you": ["u", "ya"], "want a": ["wanna hear a"], "story": ["storey", "stroy", "story"],
-         "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"], "for": ["4", "for"], "tell": ["tel", "tell"], "who": ["who", "that"]}
-BEFORE = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ", "oh oh oh, "]
-BEHIND = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please", " cheers", " ok thanks bye", " i'm bored",
+HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"], "you": ["u", "ya"], "want a(?= (?:[a-z]+ )?(?:story|tale))": ["wanna hear a"],
+         "story": ["storey", "stroy", "story"], "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"], "for": ["4", "for"],
+         "tell": ["tel", "tell"]}                               # some now and then as they should be
+BEFORE_A_REQUEST = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ", "oh oh oh, "]
+BEHIND_A_REQUEST = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please", " cheers", " ok thanks bye", " i'm bored",
           " lol", " asap"]
 
 
@@ -2944,9 +2953,9 @@ def sloppy(text, rng):
         for word, others in HASTE.items():
             text = re.sub(rf"(?i)\b{word}\b", lambda _: rng.choice(others), text) if rng.random() < 0.6 else text
     if rng.random() < 0.3:
-        text = rng.choice(BEFORE) + text[0].lower() + text[1:]
+        text = rng.choice(BEFORE_A_REQUEST) + text[0].lower() + text[1:]
     if rng.random() < 0.6:
-        text = text.rstrip(".?! ") + rng.choice(BEHIND)
+        text = text.rstrip(".?! ") + rng.choice(BEHIND_A_REQUEST)
     return text.lower() if rng.random() < 0.7 else text
 
 
@@ -3314,8 +3323,8 @@ def story_turn(story, speaker):
 
 def asked_for(story):
     """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
-    names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a premise only what it is about; of a situation
-    the text alone, which begins with that."""
+    names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a premise only what it is about, and last what
+    has not come again; of a situation the text alone, which begins with that."""
     if isinstance(story, PremiseStory):
         return story.asked, echoed(story) + recalling(story)
     if isinstance(story, PlotStory):
@@ -3335,7 +3344,7 @@ def echoed(story):
 
 
 def recalling(story):
-    """The text of STORY, a PremiseStory, with a last word on each thing, place or friend that was asked for and is not in its second half."""
+    """The text of STORY, a PremiseStory, with a last word on each member, but a second thing or friend, that was asked for and is not in its second half."""
     cast, text, rules = story.cast, story.text, story.grammar.rules
     end = text[len(text) // 2:]
     missed = [slot for slot, each in dict.fromkeys(story.told) if each is cast and slot != "trait" and f"coda {slot}" in rules
@@ -3420,7 +3429,7 @@ def begun(grammar, rng):
     elif story.foreign:
         length = (story.until_start if plot and other_words else story.length) - len(story.begun)       # the beginning is not in the text
     else:
-        echo = len(text) - len(story.text) if plot else 0
+        echo = text.index(story.text) if plot else 0
         length = echo + (story.until_start if other_words else story.length) if plot else ends[1]
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:

@@ -6457,13 +6457,45 @@ def test_nobody_in_a_plot_is_there_twice():
 @pytest.mark.parametrize("begun, there", [
     ("Pip was a pirate's cook. The pirate laughed.", True), ("\"I am a pirate,\" said Pip.", False), ("Pip and Mia were playing pirate.", False),
     ("Pip was back for the pirate.", False), ("He heard the pirate.", False), ("It was as thick as a pirate.", False), ("Pip saw a big pirate.", True),
-    ("Pip came from the pirate.", False), ("Pip wanted to go to the pirate.", False), ("Pip hung from the pirate.", True)])
+    ("Pip came from the pirate.", False), ("Pip wanted to go to the pirate.", False), ("Pip hung from the pirate.", True),
+    ("It belonged to a pirate's son.", False), ("It was no bigger than a pirate.", False), ("Pip had never seen a pirate.", False), ("On the wall hung a picture of a pirate.", False),
+    ("Pip thought of the pirate.", False), ("Pip told a story about a pirate.", False), ("Pip walked about the pirate.", True), ("Pip was sad, and as the pirate came, he ran.", True)])
 def test_what_is_there_at_all(begun, there):
-    """Of what something is only like, what somebody says that he is or plays, and the place that is left or yet to be reached, there is no line."""
+    """Of what something is only like, what somebody says that he is or plays, what is only spoken of, who only owns something, and the place that is left
+    or yet to be reached, there is no line."""
     corpus = demo_module("corpus")
     story = object.__new__(corpus.PlotStory)
     story.begun = begun
     assert story.is_there("the pirate") == there
+
+
+def test_people_with_titles(monkeypatch):
+    """"Uncle Omar" may be the hero, and is a man; "Mrs. Mia" is one person, and a woman; whoever is "the mailman" besides is the same."""
+    corpus, words = demo_module("corpus"), plotted_grammar()
+    monkeypatch.setattr(corpus.PlotStory, "draw_others", lambda self: {})
+    for text, trouble, sex, named in (("Uncle {name}, the mailman, was sad.", "low", "he", 0), ("The mole went to Mrs. {name}, for it was late.", "plain", "it", 1)):
+        situation = corpus.Situation("test")
+        situation.begin, situation.trouble = [corpus.parse(text)], trouble
+        for seed in range(8):
+            story = corpus.PlotStory(words, random.Random(seed), situation)
+            name = story.cast["name"]
+            assert str(story.hero) == ("the mole" if named else f"Uncle {name}") and story.hero.gender == sex, (story.hero, story.begun)
+            assert story.named == [("person", f"Mrs. {name}")] * named, (story.named, story.begun)
+            assert name in words.words["she names" if named else "he names"]
+
+
+@pytest.mark.parametrize("begun, sort, noun, other", [
+    ("The neighbors were tired.", "many", "neighbors", False), ("Pip had a kite.", "thing", "kite", True), ("The kite struck twelve.", "thing", "kite", False),
+    ("Pip slept in the kite.", "thing", "kite", False), ("Pip was good at kite flying.", "thing", "kite", False), ("Pip had a box of kites.", "many", "kites", False),
+    ("The hat lay there. That was all.", "thing", "hat", True), ("Three goldfish swam.", "animal", "goldfish", False), ("The owl was at home.", "animal", "owl", True),
+    ("The owl flew up.", "animal", "owl", False), ("The owl's nest was empty. The owl cried.", "animal", "owl", False), ("Pip was in the garden.", "place", "garden", True),
+    ("Pip ran through the garden.", "place", "garden", False), ("It was the garden gate.", "place", "garden", False), ("Pip had a xylomb.", "thing", "xylomb", False)])
+def test_what_another_noun_can_stand_for(begun, sort, noun, other):
+    """A noun is exchanged only where what is said of it can be said of others."""
+    corpus, words = demo_module("corpus"), plotted_grammar()
+    story = object.__new__(corpus.PlotStory)
+    story.begun, story.grammar = begun, words
+    assert story.is_replaceable(sort, noun, words.nouns.forms.get(noun, noun)) == other
 
 
 def test_wishes_that_some_plots_are_not_for(monkeypatch):

@@ -1739,16 +1739,16 @@ class Story:
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
 
 
-# Who is of one sex by the word for him; and the titles of him, and of her.
+# Who is of one sex by the word for him; and titles, with the sex of whom they are.
 GENDERED = re.compile(r"(?i)\b(?:king|queen|prince|princess|[a-z]*(?<!hu)man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|grandma|grandpa|sister|brother|"
                       r"wife|husband|son|daughter|witch|wizard|knight|nun|monk|maid|nephew|niece)$")
-TITLED_HE, TITLED_SHE = ["Mr.", "Uncle", "Grandpa", "King", "Prince", "Sir", "Brother"], ["Mrs.", "Ms.", "Miss", "Aunt", "Auntie", "Grandma", "Granny", "Queen", "Princess", "Lady", "Sister"]
+TITLED = {**dict.fromkeys("Mr. Uncle Grandpa King Prince Sir Brother".split(), "he"), **dict.fromkeys("Mrs. Ms. Miss Aunt Auntie Grandma Granny Queen Princess Lady Sister".split(), "she"),
+          **dict.fromkeys("Captain Old Little Doctor Dr. Professor".split())}
 
 
 def titled(name, text):
-    """NAME as it stands in TEXT first, with what somebody of that name is called: "Aunt Mia"."""
-    titles = "|".join(map(re.escape, [*TITLED_HE, *TITLED_SHE, "Captain", "Old", "Little", "Doctor", "Dr.", "Professor"]))
-    match = re.search(rf"\b(?:{titles}) {re.escape(name)}\b", text)
+    """NAME with the title that it has anywhere in TEXT, "Aunt Mia"."""
+    match = re.search(rf"\b(?:{'|'.join(map(re.escape, TITLED))}) {re.escape(name)}\b", text)
     return match[0] if match else name
 
 
@@ -1908,8 +1908,8 @@ class PlotStory(Story):
         if rng.random() < 0.25:
             self.cast.invent()
         for before, slot in zip(text, text[1:]):
-            if slot == "name" and (title := re.search(r"\b(?:(?:Mrs?|Ms)\.|[A-Z][a-z]+) $", str(before))) and title[0][:-1] in (*TITLED_HE, *TITLED_SHE):
-                self.cast["name"] = rng.choice(grammar.words[f"{'he' if title[0][:-1] in TITLED_HE else 'she'} names"])
+            if slot == "name" and (sex := TITLED.get((str(before).split() or [""])[-1])):                        # no Aunt Stuart
+                self.cast["name"] = rng.choice(grammar.words[f"{sex} names"])
         if "clause" in roots(text):
             self.cast["clause"] = self.clause("past clause")
         return text
@@ -1969,8 +1969,7 @@ class PlotStory(Story):
             sex = sexes[0]
         if sex == "it" and self.sort(phrase) == "person":
             sex = "she" if re.search("(?i)(sister|mom|mother|aunt|gran|niece|woman|lady|queen|girl|wife|maid)", noun) else "he"
-        if (title := noun.split()[0]) in (*TITLED_HE, *TITLED_SHE):
-            sex = "he" if title in TITLED_HE else "she"
+        sex = TITLED.get(noun.split()[0]) or sex
         return Character(noun, noun if noun[0].isupper() else None, "they" if self.sort(phrase) == "many" else sex)
 
     def all_named(self):

@@ -305,7 +305,7 @@ def unconjugated(phrase, irregular):
         return None
     base = ("have" if word == "has" else word[:-3] + "y" if re.search("[^aeiou]ies$", word) and len(word) > 4 else
             word[:-2] if re.search("(?:ss|x|zz|ch|sh|o)es$", word) else word[:-1])
-    if word in ("is", "was", "does", "always", "sometimes", "perhaps", "nearly", "unties", "tiptoes", "aches") or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
+    if word in AUXILIARIES - {"has"} | BETWEEN | {"sometimes", "perhaps", "unties", "tiptoes", "aches"} or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
         return None
     return f"{base} {rest}".strip(), f"{conjugate(base, irregular)[2]} {rest}".strip()
 
@@ -541,6 +541,10 @@ class Nouns:
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
         verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
         self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
+
+    def singular(self, noun):
+        """The singular of NOUN, if it is a plural that is known."""
+        return self.forms.get(noun, noun)
 
     def noticed(self, text, members):
         """What TEXT speaks of, in its order, once each and with an article: ["the tiger", "his mom", "Grandpa", "the red kite"]; not what is
@@ -1044,7 +1048,7 @@ NO_OTHER["many"] = NO_OTHER["thing"]                          # of many animals 
 SEATS = "chair sofa table shelf bookshelf floor carpet leaf branch mushroom motorcycle tractor horse elephant swing slide mast fence rocket".split()
 
 # What makes an animal or a place of these a thing.
-NOT_ALIVE = re.compile(r"(?:toy|stuffed|rubber|wooden|rocking|piggy|paper|chalk|sugar|teddy|ghost|sand|tin|glass|clay|chocolate|plush|cardboard|doll) ")
+NOT_ALIVE = re.compile(r"\b(?:toy|stuffed|rubber|wooden|rocking|piggy|paper|chalk|sugar|teddy|ghost|sand|tin|glass|clay|chocolate|plush|cardboard|doll) ")
 
 # Places that are none to be at instead of another.
 PARTS_OF_A_HOUSE = "elevator windowsill closet refrigerator campfire oven sink escalator stairs staircase hallway balcony".split()
@@ -1115,12 +1119,12 @@ ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some 
 ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|smelled|"
              r"an?|the|his|her|my|our|their|your|and|or|but|in|on|of|by|with|under|behind|near|into|over|named|called|had|has|who|that) )[a-z-]+ )")
 SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) {ADJECTIVE}{{0,2}}|{ADJECTIVE}?){NOUN}\b")
-NOT_THERE = re.compile(r"\b(?:like|(?!and|but|not)[a-z]{3,} as|(?:came|comes?|back|home|away|was|were|far|went|ran|moved) from|(?:get|got|go|way|back|how) to|"
+NOT_THERE = re.compile(r"\b(?:like|(?!and|but|not)[a-z]{3,} as|(?:back|home|away|was|were|far|went|ran) from|(?:get|got|go|way|back|how) to|"
                        r"i am|i'm|you are|(?:want|wants|wanted|gone|went|go) to (?:see|look at)|(?:made|built)(?: out)? of|by order of|as [a-z]+ as(?: [a-z]+){0,3}|than|until|during|"
                        r"(?:day|week|night|evening|hour|minutes?|just|long|soon) before|(?:told|tell|talk(?:ed)?|story|book|song|something|nothing|all|know|knew|asked|dreamed|read|thought) about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
                        r"(?:thought|said|as if|pretended)(?: that)? (?:it|he|she|they) (?:was|were)|(?:visitor|man|woman|lady|boy|girl|friend|cousin|twins|news) from|"
                        r"(?:photo|picture|drawing|portrait|painting|statue|map|sound|smell|noise|name|word|taste)s? of|used to|"
-                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never (?:seen|heard)|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be(?: music and)?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
+                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never heard|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be(?: music and)?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
                        r"play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
@@ -2019,7 +2023,7 @@ class PlotStory(Story):
         if situation.trouble == "wish":
             return "wish", goal
         last = head(goal).split()[-1]
-        if last == self.hero.kind.split()[-1] and "toy" not in goal:            # a rabbit may have a toy rabbit
+        if last == self.hero.kind.split()[-1] and not NOT_ALIVE.search(goal):   # a bear may have a teddy bear
             return ALONE.get(situation.trouble, "fix"), None
         if last not in self.begun and situation.trouble != "weather":
             raise ValueError(f"situation {situation.name}: {goal!r} is not in {self.begun!r}")
@@ -2048,13 +2052,13 @@ class PlotStory(Story):
         if re.search(r"\b(?:enough for|happy|liked it)\b", sentences(self.begun)[-1]):
             return "plain", None
         alive = lambda sort, one: sort in ("person", "animal") or one in self.grammar.nouns.animals | self.grammar.nouns.people
+        told = [(sort, phrase, noun, re.sub(                     # "the boy in the attic would not answer" is not of the attic
+            rf"(?i)\b(?:in|on|at|of|under|behind|by|near|from) (?:the|an?|his|her) (?:[a-z]+ )?{re.escape(noun)}\b", "", self.begun))
+                for sort, phrase in self.named if sort != "nature" for noun in [phrase.split()[-1]]]
         for trouble in IS:
-            for sort, phrase in self.named:
-                noun = phrase.split()[-1]
-                begun = self.begun if trouble in ("want", "afraid") else re.sub(               # "the boy in the attic would not answer" is not of the attic
-                    rf"(?i)\b(?:in|on|at|of|under|behind|by|near|from) (?:the|an?|his|her) (?:[a-z]+ )?{re.escape(noun)}\b", "", self.begun)
-                if sort != "nature" and is_said(begun, noun, IS[trouble]) and (
-                        trouble not in ("wrong", "sad") or alive(sort, self.grammar.nouns.forms.get(noun, noun)) == (trouble == "sad")):
+            for sort, phrase, noun, not_there in told:
+                if is_said(self.begun if trouble in ("want", "afraid") else not_there, noun, IS[trouble]) and (
+                        trouble not in ("wrong", "sad") or alive(sort, self.grammar.nouns.singular(noun)) == (trouble == "sad")):
                     return "away" if trouble == "gone" and alive(sort, noun) else trouble, phrase
         words = (self.hero.name or self.hero.kind).split()[-1], self.cast["he"], self.cast["he"].capitalize()
         if any(is_said(self.begun, word, IS["sad"]) for word in words):
@@ -2073,7 +2077,7 @@ class PlotStory(Story):
             return self.sorts[noun]
         if noun in {one.kind for one in self.cast.characters.values()}:
             return "person" if noun in nouns.people or noun.split()[-1] in PEOPLE else "animal"
-        one, last = nouns.forms.get(noun, noun), noun.split()[-1]
+        one, last = nouns.singular(noun), noun.split()[-1]
         if last == "children":
             return "many"
         if last in ("bay", "cove", "gorge", "deck"):
@@ -2099,26 +2103,26 @@ class PlotStory(Story):
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
         words, rng, others = self.grammar.words, self.rng, {}
-        one_of = lambda noun: self.grammar.nouns.forms.get(noun, noun)
+        singular = self.grammar.nouns.singular
         for sort, phrase in self.named:
             noun = self.grammar.nouns.parted(phrase)[2]
-            one = one_of(noun)
-            if rng.random() > 0.35 or not self.is_replaceable(sort, noun, one):
+            if rng.random() > 0.35 or not self.is_replaceable(sort, noun):
                 continue
             where = sort == "place" and re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
             other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
                 [place for preposition, place in self.grammar.wide_places if (not where or preposition == where[1].lower()) and place not in PARTS_OF_A_HOUSE] or [noun] if sort == "place"
-                else words["animals" if sort == "animal" or one in self.grammar.nouns.animals else "things"])
+                else words["animals" if sort == "animal" or singular(noun) in self.grammar.nouns.animals else "things"])
             other = plural(other) if sort == "many" else other
-            if " " not in other and other.islower() and not {other, one_of(other)} & (UNTOLD | TAKEN) and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
+            if " " not in other and other.islower() and not {other, singular(other)} & (UNTOLD | TAKEN) and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
                 others[noun], self.sorts[other] = other, sort
         return others
 
-    def is_replaceable(self, sort, noun, one):
-        """Whether another noun of its SORT can stand for NOUN, of which the singular is ONE, wherever the beginning says it: only what is listed, not a
-        person, and nothing of which is said what others are not or do not."""
+    def is_replaceable(self, sort, noun):
+        """Whether another noun of its SORT can stand for NOUN wherever the beginning says it: only what is listed, not a person, and nothing of which is
+        said what others are not or do not."""
         nouns, words, begun = self.grammar.nouns, self.grammar.words, self.begun
-        of_people = one in nouns.people or one in PEOPLE or noun in PEOPLE or one in words["persons"]
+        one = nouns.singular(noun)
+        of_people = one in nouns.people or {one, noun} & PEOPLE
         if sort in ("person", "nature") or sort == "many" and of_people or noun in TAKEN or noun in nouns.doubtful or not re.fullmatch("[a-z]+", noun):
             return False                                        # the neighbors are tired, no shoelaces are
         listed = {"animal": one in words["animals"], "place": one not in words["vehicles"] and one not in PARTS_OF_A_HOUSE}
@@ -2150,8 +2154,8 @@ class PlotStory(Story):
         these, one at most where it is to be brief, and its end."""
         grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
         of_goal = self.goal.split() if self.goal and self.trouble != "wish" else ()
-        single = lambda word: self.grammar.nouns.forms.get(word, word)
-        about = [(sort, phrase) for sort, phrase in self.named if single(phrase.split()[-1]) not in map(single, of_goal)][:5]
+        singular = grammar.nouns.singular
+        about = [(sort, phrase) for sort, phrase in self.named if singular(phrase.split()[-1]) not in map(singular, of_goal)][:5]
         rivals = self.rivals(about)
         self.absent = [phrase for _, phrase in about if phrase in rivals or is_said(self.begun, phrase.split()[-1], ABSENT)]
         about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
@@ -2227,7 +2231,8 @@ class PlotStory(Story):
         wish = [an(self.cast[form]) for form in ("wish", "wish.past", "wish.ing")] if self.trouble == "wish" else []
         for one in self.cast.characters.values():
             wishes = [(place, place + len(form)) for form in wish for place in places_of(form, text)]
-            met = one.name and re.search(rf"(?:named|called) {re.escape(one.name)}\b", self.begun) and re.search(rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
+            met = one.name and one.name in self.begun and re.search(
+                rf"\ban? ((?:[a-z-]+ )?){re.escape(one.kind)} (?:named|called) {re.escape(one.name)}\b", self.begun)
             places = met and [place for place in places_of(one.name, text) if not any(start <= place < end for start, end in wishes)
                               and text.count('"', place) % 2 == 0 and not re.match("['A-Za-z]| the ", text[place + len(one.name):])
                               and not text[:place][-1:].isalpha()]
@@ -3325,7 +3330,8 @@ def asked_for(story):
     names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a premise only what it is about, and last what
     has not come again; of a situation the text alone, which begins with that."""
     if isinstance(story, PremiseStory):
-        return story.asked, echoed(story) + recalling(story)
+        text = echoed(story) + recalling(story)
+        return story.asked, story.text if story.brief and len(text.split()) > 270 else text
     if isinstance(story, PlotStory):
         return plot_request(story), story.text
     asked, topic = request(story)

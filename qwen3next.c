@@ -10,7 +10,8 @@
  *
  * Three of four mixers (all such counts are those of the model with 80 billion parameters; -m inspect
  * tells a checkpoint's own) are a *Gated DeltaNet*, a linear attention whose memory is one matrix
- * S[dk][dv] per value head, however long the text:
+ * S[dk][dv] per value head, however long the text (vectors are columns, ' transposes; conv4 is a causal
+ * depthwise convolution over 4 tokens):
  *
  *     q, k, v, z = W x;  b, a = W_ba x;   q, k, v = silu(conv4(q, k, v))
  *     q = l2norm(q) / sqrt(dk);  k = l2norm(k)
@@ -22,7 +23,7 @@
  * Every fourth is a *gated attention*: grouped keys and values, rotary positions on the first quarter
  * of a head, a sigmoid gate on the output:
  *
- *     q, g, k, v = W x;   q, k = rope(norm(q)), rope(norm(k))
+ *     q, g, k, v = W x;   q, k = rope(norm(q)), rope(norm(k))                           k, v: a row a token
  *     mixer = W_o (softmax(q k' / sqrt(hd)) v * sigmoid(g))
  *
  * The MLP is a *mixture of experts*: a router picks 10 of 512 small networks for each token, and one
@@ -655,15 +656,15 @@ typedef struct {
 
 typedef struct { float temperature, top_p, min_p, repetition_penalty, presence_penalty; int top_k; } SamplerSettings;
 
-/* What stands on top of the layers: a matrix that turns a row after the final norm into scores of ... */
+/* What stands on top of the layers: a matrix that turns a row after the final norm into scores (Head.weight). */
 typedef enum { CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, N_HEADS } HeadKind;
 static const char *const HEAD_NAMES[N_HEADS] = {"causal_lm", "sequence_classification", "token_classification",
                                                 "question_answering"};
 
 typedef struct {
     HeadKind kind;
-    Matrix weight;        /* ... the next token: lm_head [V][D]; a text's or a token's classes: score [labels][D]; an
-                             answer's beginning and end: qa_outputs [2][D] */
+    Matrix weight;        /* to scores of the next token: lm_head [V][D]; of a text's or a token's classes: score [labels][D];
+                             of an answer's beginning and end: qa_outputs [2][D] */
     const float *bias;    /* [rows] or NULL */
     Str *labels;          /* [rows] names of the classes; NULL: has none */
     int pad_token_id;     /* a text's class is read at its last token that is not this; -1: at its last */
@@ -829,7 +830,8 @@ struct Kernels {
 static void parallel_for(Pool *pool, int items, void (*fn)(void *arg, int item, int thread), void *arg);
 static int pool_threads(const Pool *pool);
 
-/* Ask for the weights of the layer's networks ffn[0..n), as many as there is room for; those are used next. Returns how many. */
+/* Ask for the weights of the layer's networks ffn[0..n), as many as there is room for; those are used next. Returns how many.
+ * scan: the batch wants nearly all experts of the layer, as prompts do (section 9). */
 static int experts_fetch(ExpertCache *c, const Mlp *layer, Ffn *ffn, int n, bool scan);
 /* Ask for experts of the layer that comes next, before it is known which are wanted: as many as an eighth of the slots. */
 static void experts_ahead(ExpertCache *c, const Mlp *layer);

@@ -4,11 +4,12 @@
 
 Each line of the result is a JSON list of strings, a whole document: a plain story, a chat in ChatML, or a request or beginning and only the
 first words of its story; the strings are in turn only read and learned. What can happen stands in tales/*.txt, what can be said in talk.txt, the
-words in words.txt; this file only knows how to put them together. See notation.txt for how those files are written. `--show TALE` prints stories
-of one tale to read, `--check` looks for slips.
+words in words.txt; this file only knows how to put them together. See notation.txt for how those files are written. `--show NAME` prints stories
+to read, of a premise, plot or situation; `--check` looks for slips.
 
-A tale's *cast* is drawn first: hero, friend, helper, other, thing, place, deed and so on. The request names some of its
-members, the story uses all: so a model that learns to predict the story must look at the request.
+A story is a plot told behind a beginning. Where a user asks for it, the beginning is a premise's: its *cast* is drawn first, hero, friend, thing,
+place, deed and so on; the request names some of its members, the story uses all: so a model that learns to predict the story must look at the
+request. Where a user begins it, the beginning is a situation's, or one of openings.txt and beginnings.txt, and the plot tells of all that it names.
 """
 
 import argparse
@@ -79,26 +80,17 @@ def parse(text):
 
 
 class Grammar:
-    """All rules, tales, threads, talk and words. `rules[name]` is a list of Sequences, one of which is drawn; `questions[name]` one of
-    (question, answer). `plotted` is the share of the stories that are told by one of the `plots`, behind a beginning, mostly of one of the
-    `situations`."""
+    """All rules, plots, situations, premises, beginnings (`openings`), talk and words. `rules[name]` is a list of Sequences, one of which is drawn;
+    `questions[name]` one of (question, answer); `plots_for[trouble]` the plots that can be told behind a beginning with this trouble."""
 
-    def __init__(self, folder=HERE, plotted=0.0):
-        self.words, self.plotted = read_words(folder / "words.txt"), plotted
-        self.rules, self.tales, self.talk, self.openings = collections.defaultdict(list), {}, Talk(), []
-        self.threads, self.plots, self.situations, self.premises, self.questions = {}, {}, {}, {}, collections.defaultdict(list)
+    def __init__(self, folder=HERE):
+        self.words, self.talk = read_words(folder / "words.txt"), Talk()
+        self.rules, self.questions = collections.defaultdict(list), collections.defaultdict(list)
+        self.plots, self.situations, self.premises, self.openings = {}, {}, {}, []
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
             raise ValueError(f"{folder / 'tales'}: no tales there")
         for path in paths:
-            sort = path.stem.split("-")[0]
-            if sort == "premises" and not plotted:
-                continue                                        # its rules are not for tales
-            {"situations": read_situations, "premises": read_premises}.get(sort, read_tales)(path, self)
-        begins = lambda tale: tale.open or tale.start and (tale.event or "fact" in tale.needs)
-        if idle := [tale.name for tale in self.tales.values() if not (tale.needs and tale.body and tale.tells and tale.ask and begins(tale))]:
-            raise ValueError(f"tale {idle[0]}: wanted needs, tells, ask, a body, and open, or start and event")
-        if idle := [thread.name for thread in self.threads.values() if not thread.needs]:
-            raise ValueError(f"thread {idle[0]}: wanted needs")
+            {"situations": read_situations, "premises": read_premises}.get(path.stem.split("-")[0], read_plots)(path, self)
         for plot in self.plots.values():
             if lacking := [key for key in Plot.KEYS if len(plot.lines[key]) < 2]:
                 raise ValueError(f"plot {plot.name}: wanted two lines {lacking[0]!r}")
@@ -106,29 +98,15 @@ class Grammar:
         if lacking := [trouble for trouble, plots in self.plots_for.items() if not plots]:
             raise ValueError(f"{folder / 'tales'}: no plot for {lacking[0]!r}")
         situations = self.situations.values()
-        self.situations_of = {"any words": [each for each in situations if each.fits_any], "a situation": [each for each in situations if not each.fits_any],
+        self.situations_of = {"any words": [each for each in situations if each.fits_any],
+                              "a situation": [each for each in situations if not each.fits_any],
                               "one's own": [each for each in situations if each.told_by_one]}
         self.own_openings = [opening for opening in self.openings if opening.kind is None]
-        often = {"deed": 3, "fear": 4, "job": 4, "trait": 2}    # few tales, much asked for
-        self.fact_tales = [tale for tale in self.tales.values() if "fact" in tale.needs]
-        self.plain_tales = [tale for tale in self.tales.values() if "fact" not in tale.needs]
-        self.drawn = [tale for tale in self.plain_tales for _ in range(max(2 if tale.does else 1, *(often.get(slot, 1) for slot in tale.needs)))]
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
-        self.nouns = Nouns(self.words, plotted > 0)
-        done = {literal(phrase) for tale in self.tales.values() for phrase in tale.does}     # what a tale is of is not to be learned as a deed
-        self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in done]
-        self.words["deeds with things"] = [verb for verb in self.words["deeds with things"] if f"{verb} a x" not in done]
-        owned = {theme for tale in self.tales.values() for theme in tale.lists.get("theme", ())}
-        self.words["themes"] = [theme for theme in self.words["themes"] if theme not in owned]
-        for tale in self.tales.values():
-            self.held_out.remove_from(tale.lists)
-
-    def thread_on(self, slot, rng, alone=False):
-        """A Thread that begins with SLOT; ALONE: and is on nothing else."""
-        lonely = lambda thread: not thread.needs[1:] and thread.name != "wished-for"     # that is of what the hero has not got
-        return rng.choice([thread for thread in self.threads.values() if thread.needs[0] == slot and (not alone or lonely(thread))])
+        self.nouns = Nouns(self.words)
+        self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in self.words["deeds only taught"]]
 
     @functools.cached_property
     def wide_places(self):
@@ -439,9 +417,6 @@ class HeldOut:
 
 # 4. What a foreign beginning speaks of
 
-# What somebody there has or finds.
-HOLDS = r"\b(?:had|has|found|got|held|holding|carried|wore|with|bought|made|took|loved|built|owned|and)"
-
 # What "a ..." introduces there, whatever it is, up to a word that cannot be part of it.
 NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) ((?:[a-z]+ ){0,2}?)([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
                       r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b|'s\b)")
@@ -456,9 +431,6 @@ NO_WISH = re.compile(r"\b(?:him|them|it|that|this|wait|believe|help|stop|tell|sa
 
 # What stands before a noun, perhaps with an adjective between.
 ARTICLE = re.compile(r"(?i)\b(?:an?|the|his|her|my|your|our|their|some|no|of|two|three|four|five|[a-z]+'s) (?:[a-z]+ )?$")
-
-# How it was, and no event: "Mia loved to swim" is nothing that began one day.
-A_STATE = re.compile(r"(?:\S+ ){1,3}(?:always |never )?(?:loved|liked|hated|was|were|had|lived|knew|would|could|used|wanted)\b")
 
 # What stands before what somebody is, or would be: "to be a hero".
 IS_ONE = re.compile(r"(?i)\b(?:be|become|became|being) an? (?:[a-z-]+ )?$")
@@ -478,29 +450,22 @@ UNNOTICED = set("""afternoon again age ago alone anymore anything arm arms aroun
                 warm way ways week weeks went while wish world year years yesterday young""".split())
 
 # Nouns that are something else as often.
-BOTH = set("""answer arch award back balance bank bare bargain bark bat battle beam bear beat block blow board book boot border
-               bottle box brush bubble bug button cage calm camp can card chalk change charm chase cheer chip chorus circle claw
-               close cloud coat code cold color comb cook cool copy cough count cover crack crawl crew cross crowd cry cup curl
-               current curse cut dam dance dark date doctor dream dress drop drum duck dust escape exam face fall farm fast fear
-               fight fine fire fish fit flash flat fly fun glow glue gold grow guard guide hail hand handle harvest hatch head
-               heap heel help hide hollow home hook hope hose host howl hug hunt ice iron itch jail jam joke judge juice jump kick
-               kind kiss knit knock knot label land lap last laugh leaf leak lecture lie lift light like line list litter lock
-               long loop lump mail march mark mask match mean mess milk mind mine mint mist mistake model mop nail name nap nest
-               net note oil order pack page pail pain paint pan paper park patch pedal pet pin pine pit plain plan plant plate
-               play plot pocket point poison polish pool port post pot powder power prank present press print promise pump quarrel
-               question queue race rail report rescue rest reward rhyme ride ring roar rock rope round row ruin rule rumor rush
-               safe sail sand saw scar score scratch seal seat second shade shake shape sharp shell shelter shine ship shiver
-               shock shop short shout show shower shutter sign signal silver sink skate sled slide slope smell smile smoke snack
-               sneeze snore sound spare spark spell spill splash spot spring sprout squash squeak stage stain stall stamp steam
-               step stick still sting stitch stone store storm story stretch surf surface swallow swap swing table tail tap task
-               taste team tear test thread tie tin toast top touch trace track trade train trap treat tremble trick trip trouble
-               tube tune turn twin view visit voice walk warning watch wave weed well whisper whistle will wind winner wish wonder
-               work wound wreck wrinkle yard""".split())
+BOTH = set("""answer arch award back balance bank bare bargain bark bat battle beam bear beat block blow board book boot border bottle box brush bubble
+               bug button cage calm camp can card chalk change charm chase cheer chip chorus circle claw close cloud coat code cold color comb cook cool
+               copy cough count cover crack crawl crew cross crowd cry cup curl current curse cut dam dance dark date doctor dream dress drop drum duck
+               dust escape exam face fall farm fast fear fight fine fire fish fit flash flat fly fun glow glue glues gold grow guard guide hail hand handle
+               harvest hatch head heap heel help hide hollow home hook hope hose host howl hug hunt ice iron itch jail jam joke judge juice jump kick kind
+               kiss knit knock knot label land lap last laugh laughs leaf leak lecture lie lift light like line list litter lock long loop lump mail march
+               mark mask match mean mess milk mind mine mint mist mistake model mop nail name nap nest net note oil order pack packs page pail pain paint
+               pan paper park patch pedal pet pin pine pit plain plan plant plate play plot pocket point poison polish pool port post pot powder power
+               prank present press print promise pump quarrel question queue race rail report rescue rest reward rhyme ride ring roar rock rope round row
+               ruin rule rumor rush safe sail sand saw scar score scores scratch seal seat second shade shake shape sharp shell shelter shine ship shiver
+               shock shop short shout show shower shutter sign signal silver sink skate sled slide slope smell smile smoke snack sneeze snore sound spare
+               spark spell spill splash spot spring sprout squash squeak stage stain stall stamp steam step stick still sting stitch stone store storm
+               story stretch surf surface swallow swallows swap swing table tail tap task taste team tear test thread tie tin toast top touch trace track
+               trade train trap treat tremble trick trip trouble tube tune turn twin view visit voice walk warning watch wave weed well whisper whistle
+               will wind winner wish wonder work wound wreck wrinkle yard""".split())
 
-
-# What may stand before a sentence and is left out where it is told again.
-LEAD_IN = re.compile(r"(?:(?:But|And|Then|So|Now) |(?:Today|Tonight|Tomorrow|Yesterday) (?!was|is)|(?:Suddenly|Then|One \w+|One \w+ \w+|"
-                     r"Once upon a time|Long ago|That \w+|The next \w+|In the end), |One (?:day|morning|evening|night) )+")
 
 # The words that have their capital only from the beginning of a sentence.
 STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody
@@ -508,34 +473,22 @@ STARTS = set("""a above across after all along an another any around at behind b
              nothing of on once one only out outside over she since so some somebody someone something that the their them there they this
              three through two under until up very what with without""".split())
 
-# An end that is none where more follows.
-ENDED = re.compile(r"\s+(?:The end|And then it was time (?:for bed|to sleep)|And that is the end of the story)\.$")
-
-# What is not told again as what once was.
-NOT_PAST = re.compile(r"^(?:It|That|This|One of|Once|Even|First|[Tt]here (?:was|were|lived)|[Oo]n \w+day|When|Whenever|If|As|Before|After|"
-                      r"While|Until)\b|\b(?:(?:named|called) [A-Z]\w*|still|none|[Ii]|[Mm]y|[Mm]e|[Ww]e|[Oo]ur|is|are|has|does|"
-                      r"[Tt]o(?:day|night|morrow))\b")
-
 
 class Nouns:
     """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
     turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
     only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry; `people` are families, too, `beings` of fantasy and no objects."""
 
-    def __init__(self, words, strict=False):
-        """STRICT: an owner, "the farmer's son", is not spoken of, and an animal may begin a noun of two, "fish market"."""
-        self.strict = strict
+    def __init__(self, words):
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns",
                  "persons")
         known = {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]} | {place for _, place in words["places"]}
         self.forms = {form: noun for noun in sorted(known) if len(noun) > 2 and noun not in UNNOTICED for form in (noun, plural(noun))}
-        self.past = {"was", "were", "had", "did", "could", "would",
-                     *(forms[0] for base, forms in words["irregular verbs"].items() if forms[0] != base)}
         self.adjectives = {word for kind in ("thing adjectives", "hero adjectives", "colors") for word in words[kind]}
         bare = lambda kinds: {re.sub("^(the|a|an) ", "", word) for kind in kinds for word in words[kind]}
         self.animals, self.places, self.events = set(words["animals"]), {place for _, place in words["places"]}, bare(["events"])
         self.people = bare(["he people", "she people", "persons", "he family", "she family"])
-        self.behind_animals = {*self.places, *self.people, "market", "house", "clock", "bed", "ride"} if strict else set()
+        self.behind_animals = {*self.places, *self.people, "market", "house", "clock", "bed", "ride"}      # "fish market"
         self.beings = bare(["creatures"]) - bare(["things", "vehicles", "nouns"]) - self.places
         self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"], *self.places}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
@@ -568,20 +521,6 @@ class Nouns:
         adjective, _, rest = noun.partition(" ")
         return (article, adjective, rest) if rest and adjective in self.adjectives and noun not in self.forms else (article, "", noun)
 
-    def retold(self, text, names=()):
-        """The last sentence of TEXT as it may follow "it all began when", or None: "the bell would not ring". None of a question, of speech, or
-        of what happens now. NAMES of somebody there may be nouns, too."""
-        unspoken = re.sub(r'"[^"]*([^"])"', r'"\1"', text)                       # of what is said only the end: no sentence of it is the narrator's
-        told = [LEAD_IN.sub("", sentence).rstrip(".") for sentence in re.split(r"(?<=[.!?])(?<!Mr.)(?<!Mrs.)\"?\s+", unspoken)
-                if re.fullmatch(r"[A-Z][^\"?!:;]+\.", sentence)]
-        past = lambda sentence: any(word in self.past or word.endswith("ed") for word in re.findall("[a-z]+", sentence))
-        told = [sentence for sentence in told if 3 < len(sentence.split()) < 17 and not NOT_PAST.search(sentence) and past(sentence)]
-        if not told:
-            return None
-        first, rest = told[-1].split(" ", 1)
-        small = first.lower() in STARTS or first.lower() in self.forms and first not in names and rest[0].islower()
-        return f"{first.lower() if small else first} {rest}"
-
     def found(self, text):
         """{place in TEXT: phrase} of all nouns there."""
         found = {match.start(2): f"the {match[2]}" for match in NEW_NOUN.finditer(text)
@@ -590,11 +529,11 @@ class Nouns:
         words, last = [match.span() for match in re.finditer("[A-Za-z]+(?:-[a-z]+)*", text)], -1
         for i, (start, _) in enumerate(words):
             end = self.end_of_noun(text, words[i:i + 4])
-            if end is not None and self.strict and text[end:end + 2] == "'s" and text[start].islower():
-                last = end
+            if end is not None and text[end:end + 2] == "'s" and text[start].islower():
+                last = end                                                      # an owner, "the farmer's son", is not spoken of
             elif end is not None and start > last:
                 found = {at: phrase for at, phrase in found.items() if not start <= at < end}
-                whose = re.search(r"(?i)\b(his|her|the|an?) (?:(?!an? |the )[a-z]+ )?$" if self.strict else r"(?i)\b(his|her|the|an?) (?:[a-z]+ )?$", text[:start])
+                whose = re.search(r"(?i)\b(his|her|the|an?) (?:(?!an? |the )[a-z]+ )?$", text[:start])
                 found[start] = f"{whose[1].lower() if whose and whose[1][0] in 'hH' else 'the'} {text[start:end].lower()}"
                 last = end
         called = list(CALLED.finditer(text))                                    # "Mr. Finch" is no finch
@@ -679,18 +618,18 @@ class Character:
 class Cast(dict):
     """Slot -> text for one story. Members that are asked for by name: `characters` {role: Character}, and thing, place, deed ..."""
 
-    def __init__(self, grammar, tale, rng, characters=None):
-        """Draw a cast for TALE (a Tale, or None for talk); CHARACTERS keeps those of an earlier story."""
+    def __init__(self, grammar, rng, characters=None, lists={}):
+        """Draw a cast; CHARACTERS are its people, else they are drawn, too; LISTS {slot: [what it may be, ...]}."""
         super().__init__()
         self.grammar, self.rng, self.asking, self.asked, words = grammar, rng, None, {}, grammar.words
-        pick = lambda slot, default: rng.choice(tale.lists.get(slot) or words[default]) if tale else rng.choice(words[default])
-        self.characters = characters or draw_characters(words, rng, tale.lists if tale else {})
+        pick = lambda slot, default: rng.choice(lists.get(slot) or words[default])
+        self.characters = characters or draw_characters(words, rng)
         self.thing = pick("thing", "things")
         bare = " " in self.thing or self.thing in words["what is no thing"]
         self.adjective = rng.choice(words["thing adjectives"]) if rng.random() < 0.45 and not bare else ""
-        self.place = rng.choice([(place.split()[0], " ".join(place.split()[1:])) for place in tale.lists["place"]] if tale and "place" in tale.lists else words["places"])
-        deed = pick("deed", "deeds")
-        if rng.random() < 0.45 and not (tale and "deed" in tale.lists):
+        self.place = rng.choice(words["places"])
+        deed = rng.choice(words["deeds"])
+        if rng.random() < 0.45:
             thing = rng.choice(words[rng.choice(["things"] * 5 + ["animals", "animals", "he people", "she people", "creatures"])])
             deed = an(f"{rng.choice(words['deeds with things'])} " + (plural(thing) if rng.random() < 0.2 and thing.isalpha() else f"a {thing}"))
             if rng.random() < 0.25:
@@ -698,8 +637,9 @@ class Cast(dict):
                 deed += " " + (rng.choice(words["ways"]) if rng.random() < 0.5 else f"{preposition} the {place}")
         self.verbs = conjugate(deed, words["irregular verbs"])
         for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
-                ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"), ("theme", "themes"):
+                ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"):
             self[slot] = pick(slot, name)
+        rng.randrange(64)                                       # drawn for nothing: keeps the documents of the shipped demo
         self["number"] = rng.choice(["two", "three", "four", "five", "six", "seven", "eight", "nine"])
         self["adjective"] = rng.choice(words["hero adjectives"])
         self["made-up name"] = made_up_name(rng)
@@ -730,7 +670,7 @@ class Cast(dict):
         if first == "a" and second.split(".")[0] in (*self, *self.characters):
             return f"a {self[second]}"
         if slot in ("the nature", "the event"):                     # "a rainbow" that has been told of
-            return self.recalled(second, "")
+            return re.sub("^an? ", "the ", self[second])
         if slot == "thing.adjective":
             return self.adjective
         if first == "thing":
@@ -747,37 +687,29 @@ class Cast(dict):
         raise KeyError(f"no slot {{{slot}}}")
 
     def other(self, changed):
-        """This cast, but for the members in the set CHANGED: another friend, thing or place."""
+        """This cast, but for the members in the set CHANGED: another friend or thing."""
         cast, characters = copy.copy(self), {}
         taken = {word for each in self.characters.values() for word in (each.kind, each.name) if word}
         while not characters or taken & {characters["friend"].kind, characters["friend"].name}:
-            characters = draw_characters(self.grammar.words, self.rng, {}, self.characters["hero"])
-        another = Cast(self.grammar, None, self.rng, characters)
+            characters = draw_characters(self.grammar.words, self.rng, hero=self.characters["hero"])
+        another = Cast(self.grammar, self.rng, characters)
         if "friend" in changed:
             cast.characters = {**self.characters, "friend": characters["friend"]}
         if "thing" in changed:
             cast.thing, cast.adjective = another.thing, another.adjective
-        if "place" in changed:
-            cast.place = another.place
-        if "deed" in changed:
-            cast.verbs = another.verbs
         return cast
 
-    def pair(self, more=False, kin=True):
-        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names. With MORE
-        also for "three foxes" or "foxes", of which a third is only named; without KIN for no "two sisters", as where they only meet."""
+    def pair(self):
+        """Make the friend one of the hero's kind, so that one can ask for "two foxes", or "two sisters"; only when both have names."""
         hero, friend = self.characters["hero"], self.characters["friend"]
         if not may_be_two(hero, friend):
             return
         friend.kind, friend.gender, kinds = hero.kind, hero.gender if hero.child else friend.gender, plural(hero.kind)
         if hero.child:
             sibling = {"boy": "brother", "girl": "sister"}[hero.kind]
-            kinds = self.rng.choice([kinds, "children", "friends"] + [plural(sibling), plural(sibling), "little " + plural(sibling)] * kin)
+            kinds = self.rng.choice([kinds, "children", "friends", plural(sibling), plural(sibling), "little " + plural(sibling)])
             friend.bond = sibling if sibling in kinds else "friend"
         self["pair"] = f"two {kinds}"
-        if more and self.rng.random() < 0.4:
-            self["pair"] = self.rng.choice([f"three {kinds}", f"three {kinds}", kinds])
-            self["third"] = self.rng.choice([name for name in self.grammar.words["pet names"] if name not in (hero.name, friend.name)])
 
     def invent(self, among=("hero", "friend", "thing", "thing", "thing", "place", "deed")):
         """Give one member AMONG these a noun that does not exist, so that the model learns to copy words that it has never seen; or the thing one
@@ -808,29 +740,14 @@ class Cast(dict):
             return f"{hero.his} {one.kind} {one.name if one.name and self.rng.random() < 0.4 else ''}"
         return one.asked_for(self.rng, self.asking)
 
-    def recalled(self, slot, text):
-        """How one speaks of SLOT when the story TEXT has been told: "Pip the fox", "the lantern", "the dark", "riding a bike"."""
-        if slot in self.characters:
-            one = self.characters[slot]
-            if one.name and one.name not in text and re.search(rf"\b{re.escape(one.kind)}\b", text):
-                return f"the {one.kind}"
-            known_by_kind = one.name and not one.child and not one.owner and re.search(rf"\b{re.escape(one.kind)}\b", text)
-            return f"{one.name} the {one.kind}" if known_by_kind else str(one)
-        if slot in ("thing", "place", "job"):
-            return f"the {self.names(slot)[0]}"
-        if slot == "clause":
-            return f"the {self.characters['hero'].kind} {self[slot]}"
-        return re.sub("^an? ", "the ", self.verbs[3] if slot == "deed" else self[slot])
-
     def said(self, slots):
         """The words by which a user would ask for SLOTS, for the comparison with what is held out."""
         return [name for slot in slots for name in self.names(slot)]
 
 
-def draw_characters(words, rng, lists, hero=None):
-    """{role: Character} of one story, of HERO or a new one: no two with one name, nor, where one has no name, of one kind. LISTS may
-    limit kinds of friends and helpers ("family": one of the hero's). Raises ValueError where none fits: a hero who is a snowman without a
-    name has no friend in a tale whose friend is a snowman."""
+def draw_characters(words, rng, lists={}, hero=None):
+    """{role: Character} of one story, of HERO or a new one: no two with one name, nor, where one has no name, of one kind. LISTS {role: kinds}
+    may limit their kinds. Raises ValueError where none fits: a hero who is a snowman without a name has no friend among snowmen."""
     characters, tries = {"hero": hero} if hero else {}, 0
     for role, draw in ("hero", draw_hero), ("friend", draw_friend), ("other", draw_other), ("helper", draw_helper):
         while role not in characters:
@@ -838,10 +755,7 @@ def draw_characters(words, rng, lists, hero=None):
             if tries > 1000:
                 raise ValueError(f"no {role} of {lists.get(role, 'any kind')} for {characters['hero']}")
             one = draw(words, rng, characters)
-            if role in lists and "family" in lists[role]:
-                if one.owner is None:
-                    continue
-            elif role in lists:
+            if role in lists:
                 one = Character(rng.choice(lists[role]), one.name, one.gender)
                 if SEX.get(one.kind, one.gender) != one.gender:
                     continue
@@ -889,13 +803,11 @@ def draw_hero(words, rng, characters):
     return draw_being(words, rng, (0.36, 0.1, 0.38, 0.16), 0.15)
 
 
-def entitle(words, rng, hero, share):
-    """Give HERO, with the probability SHARE, a title, "Captain Flora"; whether that was done. Only where users name the hero: drawn at a low
-    temperature, "Captain" would otherwise be likelier than any one of a thousand names, and all heroes captains."""
-    if not hero.name or hero.kind.endswith(("boy", "girl")) or rng.random() >= share:
-        return False
-    hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
-    return True
+def entitle(words, rng, hero):
+    """Give HERO now and then a title, "Captain Flora". Only where users name the hero: drawn at a low temperature, "Captain" would otherwise be
+    likelier than any one of a thousand names, and all heroes captains."""
+    if hero.name and not hero.kind.endswith(("boy", "girl")) and rng.random() < 0.12:
+        hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
 
 
 def draw_family(words, rng, hero, kin="family", named=0.0):
@@ -924,59 +836,7 @@ def draw_helper(words, rng, characters):
     return Character(rng.choice(words["helpers"]), None, rng.choice(["he", "she"]))
 
 
-# 6. Tales
-
-class Tale:
-    """What tales/*.txt says of one tale; all texts parsed."""
-
-    def __init__(self, name):
-        self.name, self.needs, self.about, self.lists = name, [], [], {}
-        self.thing_is_new = False                   # whether the hero comes by the thing only in the tale: no foreign opening may give it to him
-        self.ask, self.start, self.open, self.event, self.questions, self.body = [], [], [], [], [], []
-        self.tells = []                             # phrases for what it is about, each of this tale alone: "something lost and found again"
-        # Patterns of a foreign beginning: what it answers there, surely or perhaps, and what tells already what `start` would tell.
-        self.after = {"after": None, "near": None, "told": None}
-        self.does = []                              # parsed verb phrases for what the hero does in it: "lose a {thing.noun}"
-        self.only_there = False                     # whether it goes on from no other
-        self.deed_is = None                         # "wished" or "known": whether its hero would like to learn the deed, or does it
-
-    def answers(self, text, key):
-        """Where TEXT has the last of the words of KEY, a key of `after`; -1 if it has none."""
-        return max((match.end() for match in self.after[key].finditer(text)), default=-1) if self.after[key] else -1
-
-    @functools.cached_property
-    def body_text(self):
-        """Its body in one text, "x" for each slot."""
-        return " ".join(map(literal, self.body))
-
-    def texts(self):
-        """All slots of what follows an opening."""
-        return [slot for text in (*self.start, *self.body) for slot in slots(text)]
-
-    @functools.cached_property
-    def introduces_friend(self):
-        return "a friend" in self.texts()
-
-    @functools.cached_property
-    def brings(self):
-        """The members that it introduces or chooses itself, so that no foreign opening may give them to it."""
-        return ({"friend"} if self.introduces_friend or "friend" in self.lists else set()) | (
-            {"thing"} if self.thing_is_new or "thing" in self.lists else set())
-
-    @functools.cached_property
-    def members(self):
-        """Slots of all who have a part in it."""
-        return {"hero", *self.needs} | {slot.split()[-1].split(".")[0] for slot in self.texts()} & {"friend", "thing", "deed"}
-
-
-class Thread(Tale):
-    """A side story on one member of the cast, that any tale without it can take up: what is asked for but has no part in the tale runs
-    through it as a thread. A text of each of `first`, `middle` and `last` is told at its place, see Story.weave."""
-
-    def __init__(self, name):
-        super().__init__(name)
-        self.first, self.middle, self.last = [], [], []
-
+# 6. Plots, and what they go on from
 
 # What may have a line in a plot; what plots are for, see notation.txt; those of them without a {goal}.
 SORTS = ("person", "animal", "many", "place", "nature", "thing")
@@ -1144,7 +1004,7 @@ def is_said(text, noun, pattern):
     return noun in text and pattern.search(text.replace(noun, NOUN)) is not None
 
 
-class Plot(Tale):
+class Plot:
     """What is told behind beginnings in which there is one sort of `trouble`, put together of `lines` {key: [parsed text, ...]}: a "start", a line
     "first SORT" for all that the beginning names and a "turn"; some lines "then SORT" and the "end". {it} is what a line is of, {goal} what the
     trouble is about: what is lost, who is sad. `verbs` those of the wishes that it is for, [] if for all others but those of `not_verbs`."""
@@ -1152,8 +1012,7 @@ class Plot(Tale):
     KEYS = ("start", "turn", "end", *(f"{half} {sort}" for half in ("first", "then") for sort in SORTS))
 
     def __init__(self, name):
-        super().__init__(name)
-        self.trouble, self.verbs, self.not_verbs, self.lines = None, [], [], collections.defaultdict(list)
+        self.name, self.trouble, self.verbs, self.not_verbs, self.lines = name, None, [], [], collections.defaultdict(list)
 
     @functools.cached_property
     def leads(self):
@@ -1166,77 +1025,47 @@ class Plot(Tale):
         """All words of its lines, so that nobody else in the story is a second one of those who are in it."""
         return set().union(*(words_of(text) for texts in self.lines.values() for text in texts))
 
-    @property
-    def members(self):
-        """The slot of what it is about."""
-        return {"wish"} if self.trouble == "wish" else set() if self.trouble in GOALLESS else {"goal"}
+    def read(self, key, value):
+        """Take up the line "KEY: VALUE" of its file. Raises ValueError for one that is none of a plot's."""
+        if key == "for" and value.split()[:1] and value.split()[0] in TROUBLES:
+            self.trouble, *self.verbs = value.split()
+        elif key == "not" and self.trouble == "wish" and not self.verbs and value:
+            self.not_verbs = value.split()
+        elif key in self.KEYS and self.trouble:
+            self.lines[key].append(text := parse(re.sub(r'([!?]" )(?=\(?[a-z])', rf"\1{KEPT}", value)))
+            about = {"wish"} if self.trouble == "wish" else set() if self.trouble in GOALLESS else {"goal"}
+            if unknown := roots(text) - {"hero", *PRONOUNS["he"], *({"it"} if " " in key else ()), *about}:
+                raise ValueError(f"plot {self.name}: no slot {{{min(unknown)}}} in its {key!r}")
+        else:
+            line = f"{key}: {value}" if value else key
+            raise ValueError(f"plot {self.name}: wanted for: TROUBLE, then its lines, found {line[:60]!r}")
 
 
-def read_tales(path, grammar):
-    """Add the tales, threads and rules of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
-    tale, body = None, None
-    for number, line in enumerate([*path.read_text().splitlines(), "tale"], 1):
-        key, colon, value = (part.strip() for part in line.partition(":"))
+def read_plots(path, grammar):
+    """Add the plots, beginnings, rules and questions of the file at PATH to GRAMMAR. Raises ValueError with file and line for what is wrong."""
+    plot = None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        key, _, value = (part.strip() for part in line.partition(":"))
         try:
-            if line.startswith("#"):
+            if not line.strip() or line.startswith("#"):
                 continue
-            if line.split(" ")[0] in ("tale", "thread", "plot") or key.startswith("rule "):
-                if body is not None:
-                    tale.body = [parse(" ".join(paragraph.split("\n"))) for paragraph in re.split(r"\n\s*\n", "\n".join(body).strip())]
-                    body = None
             if key.startswith("rule "):
                 grammar.rules[key[5:].strip()].append(parse(value))
             elif key.startswith("opening "):
                 grammar.openings.append(Opening(key.split()[1:], parse(value)))
-            elif line.startswith(("tale ", "thread ", "plot ")):
-                sort, name = line.split(maxsplit=1)
-                known, make = {"tale": (grammar.tales, Tale), "thread": (grammar.threads, Thread), "plot": (grammar.plots, Plot)}[sort]
-                if name in known:
-                    raise ValueError(f"a second {sort} named {name}")
-                tale = known[name] = make(name)
-            elif body is not None:
-                body.append(line)
-            elif isinstance(tale, Plot) and key == "for" and value.split()[:1] and value.split()[0] in TROUBLES:
-                tale.trouble, *tale.verbs = value.split()
-            elif isinstance(tale, Plot) and key == "not" and tale.trouble == "wish" and not tale.verbs and value:
-                tale.not_verbs = value.split()
-            elif isinstance(tale, Plot) and key in Plot.KEYS and tale.trouble:
-                tale.lines[key].append(text := parse(re.sub(r'([!?]" )(?=\(?[a-z])', rf"\1{KEPT}", value)))
-                if unknown := roots(text) - {"hero", *PRONOUNS["he"], *({"it"} if " " in key else ()), *tale.members}:
-                    raise ValueError(f"plot {tale.name}: no slot {{{min(unknown)}}} in its {key!r}")
-            elif isinstance(tale, Plot) and line.strip() and line != "tale":
-                raise ValueError(f"plot {tale.name}: wanted for: TROUBLE, then its lines, found {line[:60]!r}")
-            elif tale is None and line not in ("", "tale") and not key.startswith("q "):
-                raise ValueError(f"stands in no tale: {line[:60]!r}")
-            elif key == "body":
-                body = []
-            elif key in ("needs", "about"):
-                setattr(tale, key, value.split())
-            elif key == "thing is new":
-                tale.thing_is_new = True
-            elif key in ("after", "near", "told"):
-                tale.after[key] = re.compile(r"(?i)\b(?:" + "|".join(re.escape(word.strip()) for word in value.split(",")) + r")\b")
-            elif key == "does":
-                tale.does += [parse(phrase.strip()) for phrase in value.split(";")]
-            elif key == "tells":
-                tale.tells += [phrase.strip() for phrase in value.split(";")]
-            elif key == "deed is" and value in ("wished", "known"):
-                tale.deed_is = value
-            elif key == "only there":
-                tale.only_there = True
-            elif key in ("ask", "start", "open", "event") or key in ("first", "middle", "last") and isinstance(tale, Thread):
-                getattr(tale, key).append(parse(value))
-            elif key == "q" or key.startswith("q "):
+            elif key.startswith("q "):
                 if value.count("=") != 1:
                     raise ValueError(f"wanted question = answer, found {value[:60]!r}")
-                questions = tale.questions if key == "q" else grammar.questions[key[2:]]
-                questions.append(tuple(parse(side.strip()) for side in value.split("=")))
-            elif colon and key in ("thing", "place", "deed", "trait", "food", "fear", "job", "theme", "friend", "helper"):
-                # A list of several words that stands alone is taken for as many entries: "what is no thing", of lost-voice, in the tale's shipped form.
-                names = [name.strip() for name in value.split(",")] if "," in value or key == "theme" else value.split()
-                tale.lists[key] = [entry for name in names for entry in grammar.words.get(name) or [name]]
-            elif line.strip() and line != "tale":
-                raise ValueError(f"not understood: {line[:60]!r}")
+                grammar.questions[key[2:]].append(tuple(parse(side.strip()) for side in value.split("=")))
+            elif line.startswith("plot "):
+                name = line.split(maxsplit=1)[1]
+                if name in grammar.plots:
+                    raise ValueError(f"a second plot named {name}")
+                plot = grammar.plots[name] = Plot(name)
+            elif plot:
+                plot.read(key, value)
+            else:
+                raise ValueError(f"stands in no plot: {line[:60]!r}")
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
 
@@ -1247,13 +1076,19 @@ ROLES = ("hero", "friend", "other")
 TITLES = {"he": ["Mr.", "Mr.", "Uncle", "Grandpa", "Old", "Little", "Captain"], "she": ["Mrs.", "Miss", "Aunt", "Grandma", "Granny", "Old", "Little"]}
 
 
-class Situation(Tale):
-    """Something that happens, for a plot to go on from: `begin` [Sequence], ways in which a user may write it, `trouble` what it is, one of
-    TROUBLES, and `goal` what that is about, a Sequence or None, `lists` {slot: [what it may be, ...]}, of "hero", "friend" and "other" their kinds."""
+class Happening:
+    """What a plot goes on from: `begin` [Sequence], ways to tell it, `trouble` what it is, one of TROUBLES, and `goal` what that is about, a Sequence or
+    None; `lists` {slot: [what it may be, ...]}."""
+
+    def __init__(self, name):
+        self.name, self.begin, self.trouble, self.goal, self.lists = name, [], None, None, {}
+
+
+class Situation(Happening):
+    """Something that happens, told as a user may write it; `lists` of "hero", "friend" and "other" are their kinds."""
 
     def __init__(self, name):
         super().__init__(name)
-        self.begin, self.trouble, self.goal = [], None, None
         self.fits_any = name.startswith("plain-")                                   # any hero, thing, place and deed
 
     @functools.cached_property
@@ -1285,7 +1120,7 @@ class Situation(Tale):
             raise ValueError(f"situation {self.name}: hero, friend and other are always alike")
         characters = dict(zip(ROLES, people))
         characters["helper"] = draw_helper(grammar.words, rng, characters)         # of a later story about the same hero
-        cast = Cast(grammar, None, rng, characters)
+        cast = Cast(grammar, rng, characters)
         for slot, entries in self.lists.items():
             if slot not in ROLES:
                 cast[slot] = rng.choice(entries)
@@ -1364,20 +1199,14 @@ def read_situations(path, grammar):
             raise ValueError(f"situation {situation.name}: no text has {{{min(unused)}}}, which it lists")
 
 
-class Premise(Tale):
+class Premise(Happening):
     """What a request asks for, told as a beginning in which every noun is a slot: a few ways to tell whatever was named, so that it is copied and
-    nothing is told that nobody asked for. `begin` [Sequence], what happens, behind how the hero is met; `trouble` and `goal` as of a
-    Situation; `often` how often it is drawn; `only_told` the member of which nothing more is told, or None."""
+    nothing is told that nobody asked for. `begin` is what happens, behind how the hero is met; `about` [tag, ...] what requests for it may be worded by,
+    beside rules for any; `often` how often it is drawn; `only_told` the member of which nothing more is told, or None."""
 
     def __init__(self, name):
         super().__init__(name)
-        self.begin, self.trouble, self.goal, self.often, self.only_told = [], None, None, 1, None
-
-    def needing(self, slots):
-        """This premise with SLOTS as its needs."""
-        one = copy.copy(self)
-        one.needs = sorted(slots)
-        return one
+        self.about, self.often, self.only_told = [], 1, None
 
 
 # Who and what a premise may have besides its hero; those of them that can be told of behind any other, and how often each is.
@@ -1408,16 +1237,12 @@ def read_premises(path, grammar):
 
 
 class Opening:
-    """A beginning that stands in no tale: `text` with the slots it uses, `gender` and `kind` of its hero (None: anybody),
-    `friend` its friend's gender or None, `pair` whether hero and friend are two of a kind, `nameless` whether it does not even name them.
-    `tale`: the Tale that it leads to, where it is one of that tale's own beginnings, told as if a user had written it."""
+    """A beginning that does not say its trouble: `text` with the slots it uses, `gender` and `kind` of its hero (None: anybody), `friend` its friend's
+    gender or None, `pair` whether hero and friend are two of a kind."""
 
-    def __init__(self, head, text, tale=None):
-        named, self.text, self.tale = roots(text), text, tale
+    def __init__(self, head, text):
+        self.text, self.pair = text, "pair" in roots(text)
         self.gender, self.kind, self.friend = (head + [None, None])[:3]
-        self.pair, self.nameless = "pair" in named, "pair" in named and "hero" not in named
-        self.answered = tale is not None            # whether a tale was chosen for what it speaks of, so that its thing is the tale's
-        self.slots = named & {"friend", "thing", "place", "deed", "job", "fear", "food", "clause"} | ({"friend"} if self.pair else set())
 
     @property
     def starts_with_slot(self):
@@ -1426,37 +1251,16 @@ class Opening:
 
     def drawn(self, grammar, rng):
         """This opening with its alternatives drawn: only its slots are open."""
-        return Opening([self.gender, self.kind, self.friend], settled(grammar, self.text, rng), self.tale)
+        return Opening([self.gender, self.kind, self.friend], settled(grammar, self.text, rng))
 
-    @functools.cached_property
-    def speaks_of(self):
-        """The members that are no slots of it, but that it gives to a tale: {"thing"} for "She had a red ball"."""
-        return {"thing"} if re.search(HOLDS + " an? ", literal(self.text)) else set()
-
-    def members(self, cast):
-        """The words for those of CAST whom it names."""
-        says_kind = self.kind or {"a hero", "hero.kind"} & set(slots(self.text))
-        names = cast.said(sorted(self.slots - {"clause"})) + (cast.said(["hero"]) if says_kind else [str(cast.characters["hero"])])
-        return {word.lower() for name in names for word in name.split()}
-
-    def brought_by(self, tale):
-        """The members that TALE brings itself: of one that answers this opening all but the thing, which is the opening's."""
-        return set() if self.tale else tale.brings - ({"thing"} if self.answered else set())
-
-    def clashes(self, tale):
-        """The members that TALE brings itself, so that those of this opening must be others."""
-        return self.brought_by(tale) & (self.slots | self.speaks_of)
-
-    def characters(self, grammar, rng, lists):
+    def characters(self, grammar, rng):
         """Characters for the cast, hero and friend as the text has them; with names where it says both name and
         kind, as in "a fox named Pip"."""
-        words, characters = grammar.words, draw_characters(grammar.words, rng, lists)
+        words, characters = grammar.words, draw_characters(grammar.words, rng)
         if self.kind is None:
             while {"hero", "hero.kind"} <= set(slots(self.text)) and not characters["hero"].name:       # "a fox named the fox"
-                characters = draw_characters(words, rng, lists)
-            while self.pair and not may_be_two(characters["hero"], characters["friend"]):
-                characters = draw_characters(words, rng, {})
-            entitle(words, rng, characters["hero"], 0.0 if self.pair else 0.12)
+                characters = draw_characters(words, rng)
+            entitle(words, rng, characters["hero"])
             return characters
         kind = rng.choice(words["animals"]) if self.kind == "animal" else self.kind.replace("-", " ")
         characters["hero"] = Character(kind, draw_name(words, rng, self.gender, 0.1), self.gender)
@@ -1471,273 +1275,8 @@ class Opening:
 FURTHER = ("name", "user", "made-up name")
 
 
-def fact(clause, hero):
-    """What the relative CLAUSE tells of HERO as a clause of its own, or None: "who glows in the dark" -> "Pip glows in the dark"."""
-    if whose := re.fullmatch("whose (.+)", clause):
-        return f"{hero}'s {whose[1]}"
-    who = re.fullmatch("(?:who|that) ((?!nobody |no one |every|some|the |an? |only |came ).+)", clause)
-    return who and f"{hero} {who[1]}"
-
-
-# What is always asked for where it matters: no tale of a deed is told to somebody who asked for none.
+# What is always asked for where it matters: no story of a deed is told to somebody who asked for none.
 SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
-
-# How often a thread is drawn, by the member of the cast that it is on.
-THREADS = {"thing": 0.3, "friend": 0.22, "place": 0.1, "deed": 0.08, "clause": 0.14, "food": 0.03, "fear": 0.01, "job": 0.02, "trait": 0.02,
-           "nature": 0.06, "event": 0.04, "theme": 0.04}
-
-
-class Story:
-    """A tale told: `text`, of which the first `length` characters are the opening; `cast` who is in it; `threads` [(Thread, its cast)].
-    Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what it asks for in vain, `told` of what it did name; `did` whether
-    it asked for the tale by what the hero does, `done` the members that this deed named ("lose a kite"); `titled` whether the hero's
-    name must be named, too.
-    `foreign` whether the opening is told as a user's, `own` whether it is one of the tale's own all the same. If foreign, `begun` is its
-    text, `opened` the cast of that, `adopted` the slots that the tale has from its plain words, and `keep` what it speaks of, as phrases.
-    `of_its_cast` whether its hero is the cast's, so that more can be told or asked of him."""
-
-    of_its_cast = True
-
-    def __init__(self, grammar, tale, rng, characters=None, opening=None, threads=(), extra=None, invent=False, pair=False):
-        """Draw until no sentence occurs twice and the held-out requests stay fresh. THREADS run through it where they can; of EXTRA, a
-        second "thing", "friend" or "place", there is nothing to tell; with INVENT one noun is made up; with PAIR hero and friend are two of
-        a kind, where they can. Raises ValueError after 50 tries."""
-        self.grammar, self.tale, self.rng, self.foreign, self.done, text = grammar, tale, rng, opening is not None, set(), ""
-        self.own, self.did = opening is not None and opening.tale is tale, False
-        for _ in range(50):
-            if opening:
-                characters = opening.characters(grammar, rng, tale.lists)
-            self.cast = self.opened = Cast(grammar, tale, rng, characters)
-            hero, friend = (self.cast.characters[role] for role in ("hero", "friend"))
-            self.titled = not (opening or characters) and hero.kind != friend.kind and entitle(grammar.words, rng, hero, 0.04)
-            if opening.pair if opening else pair and not (characters or self.titled or "friend" in tale.lists) and "friend" in tale.needs:
-                self.cast.pair(more=not opening, kin=not tale.introduces_friend)
-            if invent:
-                self.cast.invent()
-            if opening and opening.slots & opening.clashes(tale):
-                self.cast = self.opened.other(opening.slots & opening.clashes(tale))
-            self.adopted = set()
-            self.must, self.told = [(slot, self.cast) for slot in SPECIAL if slot in tale.needs], []
-            self.threads = self.take_up(opening) if opening else self.weave(threads)
-            self.extra = [(extra, self.cast.other({extra}))] if extra and tale.start else []
-            if "fact" in tale.needs and not opening:
-                self.cast["clause"] = self.foreign_clause()
-                self.cast["fact"] = fact(self.cast["clause"], self.cast["hero"])
-                self.must.append(("clause", self.cast))
-            self.must += [(slot, self.cast) for slot, _ in self.extra if slot in tale.needs and (slot, self.cast) not in self.must]
-            said = self.cast.said(["hero", *tale.needs]) + [word for thread, cast in self.threads for word in cast.said(thread.needs)]
-            said += [word for slot, cast in self.extra for word in cast.said([slot])]
-            if grammar.held_out.refuses(said):
-                characters = None
-                continue
-            self.tell(opening)
-            self.text = text = tidy(self.text)
-            if not repeats(text):
-                return
-        raise ValueError(f"tale {tale.name}: always repeats {repeats(text)!r}, or is held out")
-
-    def weave(self, threads):
-        """[(Thread, cast)] for those of THREADS that the tale can take up: on a member that it lacks, or on a second friend or thing. Then
-        the first must be asked for, too, or one could not tell who is meant."""
-        woven, used = [], set(self.tale.members)
-        for thread in threads if self.tale.start else ():
-            slot = thread.needs[0]
-            if slot == "clause":
-                self.cast["clause"] = self.foreign_clause()
-            if not used & set(thread.needs):
-                woven.append((thread, self.cast.other({"deed"}) if slot == "deed" else self.cast))
-                used |= set(thread.needs)
-            elif slot in ("thing", "friend") and slot in self.tale.needs and all(cast is self.cast for _, cast in woven):
-                woven.append((thread, self.cast.other(set(thread.needs))))
-                self.must.append((slot, self.cast))
-        self.must += [(slot, cast) for thread, cast in woven for slot in thread.needs]
-        return woven
-
-    def clause(self, rule):
-        """A text of RULE on the hero and on things that are not of this story: "who glows in the dark"."""
-        return tidy("-" + self.grammar.expand_rule(rule, Cast(self.grammar, None, self.rng, self.cast.characters), self.rng))[1:]
-
-    def foreign_clause(self):
-        """A clause on the hero that no other tale answers: "who gets stuck" is not told of in passing. In a tale of a fact, one that tells it."""
-        for _ in range(50):
-            clause = self.clause(self.rng.choice(["clause", "clause", "clause", "past clause"]))
-            owners = [tale for tale in self.grammar.plain_tales if tale.answers(clause, "after") >= 0]
-            if (not owners or self.tale in owners) and ("fact" not in self.tale.needs or fact(clause, "")):
-                return clause
-        raise ValueError(f"tale {self.tale.name}: no clause for it")
-
-    def begin(self, opening):
-        """Expand OPENING into `begun`, now and then with a word more on what it speaks of; which is returned, as Nouns.noticed gives it."""
-        cast, rng, grammar = self.opened, self.rng, self.grammar
-        if "clause" in opening.slots:
-            cast["clause"] = self.clause("past clause")
-        self.begun = tidy(grammar.expand(opening.text, cast, rng))
-        noticed = grammar.nouns.noticed(self.begun.replace(cast.get("clause", "\n"), ""), opening.members(cast))
-        retold = grammar.nouns.retold(self.begun, [one.name for one in cast.characters.values()])
-        cast["retold"] = retold and re.sub("^they ", f"{cast['hero']} and {cast['friend']} " if "friend" in opening.slots else "they ",
-                                           re.sub(f"^{cast['he']} ", f"{cast['hero']} ", retold))
-        further = [cast[slot] for slot in FURTHER if slot in slots(opening.text)]
-        noticed += [name for name in further if name not in " ".join(noticed).split()]
-        if not self.own and rng.random() < 0.2:
-            known = [f"the {name}" for name in cast.names("thing")[:1] if re.search(rf"\b{re.escape(name)}\b", self.begun)]
-            if nouns := [phrase for phrase in noticed if phrase.startswith("the ")] + known:
-                cast["again"] = rng.choice(nouns)
-                self.begun += " " + tidy(grammar.expand_rule("again", cast, rng))
-        return noticed
-
-    def at(self, phrase):
-        """Where `begun` has the noun of PHRASE, "the red kite", first, or the verb of "the wish to swim"."""
-        wish = phrase.removeprefix("the wish to ")
-        return self.begun.lower().find((wish if wish != phrase else re.sub(r"^(?:.*'s|[^ ]+) (?=.)", "", phrase)).lower())
-
-    def take_up(self, opening):
-        """Begin with OPENING, foreign to the tale, and `keep` all that it names, in its order: as the tale's own thing, friend and place where
-        it can, first of all what stands next to the word that the tale answers; else in threads, [(Thread, cast)]. The cast's slot "kept"
-        lists it."""
-        seen, cast, rng, grammar = self.begin(opening), self.opened, self.rng, self.grammar
-        if "fact" in self.tale.needs:
-            if not cast["retold"]:
-                raise ValueError(f"tale {self.tale.name}: {self.begun!r} tells no fact")
-            self.cast["fact"] = re.sub(r"\bhad (?=[a-z]+ed\b)", "", cast["retold"])
-        event = max(self.tale.answers(self.begun, "after"), self.tale.answers(self.begun, "near")) if opening.answered else 0
-        if not self.own:
-            for phrase in sorted(seen, key=lambda phrase: abs(self.at(phrase) - event) if event else 0):
-                if self.adopts(phrase, opening):
-                    seen.remove(phrase)
-            self.adopts_place(opening)
-        seen = [phrase for phrase in seen if "place" not in self.adopted or self.cast.place[1] not in phrase][-6:]
-        slots = sorted(opening.slots - (self.tale.members - opening.clashes(self.tale)) - {"place"})
-        threads = [(grammar.thread_on(slot, rng, alone=True), cast) for slot in rng.sample(slots, min(2, len(slots)))]
-        if wish := self.wish("friend" not in opening.slots and not opening.friend, opening.slots):
-            cast["wish"] = wish
-            threads.append((grammar.thread_on("wish", rng), cast))
-        # What the tale speaks of anyway is there, and not remembered.
-        if passed := [phrase for phrase in seen if not re.search(rf"\b{re.escape(phrase.split(' ')[-1])}\b", self.tale.body_text)]:
-            cast["seen"] = listed(passed, ",")
-            threads.append((grammar.threads["noticed"], cast))
-        if not self.own and rng.random() < 0.95 and cast["retold"] and not A_STATE.match(cast["retold"]) \
-                and not wish and "fact" not in self.tale.needs:
-            threads.append((grammar.threads["how-it-began"], cast))
-        named = [(slot, cast) for slot in sorted(opening.slots - {"clause"})] + [(slot, self.cast) for slot in sorted(self.adopted)]
-        phrases = [each.recalled(slot, self.begun) for slot, each in named]
-        phrases += [re.sub("^(his|her) ", f"{self.cast['hero']}'s ", phrase) for phrase in seen
-                    if not wish or phrase.split(" ")[-1] not in wish] + [f"the wish to {wish}"] * bool(wish)
-        self.keep = sorted(dict.fromkeys(phrases), key=self.at)
-        self.cast["hero in full"] = cast.recalled("clause" if "clause" in opening.slots else "hero", self.begun)
-        self.cast["kept"] = listed(self.keep, ",") if self.keep else ""
-        return threads
-
-    def wish(self, alone, slots=frozenset()):
-        """What the hero wants to do, or cannot, in a beginning whose SLOTS are not for that: "go swimming"; None if it does not say. ALONE: "he" is
-        nobody else."""
-        hero = self.opened.characters["hero"]
-        who = "|".join([re.escape(hero.name or hero.kind), rf"[Tt]he (?:[a-z]+ )?{re.escape(hero.kind)}", *[hero.gender, hero.gender.title()] * alone])
-        match = None if {"deed", "job"} & slots else re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
-        return match[1] if match and not NO_WISH.search(match[1]) else None
-
-    def has_told(self, opening):
-        """Whether a foreign beginning has told already what the tale's start would tell as new, and of the tale's own thing: "Mia found a gem"."""
-        its_thing = "thing" in self.adopted | opening.slots - opening.clashes(self.tale)
-        unsaid = not any("thing" in roots(start) for start in self.tale.start)
-        return opening.answered and (its_thing or unsaid) and self.tale.answers(self.begun, "told") >= 0
-
-    def adopts(self, phrase, opening):
-        """Make what a foreign beginning speaks of, "the truck", "her mom", the tale's thing or the hero's friend; whether that was done. The
-        thing of a tale that answers the beginning may be any, also a goat that ran away, else what the hero has."""
-        words, nouns, forms = self.grammar.words, self.grammar.nouns, self.grammar.nouns.forms
-        article, adjective, noun = nouns.parted(phrase)
-        open_to = self.tale.members - opening.brought_by(self.tale) - opening.slots - self.adopted
-        family = next((gender for gender in PRONOUNS if noun.lower() in words[f"{gender} family"]), None)
-        being = family or forms.get(noun, noun) in nouns.animals
-        if (noun in nouns.no_things and noun not in self.tale.lists.get("thing", ()) or noun in words["creatures"] and noun not in words["things"]
-                or re.search(rf"\bhad (?:none|no {re.escape(noun)})\b", self.begun)):
-            return False
-        somewhere = re.search(r"(?i)\b(?:in|on|under|at|near|behind|into|from|to|by|over|through) (?:the|an?|his|her) (?:[a-z]+ )?$",
-                              self.begun[:max(0, self.begun.lower().find(noun.lower()))])
-        held = noun in words["things"] or article == "the" and re.search(rf"{HOLDS} an? ([a-z]+ )?{noun}\b", self.begun)
-        strayed = re.search(rf"\b(?:lost .*{noun}|{noun} (?:\w+ ){{1,2}}(?:away|gone|lost|missing)|{noun} disappeared)\b", self.begun)
-        one = forms.get(noun, noun) == noun and not (noun.endswith("s") and noun[:-1] in forms)
-        singular = article and one and noun in forms and noun not in words["nouns"] and noun not in words["foods"]
-        answered = opening.answered and not somewhere and (not being or strayed) and singular
-        at, event = self.at(phrase), self.tale.answers(self.begun, "after")
-        its_sort = "thing" not in self.tale.lists or forms.get(noun, noun) in self.tale.lists["thing"] or event >= 0 and -len(phrase) - 8 < at - event < 8
-        if (family or noun in nouns.animals) and "friend" in open_to:
-            gender = family or self.rng.choice(["he", "she"])
-            self.cast.characters["friend"] = Character(noun.lower(), None, gender, owner=self.cast.characters["hero"] if family else None)
-            self.adopted.add("friend")
-        elif "thing" in open_to and its_sort and not family and (held and one and not being or answered):
-            self.cast.thing, self.cast.adjective = forms.get(noun, noun), adjective
-            self.adopted.add("thing")
-        else:
-            return False
-        return True
-
-    def adopts_place(self, opening):
-        """Let the tale happen where a foreign beginning does: "in the forest"."""
-        if "place" in opening.slots or "place" in self.tale.lists:
-            return
-        where = r"\b(?i:in|at|on|to|near|behind|under|inside|outside|into|from|of|beside|by|through|around|across|along|over) (?:the|a|an|his|her|their|my|our|your|[A-Z]\w+'s) ((?:[a-z]+ )?[a-z]+)\b"
-        for place in re.findall(where, self.begun):
-            known = [each for each in self.grammar.words["places"] if each[1] in (place, place.split()[0], place.split()[-1])]
-            if known and known[0][1] not in (self.cast.thing, self.opened.thing):
-                self.cast.place = known[0]
-                self.adopted.add("place")
-                return
-
-    def tell(self, opening):
-        """Make `text` of an opening, the tale's body, and what the threads put between."""
-        grammar, tale, rng = self.grammar, self.tale, self.rng
-        expand = lambda texts: grammar.expand(rng.choice(texts), self.cast, rng)
-        self.cast["tells"] = rng.choice(tale.tells)
-        beats = lambda place: [grammar.expand(rng.choice(getattr(thread, place)), cast, rng) for thread, cast in self.threads
-                               if getattr(thread, place)]
-        if opening:
-            hero = self.opened.characters["hero"]
-            unnamed = hero.name and not opening.nameless and hero.name.split()[-1] not in self.begun
-            bridge = [grammar.expand_rule("bridge pair", self.opened, rng)] if opening.nameless else []
-            bridge += [f"The name of the {hero.kind} was {hero.name}."] * bool(unnamed)
-            bridge += [grammar.expand_rule("bridge" if self.keep else "bridge alone", self.cast, rng)] if rng.random() < 0.97 else []
-            bridge.append(grammar.expand_rule("tells", self.cast, rng))
-            gap = rng.choice([" ", "\n\n"])
-            if not (self.own or self.has_told(opening)):
-                bridge.append(expand(tale.start))
-            begun = [self.begun + gap + " ".join(bridge)]
-        elif tale.open and not self.threads and (rng.random() < 0.7 or not tale.start):
-            begun = [expand(tale.open)]
-        else:
-            begun = [grammar.expand_rule("intro", self.cast, rng), *beats("first"), expand(tale.start)]
-        if "third" in self.cast:
-            begun.append(grammar.expand_rule("third", self.cast, rng))
-        begun = " ".join(begun)
-        paragraphs = [grammar.expand(paragraph, self.cast, rng) for paragraph in tale.body]
-        free = []                                                       # paragraphs that no thread has ended yet
-        for thread, cast in self.threads:
-            if thread.middle:
-                free = free or list(range(max(1, len(paragraphs) - 1)))
-                at, half = free.pop(rng.randrange(len(free))), (len(thread.middle) + 1) // 2
-                lines = thread.middle[:half] if at < len(paragraphs) // 2 else thread.middle[-half:]    # so none is told early and late
-                paragraphs[at] += " " + grammar.expand(rng.choice(lines), cast, rng)
-        if opening:
-            self.cast["kept"] = listed(list(dict.fromkeys([self.cast["hero in full"], *self.keep])), ",")
-        last = beats("last") + ([grammar.expand_rule("closing", self.cast, rng)] if opening and rng.random() < 0.97 else [])
-        if last:
-            paragraphs[-1] = ENDED.sub("", paragraphs[-1])
-            paragraphs.append(" ".join(last))
-        self.length = len(tidy(begun))
-        self.text = begun + rng.choice([" ", "\n\n"]) + "\n\n".join(paragraphs)
-
-    def to_be_asked(self):
-        """([(question, answer), ...] of its own, [the slots that can be asked about, ...])."""
-        return self.tale.questions, self.tale.needs
-
-    def matters(self, slot, cast=None):
-        """Whether the story names what SLOT of CAST (the tale's own) stands for more than once, and in its second half, too, so that a
-        request may ask for it."""
-        if slot in PRONOUNS["he"] or slot in ("pair", "theme") or slot == "clause" and "fact" in self.tale.needs:
-            return True
-        names = [name for name in (cast or self.cast).names(slot) if name]
-        return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
-
 
 # {he} {him} {his} {himself} of heroes of plots who are neither he nor she.
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
@@ -1783,14 +1322,16 @@ def places_of(part, text):
     return places
 
 
-class PlotStory(Story):
-    """A plot told behind a beginning: `named` [(sort, phrase)] is what that names, but its hero, in its order: ("thing", "the red kite"),
+class Story:
+    """A plot told behind a beginning: `text`, of which the first `length` characters are up to the plot's turn, and the first `until_start` up to its
+    start; `begun` the beginning, `cast` who is in it; `source` what it goes on from. `foreign` whether the beginning is told as a user's, `own` whether
+    it is one of ours as it stands. `named` [(sort, phrase)] is what the beginning names, but its hero, in its order: ("thing", "the red kite"),
     ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
     names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
     or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort. If it was asked for, `deeds`
     what its hero does, "loses her hat", or `happening` what else happens, "all the lights go out", as requests say it; else "".
-    `until_start` how long the text is up to the plot's start; `brief` whether it is short: of up to 270 words, with one line for each of three at
-    most, and a second for one of them at most."""
+    `brief` whether it is short: of up to 270 words, with one line for each of three at most, and a second for one of them at most.
+    Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what has no part in the cast; see PremiseStory."""
 
     def __init__(self, grammar, rng, source, named=False, asked=False):
         """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
@@ -1798,50 +1339,81 @@ class PlotStory(Story):
         twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn names nobody, not its hero, not
         what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's, or "I" am one of two who quarrel; and
         where what was asked for does not tell its trouble."""
-        self.grammar, self.rng, self.foreign, self.did, self.must, self.threads, self.extra = grammar, rng, not asked, False, [], [], []
-        self.done, self.told, self.titled, self.deeds, self.happening, self.used = set(), [], False, "", "", set()
+        self.grammar, self.rng, self.source, self.foreign, self.deeds, self.happening = grammar, rng, source, not asked, "", ""
+        self.must, self.extra, self.used = [], [], set()
         for _ in range(20):
             self.brief = asked and rng.random() < 0.2
-            text, self.sorts = self.draw(source, named), {}
-            self.begun = tidy(grammar.expand(text, self.cast, rng))
-            told, members = set(slots(text)), roots(text)
-            self.names = []
-            told_goal = getattr(source, "goal", None)
-            self.hero = self.find_hero(members, grammar.expand(told_goal, self.cast, rng).split()[-1] if told_goal else "")
-            if asked and isinstance(source, Situation):
-                self.tell_what_is_asked(source)
-            self.names = [one.name for role, one in self.cast.characters.items()
-                          if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
-            self.names += [name for slot in FURTHER if slot in told for name in [titled(self.cast[slot], self.begun)]
-                           if name != self.hero.name and not (self.hero.name and name.startswith(f"{self.hero.name} "))]
-            self.named = self.all_named()
-            self.trouble, goal = self.read_trouble(alone=not members & {"friend", "other"}) if isinstance(source, Opening) else self.told_trouble(source)
+            goal = self.begin(source, named, asked)
             others = self.draw_others()
-            self.begun, self.goal, self.deeds, self.happening = (text and self.exchanged(text, others) for text in (
-                self.begun, goal, self.deeds, self.happening))
-            before, self.named = self.named, self.all_named()
-            seen = {phrase.split()[-1] for _, phrase in self.named}
-            swapped = [(sort, re.sub(rf"\b{noun}$", other, phrase)) for sort, phrase in before for noun, other in others.items() if phrase.split()[-1] == noun and other not in seen]
-            self.named = sorted([*self.named, *(one for one in swapped if one[1].split()[-1] in self.begun)], key=lambda one: self.at(one[1]))[:6]     # what no list has, too
+            self.own = isinstance(source, Situation) and not others
+            self.exchange(others, goal)
             if grammar.held_out.refuses(self.to_be_kept_apart()):
                 why = "is held out"
                 continue
             if self.trouble == "wish" and self.hero.kind.split()[-1] in goal.split() or self.trouble == "quarrel" and self.hero.gender == "I":
                 raise ValueError(f"nobody to tell it of: {self.begun}")        # another one's wish; and two of whom one is "I" are "we"
-            fit = [each for each in grammar.plots_for[self.trouble] if each.verbs and goal.split()[0] in each.verbs]
-            fit = fit or [each for each in grammar.plots_for[self.trouble] if not each.verbs and not (
-                self.trouble == "wish" and goal.split()[0] in each.not_verbs)]
-            kinds = {one.kind.split()[-1] for one in self.cast.characters.values() if one.kind in self.begun}
-            kinds |= {phrase.split()[-1] for _, phrase in self.named}
-            self.plot = rng.choice([each for each in fit if not kinds & each.leads] or fit)
-            self.own = isinstance(source, Situation) and not others
-            self.tale = self.plot if isinstance(source, Opening) else self.premise if isinstance(source, Premise) else source
+            self.plot = self.draw_plot(goal)
             self.tell()
             self.brief &= self.number_of_words <= 270
             if not (twice := repeats(self.text)):
                 return
             why = f"repeats {twice!r}"
         raise ValueError(f"{self.begun!r}: always {why}")
+
+    def begin(self, source, named, asked):
+        """Make the cast, and `begun` of SOURCE, with its hero and all that it names; returns what its trouble is about."""
+        grammar, rng = self.grammar, self.rng
+        text, self.sorts = self.draw(source, named), {}
+        self.begun = tidy(grammar.expand(text, self.cast, rng))
+        told, members = set(slots(text)), roots(text)
+        self.names = []
+        told_goal = getattr(source, "goal", None)
+        self.hero = self.find_hero(members, grammar.expand(told_goal, self.cast, rng).split()[-1] if told_goal else "")
+        if asked and isinstance(source, Situation):
+            self.tell_what_is_asked(source)
+        self.names = [one.name for role, one in self.cast.characters.items()
+                      if one is not self.hero and one.name and role in members and re.search(rf"\b{re.escape(one.name)}\b", self.begun)]
+        self.names += [name for slot in FURTHER if slot in told for name in [titled(self.cast[slot], self.begun)]
+                       if name != self.hero.name and not (self.hero.name and name.startswith(f"{self.hero.name} "))]
+        self.named = self.all_named()
+        read = isinstance(source, Opening)
+        self.trouble, goal = self.read_trouble(alone=not members & {"friend", "other"}) if read else self.told_trouble(source)
+        return goal
+
+    def exchange(self, others, goal):
+        """Exchange the nouns of OTHERS, {noun: another}, in all that is told so far, and in GOAL."""
+        self.begun, self.goal, self.deeds, self.happening = (
+            text and self.exchanged(text, others) for text in (self.begun, goal, self.deeds, self.happening))
+        before, self.named = self.named, self.all_named()
+        seen = {phrase.split()[-1] for _, phrase in self.named}
+        swapped = [(sort, re.sub(rf"\b{noun}$", other, phrase)) for sort, phrase in before for noun, other in others.items()
+                   if phrase.split()[-1] == noun and other not in seen]
+        there = [one for one in swapped if one[1].split()[-1] in self.begun]                   # what no list has, too
+        self.named = sorted([*self.named, *there], key=lambda one: self.at(one[1]))[:6]
+
+    def draw_plot(self, goal):
+        """A plot for the trouble, which is about GOAL; if possible none that is about one of those in the story."""
+        plots = self.grammar.plots_for[self.trouble]
+        fit = [each for each in plots if each.verbs and goal.split()[0] in each.verbs]
+        fit = fit or [each for each in plots if not each.verbs and not (self.trouble == "wish" and goal.split()[0] in each.not_verbs)]
+        kinds = {one.kind.split()[-1] for one in self.cast.characters.values() if one.kind in self.begun}
+        kinds |= {phrase.split()[-1] for _, phrase in self.named}
+        return self.rng.choice([each for each in fit if not kinds & each.leads] or fit)
+
+    def clause(self):
+        """What may be said of the hero, with things that are not of this story: "who glowed in the dark"."""
+        return tidy("-" + self.grammar.expand_rule("past clause", Cast(self.grammar, self.rng, self.cast.characters), self.rng))[1:]
+
+    def at(self, phrase):
+        """Where `begun` has the noun of PHRASE, "the red kite", first."""
+        return self.begun.lower().find(re.sub(r"^(?:.*'s|[^ ]+) (?=.)", "", phrase).lower())
+
+    def wish(self, alone):
+        """What the hero wants to do, or cannot: "go swimming"; None if the beginning does not say. ALONE: "he" is nobody else."""
+        hero = self.cast.characters["hero"]
+        who = "|".join([re.escape(hero.name or hero.kind), rf"[Tt]he (?:[a-z]+ )?{re.escape(hero.kind)}", *[hero.gender, hero.gender.title()] * alone])
+        match = re.search(rf"(?<!when )(?<!if )\b(?:{who}) {WISHES} {PHRASE}", self.begun)
+        return match[1] if match and not NO_WISH.search(match[1]) else None
 
     def tell_what_is_asked(self, situation):
         """Leave of `begun` how its hero is met and what a user says that happens, `deeds` of his or a `happening`, so that nothing is told that nobody
@@ -1903,19 +1475,19 @@ class PlotStory(Story):
             if not texts:
                 raise ValueError(f"situation {source.name}: no beginning starts with a slot")
             text = settled(grammar, rng.choice(texts), rng)
-            self.cast = self.opened = source.draw_cast(grammar, rng)
+            self.cast = source.draw_cast(grammar, rng)
             if not named:
                 text = self.led_up_to(text)
         else:
             text = source.text
-            self.cast = self.opened = Cast(grammar, None, rng, source.characters(grammar, rng, {}))
+            self.cast = Cast(grammar, rng, source.characters(grammar, rng))
         if rng.random() < 0.25:
             self.cast.invent()
         for before, slot in zip(text, text[1:]):
             if slot == "name" and (sex := TITLED.get((str(before).split() or [""])[-1])):                        # no Aunt Stuart
                 self.cast["name"] = rng.choice(grammar.words[f"{sex} names"])
         if "clause" in roots(text):
-            self.cast["clause"] = self.clause("past clause")
+            self.cast["clause"] = self.clause()
         return text
 
     def led_up_to(self, text):
@@ -2034,8 +1606,8 @@ class PlotStory(Story):
         return situation.trouble, goal if re.match("(?:the|an?|another|some|his|her|my|no|one) |[A-Z]", goal) else f"the {goal}"
 
     def to_be_asked(self):
-        """As of any story: the questions of its trouble, and those of friend, place and thing that stand in `begun` as the cast has them. The cast's
-        place gets the preposition that is before it there."""
+        """The slots that can be asked about: those of friend, place and thing that stand in `begun` as the cast has them. The cast's place gets the
+        preposition that is before it there."""
         cast, (_, place) = self.cast, self.cast.place
         found = ["friend"] * (cast["friend"].removeprefix("the ") in [phrase.removeprefix("the ") for _, phrase in self.named])
         if where := re.search(rf"\b{WHERE} (?:the|an?) {re.escape(place)}\b", self.begun):
@@ -2043,7 +1615,7 @@ class PlotStory(Story):
             found.append("place")
         if cast.thing in self.grammar.words["things"] and re.search(rf"\b(an?|the|his|her) {re.escape(cast['thing.noun'])}\b", self.begun):
             found.append("thing")
-        return self.grammar.questions.get(f"plot {self.trouble}", []), found
+        return found
 
     def read_trouble(self, alone):
         """(trouble, goal) of a beginning that does not say it; ALONE: "he" is nobody but the hero. Raises ValueError where it has none that is known."""
@@ -2300,7 +1872,7 @@ VERY_SHORT = re.compile(r"(?i)\b(?:very short|few (?:lines|sentences)|paragraph|
 LONG = re.compile(r"(?i)\blong(?: bedtime)? (?:story|tale|one)|\btake your time|\bmake it long|\bcan be long")
 
 
-class PremiseStory(PlotStory):
+class PremiseStory(Story):
     """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
     part in what happens; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
     the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody wrote it or asked for
@@ -2397,7 +1969,7 @@ class PremiseStory(PlotStory):
     def draw_cast(self, premise, core):
         """A cast for the premise's text CORE, now and then with a hero as users describe him, and a deed that is said of somebody elsewhere."""
         words, rng = self.grammar.words, self.rng
-        self.cast = self.opened = Cast(self.grammar, premise, rng, draw_characters(words, rng, premise.lists, self.known))
+        self.cast = Cast(self.grammar, rng, draw_characters(words, rng, premise.lists, self.known), premise.lists)
         for one in (each for each in self.cast.characters.values() if each is not self.known):
             last, other = one.kind.split()[-1], "she" if one.gender == "he" else "he"
             if last in words[f"{other} people"] and last not in words[f"{one.gender} people"]:
@@ -2450,7 +2022,7 @@ class PremiseStory(PlotStory):
             cast.characters["hero"].adjective = ""
         if "event" in self.background:
             cast["event"] = rng.choice(self.grammar.words["gatherings"])
-        self.premise = premise.needing(self.used & {*MEMBERS, *SPECIAL})
+        self.premise, self.needs = premise, sorted(self.used & {*MEMBERS, *SPECIAL})
 
     def is_out_of_place(self, trait, trouble):
         """Whether TRAIT is one that the TROUBLE denies, or a bad one, which would have to be the trouble itself."""
@@ -2476,7 +2048,7 @@ class PremiseStory(PlotStory):
 
     def clause_of_hero(self):
         """Say of the hero what a user may say that he is: "who had two mothers", asked for as "who has two mothers"."""
-        clause = self.clause("past clause")
+        clause = self.clause()
         if match := re.fullmatch(r"who (?!had to|.*\b(?:flu|ill|sick|would not|could not|never|lost|afraid|wanted|wished|forgot|missed|blamed|until|no)\b)"
                                  r"((?:had|was|could|lived|collected|always|often|snored|walked) .+)", clause):
             now = as_of_now("he " + match[1], self.grammar.words["irregular verbs"])[3:]
@@ -2486,7 +2058,7 @@ class PremiseStory(PlotStory):
     def wish_for_a_clause(self):
         """Make what may be said of the hero, "who built a raft out of pencils", the deed: "build a raft out of pencils"."""
         irregular = self.grammar.words["irregular verbs"]
-        match = re.fullmatch(r"who ([a-z]+) ([a-z ]+)", self.clause("past clause"))
+        match = re.fullmatch(r"who ([a-z]+) ([a-z ]+)", self.clause())
         if match and match[1] not in AUXILIARIES | BETWEEN and not re.search(r"\b(?:and|but|because|when|to|was|were)\b", match[2]) and (
                 base := base_of(match[1], irregular)):
             self.cast.verbs = conjugate(f"{base} {match[2]}", irregular)
@@ -2555,12 +2127,16 @@ class PremiseStory(PlotStory):
             return f"at {phrase}"
         return super().in_it(phrase)
 
-    def matters(self, slot, cast=None):
-        return slot in SPECIAL or super().matters(slot, cast)
+    def matters(self, slot):
+        """Whether the story names what SLOT stands for more than once, and in its second half, too, so that a request may ask for it."""
+        if slot in SPECIAL or slot in PRONOUNS["he"] or slot == "pair":
+            return True
+        names = [name for name in self.cast.names(slot) if name]
+        return sum(map(self.text.count, names)) > 1 and any(name in self.text[len(self.text) // 2:] for name in names)
 
     def to_be_asked(self):
-        return self.grammar.questions.get(f"plot {self.trouble}", []), [slot for slot in ("friend", "place", "thing", *SPECIAL) if slot in self.used
-                                                                             and (slot != "place" or self.cast["at place"] in self.begun.lower())]
+        return [slot for slot in ("friend", "place", "thing", *SPECIAL)
+                if slot in self.used and (slot != "place" or self.cast["at place"] in self.begun.lower())]
 
 
 # 7. Requests for a story, and questions about it
@@ -2600,7 +2176,7 @@ TWO_CLAUSES = re.compile(r"(?i)\b(?:where|in which|when|what if|suppose|imagine 
 
 
 def plot_request(story):
-    """What a user says to get STORY, a PlotStory of a situation: what happens there."""
+    """What a user says to get STORY, a Story of a situation: what happens there."""
     cast, rng = story.cast, story.rng
     for _ in range(30):                                         # bounded, as the hero may be "a quick fox"
         if story.deeds:
@@ -2656,40 +2232,33 @@ def happening(story):
 
 
 def request(story):
-    """(what a user says to get STORY, its topic): the tale's own phrase, a thread's or a general one, and all else that must be named
-    because it is in the story for this alone. The topic, "a fox who lost his hat", is None when none was named."""
+    """(what a user says to get STORY, a PremiseStory, its topic): by words, or by a phrase for what it is about and all else that must be named because
+    it is in the story for this alone. The topic is "a fox who lost his hat"."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
-    casts = [cast] + [each for _, each in story.threads + story.extra]
+    casts = [cast] + [each for _, each in story.extra]
     for each in casts:
         each.asking, each.asked = story.text, {}                # slots are now worded as a user would
     try:
-        kind = rng.random()
-        plain = not (story.titled or {"clause", "pair"} & cast.keys())
-        if kind < 0.22 and plain:
+        if rng.random() < 0.22 and not {"clause", "pair"} & cast.keys():
             return by_words(story)
-        if kind < 0.25 and plain and not (story.threads or isinstance(story, PlotStory)):
-            return informal(tidy(grammar.expand(rng.choice(grammar.talk.remarks["any>"]), cast, rng)), rng), None
-        phrase, of = topic_of(story)
-        story.told = [(slot, of) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, of) in story.must]
-        story.told += [(slot, cast) for slot in sorted(story.done)]
+        phrase = topic_of(story)
+        story.told = [(slot, cast) for slot in sorted(roots(phrase) - PRONOUNS["he"].keys()) if slot != "deed" or (slot, cast) in story.must]
         extra = [one for one in story.must + story.extra if one not in story.told]
-        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.tale.needs and rng.random() < 0.3
+        extra += [(slot, cast) for slot in ("friend", "place", "thing") if slot in story.needs and rng.random() < 0.3
                   and story.matters(slot) and (slot, cast) not in story.told + extra]
         extra = [one for one in extra if "pair" not in cast or one != ("friend", cast)]
         story.told += extra
-        phrase = grammar.expand(phrase, of, rng)
-        second = next((each for slot, each in extra if slot == "deed"), None)
-        of_hero = phrase.startswith(of.asked.get("hero", "\n")) and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase)
-        if second and rng.random() < 0.7 and of_hero:
-            phrase += " " + grammar.expand_rule("and deed", second, rng)
-            extra.remove(("deed", second))
+        phrase = grammar.expand(phrase, cast, rng)
+        of_hero = phrase.startswith(cast.asked.get("hero", "\n")) and re.match(r"(?:(?! and |,).)+ who (?!was )\w+s ", phrase)
+        if ("deed", cast) in extra and rng.random() < 0.7 and of_hero:
+            phrase += " " + grammar.expand_rule("and deed", cast, rng)
+            extra.remove(("deed", cast))
         topic, more = attach(phrase, rng.sample(extra, len(extra)), grammar, rng)
         echo = in_order(story, phrase, extra)
         hero, friend = cast.characters["hero"], cast.characters["friend"]
-        if hero.name and str(hero) not in topic and (story.titled or rng.random() < 0.25) and story.matters("hero") and hero.kind != friend.kind:
+        if hero.name and str(hero) not in topic and rng.random() < 0.25 and story.matters("hero") and hero.kind != friend.kind:
             more.append(grammar.expand_rule("also name", cast, rng))
-            described = "(?:an?|the) (?:[a-z-]+ )?" if isinstance(story, PlotStory) else "an? (?:little )?"
-            echo = re.sub(rf"\b({described}{re.escape(hero.kind)})\b", rf"\1 named {hero.name}", echo, count=1)
+            echo = re.sub(rf"\b((?:an?|the) (?:[a-z-]+ )?{re.escape(hero.kind)})\b", rf"\1 named {hero.name}", echo, count=1)
         asked, names_hero = ask(story, topic)
         if names_hero:
             echo = re.sub(rf"\ba (little )?{hero.kind}( (named|called) {hero.name})?\b", hero.name, echo, count=1)
@@ -2709,8 +2278,7 @@ def attach(topic, extra, grammar, rng):
     """(TOPIC with some of EXTRA, [(slot, cast)], "with a lantern"; sentences on the others). Behind a clause only a place can follow: "a
     fox who sings and a lantern" would be something else."""
     more = []
-    clause = CLAUSE.search(topic) if grammar.plotted else re.search(r"\b(who|that|whose|which|how|why|when|where)\b", topic)
-    used = set()
+    clause, used = CLAUSE.search(topic), set()
     for slot, cast in extra:
         whose = slot in ("trait", "deed", "fear")               # "a trip who is afraid": it must follow the hero
         if (f"with {slot}" in grammar.rules and slot not in used and (slot == "place" or not clause)
@@ -2724,21 +2292,21 @@ def attach(topic, extra, grammar, rng):
 
 def in_order(story, topic, members, bare=False):
     """TOPIC (may be "") and MEMBERS [(slot, cast)] by their parts in STORY, whatever the order in which a user named them: "a fox, with a
-    lantern, in the garden, and of a kite". So the story's first sentence settles who is the hero and what is only a thread. BARE: by kinds
+    lantern, in the garden, and of a kite". So the story's first sentence settles who is the hero and who is there besides. BARE: by kinds
     alone."""
-    plot, cast = isinstance(story, PlotStory), story.cast
-    clause = re.search(r"\b(who|that|how|why)\b", topic) or plot and topic not in ("", cast.asked.get("hero"))
-    if plot and bare and ("trait", cast) in members:            # "a proud goat"
+    cast = story.cast
+    clause = re.search(r"\b(who|that|how|why)\b", topic) or topic not in ("", cast.asked.get("hero"))
+    if bare and ("trait", cast) in members:                     # "a proud goat"
         topic = an(f"a {cast['trait']} {cast.characters['hero'].kind}")
         members = [member for member in members if member not in (("trait", cast), ("hero", cast))]
     part = {"hero": "", "friend": ", with " if clause else " and ",
-            **({"place": ", ", "thing": ", and of "} if plot and CLAUSE.search(topic) else {"thing": ", with ", "place": ", "})}
-    own, joined = [(slot, cast) for slot in part if (slot, cast) in members and slot in ("hero", *story.tale.needs)], "\n"
+            **({"place": ", ", "thing": ", and of "} if CLAUSE.search(topic) else {"thing": ", with ", "place": ", "})}
+    own, joined = [(slot, cast) for slot in part if (slot, cast) in members and slot in ("hero", *story.needs)], "\n"
     for slot, each in own + [member for member in members if member not in own]:
         name = f"echo {slot}"
-        if plot and slot == "nature" and (match := re.search(rf"\ban? {re.escape(each[slot])}\b", story.begun)):
+        if slot == "nature" and (match := re.search(rf"\ban? {re.escape(each[slot])}\b", story.begun)):
             text = match[0]
-        elif plot and bare and slot == "job":
+        elif bare and slot == "job":
             text = an(f"a {each[slot]}")
         elif name not in story.grammar.rules or bare and slot in ("hero", "friend", "thing"):
             text = "a " * (slot in ("thing", *each.characters)) + each.names(slot)[0]
@@ -2747,67 +2315,32 @@ def in_order(story, topic, members, bare=False):
         else:
             text = story.grammar.expand_rule(name, each, story.rng)
         joint = part[slot] if (slot, each) in own else ", and of "
-        if plot and slot == "thing" and topic.endswith(joined):
+        if slot == "thing" and topic.endswith(joined):
             joint = " and "                                     # not "with a goat, with a kite"
         joined = text if joint == ", with " else "\n"
         topic += joint * bool(topic) + text
     return topic
 
 
-def deed_topic(story):
-    """A phrase that asks for STORY by what its hero does in it, "a fox who wants to lose a kite", or "two foxes who lose a kite"; None if it
-    has none such, and mostly."""
-    grammar, cast, rng = story.grammar, story.cast, story.rng
-    if not story.tale.does or rng.random() > 0.5 or ("deed", cast) in story.must or "clause" in cast:
-        return None
-    done = rng.choice(story.tale.does)
-    cast.verbs = conjugate(tidy("-" + grammar.expand(done, cast, rng))[1:], grammar.words["irregular verbs"])
-    if "pair" in cast:
-        cast.verbs = [re.sub(r"\b(his|her)\b", "their", re.sub(r"\b(him|her)self\b", "themselves", verb)) for verb in cast.verbs]
-    being = cast.verbs[1].startswith("is ")                     # not of two: "two foxes who be brave"
-    if grammar.held_out.refuses(cast.said(["hero", "deed"])) or "pair" in cast and being:
-        return None
-    story.did, story.done = True, roots(done) & {"thing", "place", "food"}
-    others = ({"place"} if being else {"friend", "place"}) & set(story.tale.needs) - story.done
-    asked = {"pair" if "pair" in cast else "hero", "deed"}
-    return rng.choice([topic for topic in grammar.rules["topic"] if asked <= roots(topic) - PRONOUNS["he"].keys() <= asked | others
-                       and ("friend" not in roots(topic) or literal(topic).startswith("x and x"))])
-
-
-# What says in a topic that the deed is only wished for, or yet to be learned.
-WISHED = re.compile(r"\b(?:want|learn|tr[iy]|cannot|could not|dream|decide|managed|first time|dare|know how|getting ready|wait to)")
-
-
 def topic_of(story):
-    """(phrase, cast) of what a request is mainly about: the tale, a thread, or some members; all that it names matters."""
-    grammar, tale, rng = story.grammar, story.tale, story.rng
-    if deed := deed_topic(story):
-        return deed, story.cast
-    known = {"hero", *tale.needs} | {slot for thread, cast in story.threads if cast is story.cast for slot in thread.needs}
-    kin = story.cast.characters["friend"].owner
-    known |= {"pair"} & story.cast.keys()
-    untrue = lambda topic: tale.deed_is and "deed" in roots(topic) and (tale.deed_is == "wished") != bool(WISHED.search(literal(topic)))
-    general = [[topic for topic in grammar.rules[name] if roots(topic) - PRONOUNS["he"].keys() <= known and not untrue(topic)
-                and not (kin and re.search("friend|neighbor|pals|met", literal(topic)))]
-               for name in ("topic", *(f"topic {tag}" for tag in tale.about))]
-    special = {slot for slot, cast in story.must if cast is story.cast and slot in SPECIAL}
+    """A parsed phrase for what a request is mainly about; all that it names matters."""
+    cast, rng, rules = story.cast, story.rng, story.grammar.rules
+    known = {"hero", *story.needs, *{"pair"} & cast.keys()}
+    kin = cast.characters["friend"].owner
+    fit = lambda topic: roots(topic) - PRONOUNS["he"].keys() <= known and not (kin and re.search("friend|neighbor|pals|met", literal(topic)))
+    general = [[topic for topic in rules[name] if fit(topic)] for name in ("topic", *(f"topic {tag}" for tag in story.premise.about))]
+    special = {slot for slot, each in story.must if each is cast and slot in SPECIAL}
     for tries in range(30):
-        cast = story.cast
         if "clause" in cast:
-            phrase = rng.choice(grammar.threads["the-one-who"].ask)
+            phrase = rng.choice(rules["topic clause"])
         elif "pair" in known:                                   # always asked for, or any friend would be of the hero's kind now and then
-            pairs = [topic for topic in grammar.rules["topic"] if "pair" in roots(topic) and roots(topic) <= known and not untrue(topic)]
-            phrase = rng.choice(pairs)
-        elif "theme" in tale.lists and rng.random() < 0.15:
-            phrase = rng.choice([topic for topic in grammar.threads["about"].ask if roots(topic) <= known | {"theme"}])
-        elif story.threads and rng.random() < 0.12:
-            thread, cast = rng.choice(story.threads)
-            phrase = rng.choice(thread.ask)
+            phrase = rng.choice([topic for topic in rules["topic"] if "pair" in roots(topic) and roots(topic) <= known])
         else:
-            phrase = rng.choice(tale.ask if rng.random() < 0.4 and tale.ask else rng.choice(list(filter(None, general))))
-        if all(story.matters(slot, cast) for slot in roots(phrase)) and (tries > 15 or not special or special & roots(phrase)):
+            rng.random()                                        # drawn for nothing: keeps the documents of the shipped demo
+            phrase = rng.choice(rng.choice(list(filter(None, general))))
+        if all(map(story.matters, roots(phrase))) and (tries > 15 or not special or special & roots(phrase)):
             break
-    return phrase, cast
+    return phrase
 
 
 def ask(story, topic):
@@ -2816,7 +2349,7 @@ def ask(story, topic):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
-    two = clause and isinstance(story, PlotStory) and (                                          # "needs help and a mouse", "finding out who stole"
+    two = clause and (                                        # "needs help and a mouse", "finding out who stole"
         re.search(" and (?:an? |[A-Z])", clause[2]) or re.match("(?:an?|the|his|her) |[A-Z]", clause[2]) or re.search(r"(?:ing|out|question|about)$", clause[1]))
     if clause and " and " not in clause[1] and not two and rng.random() < 0.25:
         cast["subject"], cast["predicate"], hero = *clause.groups(), cast.characters["hero"]
@@ -2827,12 +2360,12 @@ def ask(story, topic):
             return grammar.expand_rule("ask for a child", cast, rng), True
         if rng.random() < 0.15 and re.fullmatch(rf"an? (little )?{re.escape(hero.kind)}", clause[1]):
             return grammar.expand_rule("ask for one", cast, rng), False
-        return grammar.expand_rule(scene_rule(story, *clause.groups()) if isinstance(story, PlotStory) else "ask scene", cast, rng), False
+        return grammar.expand_rule(scene_rule(story, *clause.groups()), cast, rng), False
     return grammar.expand_rule("ask story", cast, rng), False
 
 
 def scene_rule(story, subject, predicate):
-    """The name of a rule that asks for STORY, a PlotStory, by SUBJECT and PREDICATE, "a fox", "loses his hat": side by side, as "lose his hat" or "lost
+    """The name of a rule that asks for STORY by SUBJECT and PREDICATE, "a fox", "loses his hat": side by side, as "lose his hat" or "lost
     his hat", or with a sentence for each, if that is of the hero."""
     cast, rng, hero = story.cast, story.rng, story.hero
     kind = rng.random()
@@ -2879,51 +2412,47 @@ def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
-    number = rng.choice([1, 1, 1, 2, 2, 2, 3, 3])               # "Dragons!" is a request, too
-    if isinstance(story, PlotStory):
-        number = rng.choice([1, 1, 2, 2, 3, 3, 4, 5])
-    if isinstance(story, PremiseStory) and len(must) == 1 and (must[0] in story.extra or must[0][0] in story.background):
+    rng.choice(range(8))                                        # drawn for nothing: keeps the documents of the shipped demo
+    number = rng.choice([1, 1, 2, 2, 3, 3, 4, 5])               # "Dragons!" is a request, too
+    if len(must) == 1 and (must[0] in story.extra or must[0][0] in story.background):
         number = 2                                              # who has no part in what happens is not asked for alone
-    others = [(slot, cast) for slot in ("hero", *story.tale.needs) if (slot, cast) not in must and story.matters(slot)
-              and not (isinstance(story, PlotStory) and slot == "hero" and ("trait", cast) in must)
-              and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
+    others = [(slot, cast) for slot in ("hero", *story.needs) if (slot, cast) not in must and story.matters(slot)
+              and not (slot == "hero" and ("trait", cast) in must) and (slot not in cast.characters or cast.names(slot)[0] in story.text)]
     story.told = must + rng.sample(others, min(len(others), max(number - len(must), 0))) or [("thing", cast)]
     rng.shuffle(story.told)
-    of_plot = isinstance(story, PlotStory)
-
-    def word(slot, each):
-        """What SLOT of the cast EACH is asked for as: of a plot "brave fox" for a trait."""
-        if of_plot and slot == "trait":
-            return f"{cast['trait']} {cast.characters['hero'].kind}"
-        if of_plot and slot == "weather":
-            return f"{cast['weather']} weather"
-        if slot == "deed":
-            return each.verbs[3]
-        if slot == "friend" and rng.random() < 0.12 and (not of_plot or "friend" in story.begun):
-            return "friend"
-        return each.names(slot)[0]
-
-    with_a = {"hero", "friend", "thing", "place", "job"} | ({"trait"} if of_plot else set())
-    names = {word(slot, each): slot in with_a for slot, each in story.told}
+    with_a = {"hero", "friend", "thing", "place", "job", "trait"}
+    names = {word_for(story, slot, each): slot in with_a for slot, each in story.told}
     if len(names) == 1 and all(names.values()) and rng.random() < 0.4:
         names = {plural(name): False for name in names}
     return informal(tidy(ask_words(story, names)), rng), in_order(story, "", story.told, bare=True)
+
+
+def word_for(story, slot, cast):
+    """What SLOT of CAST is asked for as in a list of words: "brave fox" for a trait."""
+    if slot == "trait":
+        return f"{story.cast['trait']} {story.cast.characters['hero'].kind}"
+    if slot == "weather":
+        return f"{story.cast['weather']} weather"
+    if slot == "deed":
+        return cast.verbs[3]
+    if slot == "friend" and story.rng.random() < 0.12 and "friend" in story.begun:
+        return "friend"
+    return cast.names(slot)[0]
 
 
 def ask_words(story, words):
     """A request for STORY by WORDS {word: whether it is a noun that takes "a"}, not yet tidy."""
     cast, rng = story.cast, story.rng
     quote, comma = rng.choice(["", "", '"']), rng.choice(["", ","])
-    article = lambda word: "the " if isinstance(story, PlotStory) and re.search(r" of the |^(?:end|edge|bottom|top|foot|other) ", word) else "a "
+    article = lambda word: "the " if re.search(r" of the |^(?:end|edge|bottom|top|foot|other) ", word) else "a "
     articled, quoted = [article(word) * noun + word for word, noun in words.items()], [quote + word + quote for word in words]
-    if isinstance(story, PlotStory):
-        articled = [cast["nature"] if word == re.sub("^(?:an?|the) ", "", cast["nature"]) else word for word in articled]
+    articled = [cast["nature"] if word == re.sub("^(?:an?|the) ", "", cast["nature"]) else word for word in articled]
     cast["words"], cast["plain words"], cast["added words"] = listed(quoted, comma), ", ".join(quoted), " + ".join(quoted)
     cast["articled"], cast["plain articled"] = listed(articled, comma), ", ".join(articled)
     asked, deed = story.grammar.expand_rule("ask words", cast, rng), any(slot == "deed" for slot, _ in story.told)
     for _ in range(30):                                         # bounded, as the word may be "things"
-        if not (isinstance(story, PlotStory) and (len(words) == 1 and re.search(r"(?i)\b(?:words|keywords|these|things)\b", asked)
-                                                  or deed and re.search(r"(?i)there(?:'?s| is| are)\b|\b(?:see|saw|found|pulled|got|have|has)\b", asked))):
+        if not (len(words) == 1 and re.search(r"(?i)\b(?:words|keywords|these|things)\b", asked)
+                or deed and re.search(r"(?i)there(?:'?s| is| are)\b|\b(?:see|saw|found|pulled|got|have|has)\b", asked)):
             break
         asked = story.grammar.expand_rule("ask words", cast, rng)
     return asked
@@ -2974,11 +2503,11 @@ def slots(sequence):
 
 
 def questions(story):
-    """[(question, answer), ...] about STORY, true of it: the tale's own, and those of names, kinds and places."""
+    """[(question, answer), ...] about STORY, true of it: those of its trouble, and of names, kinds and places."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
     if not story.of_its_cast:
         return []                                               # of "I", or of the cup, one asks otherwise
-    own, needs = story.to_be_asked()
+    own, needs = grammar.questions.get(f"plot {story.trouble}", []), story.to_be_asked()
     pairs = [(grammar.expand(question, cast, rng), grammar.expand(answer, cast, rng)) for question, answer in own]
     hero, friend = cast.characters["hero"], cast.characters["friend"]
     nameless = {"hero": "nameless", "friend": "nameless friend"}
@@ -2986,7 +2515,6 @@ def questions(story):
     known = [(asked("hero", cast), cast), ("not there", cast)]
     members = dict.fromkeys([(slot, cast) for slot in needs] + story.must)
     known += [(asked(slot, each), each) for slot, each in members if each is cast or slot in (*SPECIAL, "friend")]
-    known += [("did", cast)] * 2 * story.did
     if "thing" in needs:
         known += [("there", cast)] + [("colored thing", cast)] * (cast.adjective in grammar.words["colors"])
     for name, each in known * 2:
@@ -3118,7 +2646,7 @@ class Speaker:
 
     def __init__(self, grammar, rng, mood=None, name=None):
         self.grammar, self.rng, self.mood, self.name = grammar, rng, mood, name
-        self.cast, self.user = Cast(grammar, None, rng), None
+        self.cast, self.user = Cast(grammar, rng), None
 
     def pair(self, users, answers):
         """One of USERS with one of ANSWERS, rules in both bound to the same text."""
@@ -3201,59 +2729,17 @@ def chat(turns, system=None):
     return pieces
 
 
-def tell(grammar, rng, characters=None, asked=True):
-    """A Story of a tale or plot drawn at random, with new characters or known ones. One that is ASKED for, by what is in it, has threads and
-    made-up nouns."""
-    if grammar.plotted and rng.random() < grammar.plotted:
-        return plot_to_ask_for(grammar, rng, characters["hero"] if characters else None, asked)
-    while True:
-        slots = rng.choices(list(THREADS), THREADS.values(), k=rng.choice([0, 0, 0, 1, 1, 1, 2])) if asked else []
-        of_clause = "clause" in slots
-        of_fact = of_clause and rng.random() < 0.75                # what is said of the hero is what the tale is about
-        slots = [slot for slot in slots if not (of_fact and slot == "clause")]
-        threads = [grammar.thread_on(slot, rng) for slot in slots]
-        own = {slot for slot in slots if slot in ("friend", "thing") and rng.random() < 0.9}     # in the tale; the thread is on another
-        tale = rng.choice(grammar.fact_tales if of_fact else [tale for tale in grammar.drawn if own <= set(tale.needs)])
-        try:
-            extra = rng.choice(["thing", "place"]) if asked and not slots and rng.random() < 0.15 else None
-            pair = asked and not of_clause and rng.random() < 0.12
-            return Story(grammar, tale, rng, characters, threads=threads, extra=extra, invent=asked and rng.random() < 0.25, pair=pair)
-        except ValueError:
-            continue
-
-
-def continued(grammar, rng, named=False):
-    """A Story that goes on from a beginning: a foreign one, mostly with a tale that answers it, or one of a tale's own. NAMED: one whose
-    first word is a slot."""
-    while True:
-        if grammar.plotted and rng.random() < grammar.plotted:
-            return plotted(grammar, rng, named=named)
-        if rng.random() < 0.4:
-            opening = beginning_of(rng.choice(grammar.plain_tales), grammar, rng)
-        else:
-            opening = rng.choice(rng.choice([grammar.openings, grammar.own_openings])).drawn(grammar, rng)
-        if named and not opening.starts_with_slot:
-            continue
-        tales = [opening.tale] if opening.tale else answering(grammar, opening, rng)
-        opening.answered = bool(tales)
-        if not tales and rng.random() < 0.6:
-            tales = grammar.fact_tales
-        try:
-            return Story(grammar, rng.choice(tales or fitting(grammar, opening, rng)), rng, opening=opening, invent=rng.random() < 0.25)
-        except (ValueError, IndexError):
-            continue
-
-
-def plot_to_ask_for(grammar, rng, hero=None, asked=True):
-    """A PlotStory that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!".
+def tell(grammar, rng, hero=None, asked=True):
+    """A Story that a user asks for, by what is in it or by what happens; about HERO, if there was one of him. Not ASKED: by "another one!".
     Raises ValueError where no premise is found that can be told of HERO."""
+    rng.random()                                                # drawn for nothing: keeps the documents of the shipped demo
     of_premise = not asked or rng.random() < 0.92
     for _ in range(1000):
         try:
             if of_premise:
                 return PremiseStory(grammar, rng, grammar.a_premise(rng), asked, hero)
             source = rng.choice(grammar.situations_of[rng.choice(["a situation", "a situation", "a situation", "any words"])])
-            story = PlotStory(grammar, rng, source, asked=True)
+            story = Story(grammar, rng, source, asked=True)
         except ValueError:
             continue
         if story.hero.gender in ("he", "she", "it"):            # nobody asks for "I", or for "the ducks" by one of these
@@ -3261,8 +2747,9 @@ def plot_to_ask_for(grammar, rng, hero=None, asked=True):
     raise ValueError(f"nothing to tell of {hero}")
 
 
-def plotted(grammar, rng, named=False):
-    """A PlotStory that goes on from a beginning of any sort, NAMED as in `continued`."""
+def continued(grammar, rng, named=False):
+    """A Story that goes on from a beginning of any sort. NAMED: from one whose first word is a slot."""
+    rng.random()                                                # drawn for nothing: keeps the documents of the shipped demo
     sorts = {"a situation": 7, "any words": 1, "one's own": 1, "foreign": 2, "premise": 0 if named else 2}
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
@@ -3273,44 +2760,14 @@ def plotted(grammar, rng, named=False):
         source = rng.choice(grammar.situations_of[sort] if sort != "foreign" else rng.choice([grammar.openings, grammar.own_openings]))
         if isinstance(source, Opening):
             source = source.drawn(grammar, rng)
-            if source.pair or named and not source.starts_with_slot:
+            if source.pair or named and not source.starts_with_slot:        # no plot is of two of a kind
                 continue
         try:
-            story = PlotStory(grammar, rng, source, named)
+            story = Story(grammar, rng, source, named)
         except ValueError:
             continue
         if story.trouble != "plain" or rng.random() < 0.35:         # a user's beginning mostly has some trouble
             return story
-
-
-def beginning_of(tale, grammar, rng):
-    """An Opening that leads to TALE: one of its own, or an introduction of the hero and a start, or one as plain people write it."""
-    texts = [rng.choice(tale.open or tale.event)]
-    texts += [Sequence([Rule("intro"), " ", *rng.choice(tale.start)])] if tale.start else []
-    texts += [Sequence([Rule("met"), " ", *rng.choice(tale.event)])] * 2 if tale.event else []
-    return Opening(["any"], rng.choice(texts), tale).drawn(grammar, rng)
-
-
-def answering(grammar, opening, rng):
-    """The tales whose words ("gone", "stuck") OPENING has last, [] if none has any, and in one of ten."""
-    text, brought = literal(opening.text), opening.slots | {"food"}
-    tales = [tale for tale in grammar.plain_tales if tale.start and {slot for slot in tale.needs if slot in SPECIAL} <= brought]
-    for key in "after", "near":
-        at = {tale.name: tale.answers(text, key) for tale in tales}
-        last = max(at.values())
-        if last >= 0:
-            return [tale for tale in tales if at[tale.name] == last] if rng.random() < 0.9 else []
-    return []
-
-
-def fitting(grammar, opening, rng):
-    """The tales that have parts for all that OPENING gives them, or at least for its slots."""
-    fits = lambda tale, members: (members <= tale.members | {"place"} and not opening.clashes(tale) & members
-                                  and {slot for slot in tale.needs if slot in SPECIAL} <= opening.slots)
-    spoken = {grammar.nouns.parted(phrase)[2] for phrase in grammar.nouns.noticed(literal(opening.text), set())}
-    given = opening.speaks_of | ({"thing"} if spoken & set(grammar.words["things"]) else set())
-    tales = [tale for tale in grammar.plain_tales if tale.start and not tale.only_there]
-    return next(filter(None, ([tale for tale in tales if fits(tale, members)] for members in (opening.slots | given, opening.slots, set()))))
 
 
 def story_turn(story, speaker):
@@ -3326,19 +2783,12 @@ def story_turn(story, speaker):
 
 
 def asked_for(story):
-    """(a request for STORY, its text), which says first what it is about, in its middle what had no part in it, and last all of it. That it
-    names its tale next to what was asked for makes the choice of the one that fits easy to learn. Of a premise only what it is about, and last what
-    has not come again; of a situation the text alone, which begins with that."""
+    """(a request for STORY, its text): of a premise behind a sentence that says what it is about, and before what of it has not come again; of a
+    situation the text alone, which begins with what was asked for."""
     if isinstance(story, PremiseStory):
         text = echoed(story) + recalling(story)
         return story.asked, story.text if story.brief and len(text.split()) > 270 else text
-    if isinstance(story, PlotStory):
-        return plot_request(story), story.text
-    asked, topic = request(story)
-    story.cast["topic"] = topic or ""
-    echo = ["echo", "tells"] if topic and story.rng.random() < 0.95 else ["tells alone"]
-    first = " ".join(story.grammar.expand_rule(rule, story.cast, story.rng) for rule in echo)
-    return asked, tidy(first) + " " + coda(story, aside(story))
+    return plot_request(story), story.text
 
 
 def echoed(story):
@@ -3358,42 +2808,9 @@ def recalling(story):
     return " ".join([text, *(tidy(story.grammar.expand_rule(f"coda {slot}", cast, story.rng)) for slot in missed)])
 
 
-def aside(story):
-    """The text of STORY, in its middle a word on what was asked for and is named only where it begins or ends."""
-    cast, paragraphs = story.cast, story.text.split("\n\n")
-    middle = " ".join([story.text[story.length:]] if len(paragraphs) < 2 else [paragraphs[0][story.length:], *paragraphs[1:-1]])
-    unsaid = {"trait", "pair", "weather", "theme"} | ({"clause"} if "fact" in cast else set())
-    missed = [each.recalled(slot, cast["topic"] + " " + story.text) for slot, each in story.told if slot not in unsaid
-              and not (each is cast and slot in story.tale.needs) and not any(name in middle for name in each.names(slot) if name)]
-    if missed and len(paragraphs) > 1:
-        cast["missed"] = listed(list(dict.fromkeys(missed)), ",")
-        paragraphs[(len(paragraphs) - 1) // 2] += " " + tidy(story.grammar.expand_rule("aside", cast, story.rng))
-    return "\n\n".join(paragraphs)
-
-
-def coda(story, text):
-    """TEXT, which is STORY's, with a last word: mostly one on all that was asked for, as the topic has it ("the fox who lost his hat") or as a
-    list, else on what of it is not in the last third."""
-    grammar, rng, cast, topic = story.grammar, story.rng, story.cast, story.cast["topic"]
-    end = text[len(text) * 2 // 3:]
-    missed = [slot for slot, each in story.told if each is cast and f"coda {slot}" in grammar.rules
-              and not any(name in end for name in cast.names(slot) if name)]
-    plain = ("trait", "pair", "hero") if "clause" in cast else ("trait", "pair")
-    recalled = list(dict.fromkeys(each.recalled(slot, topic + " " + text) for slot, each in story.told if slot not in plain))
-    words = []
-    if recalled and rng.random() < 0.95:
-        cast["kept"] = re.sub("^an? ", "the ", topic) if topic and rng.random() < 0.8 else listed(recalled, ",")
-        words, missed = [grammar.expand_rule("closing", cast, rng)], []
-    if "friends" in topic and "friend" in story.tale.members:
-        words.insert(0, grammar.expand_rule("coda friends", cast, rng))
-    words = [grammar.expand_rule(f"coda {slot}", cast, rng) for slot in missed] + words
-    return ENDED.sub("", text) + rng.choice([" ", "\n\n"]) + tidy(" ".join(words)) if words else text
-
-
 def plain_story(grammar, rng):
-    """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is only read, but half of those
-    that are our own and lead to a tale or a plot, which are told as from "Once upon a time"; so is now and then a story that says first what it is
-    about."""
+    """A story alone, without a chat around it: what a prompt without a template is continued from. A beginning is only read, but half of those that
+    are ours as they stand, which are told as from "Once upon a time"; so is now and then a story that says first what it is about."""
     if rng.random() < 0.1:
         return ["", asked_for(tell(grammar, rng))[1]]
     story = continued(grammar, rng)
@@ -3428,14 +2845,9 @@ def begun(grammar, rng):
     alone = story.foreign and rng.random() < 0.7
     asked, text = (story.begun, story.text[len(story.begun):]) if alone else story_turn(story, speaker) if story.foreign else asked_for(story)
     ends = [match.end() for match in re.finditer(r'(?<!Mr)(?<!Mrs)[.!?]"?(?=\s)', text)]
-    other_words, plot = rng.random() < 0.5, isinstance(story, PlotStory)
-    if other_words and not plot:
-        length = ends[0]
-    elif story.foreign:
-        length = (story.until_start if plot and other_words else story.length) - len(story.begun)       # the beginning is not in the text
-    else:
-        echo = text.index(story.text) if plot else 0
-        length = echo + (story.until_start if other_words else story.length) if plot else ends[1]
+    other_words = rng.random() < 0.5
+    length = story.until_start if other_words else story.length
+    length += -len(story.begun) if story.foreign else text.index(story.text)            # a user's beginning is not in the text
     text = text[:max(end for end in ends if end <= max(length, ends[0]))]
     if other_words:
         asked, text = reworded(asked, text, grammar, rng)
@@ -3457,16 +2869,14 @@ def reworded(asked, text, grammar, rng):
     """ASKED and TEXT with other words for one or two that they share, mostly such as there are not, and other names for some names: "a fox
     named Pip" -> "a plimo named Omar"."""
     shared = set.intersection(*(set(re.findall(r"(?<![-'])\b[A-Za-z][a-z]{2,}\b(?!-)", each)) for each in (asked, text)))
-    names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME
-             and not (grammar.plotted and re.search(rf"\bthe (?:[A-Z][a-z]+ )*{word}\b", asked))}             # the Milky Way
-    if grammar.plotted:
-        names = {name for name in names if name.lower() not in NO_NAMES}
+    names = {word for word in shared if word[0].isupper() and word.lower() not in STARTS | FRAME | NO_NAMES
+             and not re.search(rf"\bthe (?:[A-Z][a-z]+ )*{word}\b", asked)}                 # the Milky Way
     words = {word for word in shared if word.islower() and len(word) > 3 and not re.search(rf"\b{word}'", asked)
-             and not (grammar.plotted and re.fullmatch(SAID, word))} - FRAME
+             and not re.fullmatch(SAID, word)} - FRAME
     kinds = ["he names", "she names", "pet names"]
     for word in sorted(names):
         if rng.random() < 0.7:
-            alike = [kind for kind in kinds if grammar.plotted and word in grammar.words[kind]]         # a girl's name for a girl's
+            alike = [kind for kind in kinds if word in grammar.words[kind]]         # a girl's name for a girl's
             other = rng.choice(grammar.words[rng.choice(alike or kinds)]) if rng.random() < 0.6 else made_up_name(rng)
             asked, text = (re.sub(rf"\b{word}\b", other, each) for each in (asked, text))
     for word in rng.sample(sorted(words), min(len(words), rng.choice([1, 1, 2]))):
@@ -3487,7 +2897,7 @@ def second_story(story, speaker):
         other = tell(grammar, rng)
         return story_turn(other, speaker), other
     try:
-        other = tell(grammar, rng, story.cast.characters if kind == "again" else None, asked=False)
+        other = tell(grammar, rng, story.cast.characters["hero"] if kind == "again" else None, asked=False)
     except ValueError:                                          # nothing more to tell of this hero
         kind, other = "more", tell(grammar, rng, asked=False)
     asked = rng.choice(grammar.rules["ask again"] if kind == "again" else grammar.talk.remarks["more>"])
@@ -3537,18 +2947,16 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
-KINDS = {plain_story: 0.17, story_chat: 0.32, begun: 0.32, talk_chat: 0.09, system_chat: 0.04, sums_chat: 0.06}
-PLOTTED_KINDS = {plain_story: 0.17, story_chat: 0.26, begun: 0.42, talk_chat: 0.07, system_chat: 0.04, sums_chat: 0.04}
+KINDS = {plain_story: 0.17, story_chat: 0.26, begun: 0.42, talk_chat: 0.07, system_chat: 0.04, sums_chat: 0.04}
 
 
 def document(grammar, rng):
-    """One document of the corpus, its kind drawn by KINDS, with plots by PLOTTED_KINDS, without held-out words."""
-    kinds = PLOTTED_KINDS if grammar.plotted else KINDS
+    """One document of the corpus, its kind drawn by KINDS, without held-out words."""
     while True:
         grammar.words["made-up names"].clear()
-        pieces = rng.choices(list(kinds), kinds.values())[0](grammar, rng)
+        pieces = rng.choices(list(KINDS), KINDS.values())[0](grammar, rng)
         if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
-            return with_common_names(pieces, grammar.words, rng) if grammar.plotted else pieces
+            return with_common_names(pieces, grammar.words, rng)
 
 
 def with_common_names(pieces, words, rng):
@@ -3589,72 +2997,83 @@ def write(path, number, seed, grammar):
     part.replace(path)
 
 
+def story_of(grammar, name, rng):
+    """A Story of the premise, plot or situation NAME ("all": of any). Raises ValueError where none can be told."""
+    plot, reason = grammar.plots.get(name), "no beginning gets it"
+    sources = [each for each in grammar.situations.values() if plot and each.trouble == plot.trouble]
+    for _ in range(1000):
+        try:
+            if name == "all":
+                return tell(grammar, rng)
+            if name in grammar.premises:
+                return PremiseStory(grammar, rng, grammar.premises[name], asked=True)
+            story = Story(grammar, rng, rng.choice(sources) if plot else grammar.situations[name])
+            if plot in (None, story.plot):
+                return story
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"{name}: nothing to tell: {reason}")
+
+
 def show(grammar, name, count, seed):
-    """Print COUNT requests and stories of the tale NAME ("all": of any; or a kind of document)."""
+    """Print COUNT requests and stories of NAME, as for story_of, or documents of the kind NAME. Raises ValueError where there is none."""
     kinds = {kind.__name__: kind for kind in KINDS}
     for i in range(count):
         rng = random.Random(f"{seed} {i}")
         if name in kinds:
             print("".join(kinds[name](grammar, rng)), end="\n\n")
             continue
-        story = tell(grammar, rng) if name == "all" else Story(grammar, grammar.tales[name], rng)
+        story = story_of(grammar, name, rng)
         asked, text = story_turn(story, Speaker(grammar, rng))
-        print(f"--- {story.tale.name} {' '.join(thread.name for thread, _ in story.threads)}\n> {asked}\n\n{text}\n")
+        print(f"--- {story.source.name}; plot {story.plot.name}\n> {asked}\n\n{text}\n")
         for question, answer in questions(story)[:3]:
             print(f"> {question}\n{answer}")
         print()
 
 
-def check(grammar, count=60):
-    """Expand every tale COUNT times; report errors, repeated sentences, and slots of `needs` that the story hardly names."""
-    told_by = collections.Counter(phrase for tale in grammar.tales.values() for phrase in tale.tells)
-    for name, tale in grammar.tales.items():
-        counts, lengths, failed = collections.Counter(), [], collections.Counter()
-        if not (tale.ask and (tale.start or tale.open)):
-            print(f"{name}: lacks ask, or start and open")
-            continue
-        if twice := [phrase for phrase in tale.tells if told_by[phrase] > 1]:
-            print(f"    x {name}: tells what another tale or line tells, too: {twice}")
+def check(grammar, count=40):
+    """Tell every premise COUNT times and every situation up to COUNT times, until it has been told, with its questions; report how long the stories of
+    each premise and of each plot are, and what is never told, with the reasons, and every slot or rule that is not there."""
+    lengths, plots = collections.defaultdict(list), collections.defaultdict(list)
+    for name, source in (grammar.premises | {f"situation {name}": each for name, each in grammar.situations.items()}).items():
+        failed = collections.Counter()
         for i in range(count):
-            rng = random.Random(f"check {i}")
+            rng, of_premise = random.Random(f"check {name} {i}"), isinstance(source, Premise)
             try:
-                story = Story(grammar, tale, rng)
-                request(story), questions(story)
-                if "fact" not in tale.needs:
-                    Story(grammar, tale, rng, opening=beginning_of(tale, grammar, rng))
-            except (ValueError, KeyError, IndexError) as error:
-                failed[str(error)] += 1
+                story = PremiseStory(grammar, rng, source, asked=True) if of_premise else Story(grammar, rng, source)
+                questions(story)
+            except (ValueError, KeyError) as error:
+                failed[f"{type(error).__name__}: {error.args[0]}"] += 1
                 continue
-            lengths.append(len(story.text.split()))
-            for slot in tale.needs:
-                value = str(story.cast[slot]) if slot in story.cast.characters else story.cast.names(slot)[0]
-                counts[slot] += story.text.lower().count(value.lower())
-        told = max(len(lengths), 1)
-        print(f"{name}: {sum(lengths) / told:.0f} words; " + ", ".join(f"{slot} {counts[slot] / told:.1f}" for slot in tale.needs),
-              *(f"\n    {times} x {error}" for error, times in failed.most_common(3)))
+            lengths[name].append(story.number_of_words)
+            plots[f"plot {story.plot.name}"].append(story.number_of_words)
+            if not of_premise:
+                break
+        slips = [error for error in failed if error.startswith("KeyError")] or (list(failed) if name not in lengths else [])
+        print(*(f"{name}: {error}\n" for error in slips[:3]), sep="", end="")
+    told = {name: lengths[name] for name in grammar.premises} | {name: plots[name] for name in map("plot {}".format, grammar.plots)}
+    for name, each in told.items():
+        print(f"{name}: {len(each)} stories" + (f" of {sum(each) / len(each):.0f} words" if each else ""))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--plots", metavar="SHARE", type=float, default=0.0,
-                        help="the share of stories that are told by a plot for the trouble of their beginning (0, as for stories.bin)")
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
-    parser.add_argument("--show", metavar="TALE", help='print some stories: a tale\'s name, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
+    parser.add_argument("--show", metavar="NAME", help='print some stories: of a premise, plot or situation, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
     parser.add_argument("--count", type=int, help="how many (5)")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="tell everything that can be told, and report slips")
     arguments = parser.parse_args()
     if arguments.documents < 1 or arguments.count is not None and arguments.count < 1:
         parser.error("--documents and --count must be at least 1")
-    if not 0 <= arguments.plots <= 1:
-        parser.error("--plots must be from 0 to 1")
     if arguments.count is not None and arguments.show is None:
         parser.error("--count: of what --show shows, which is not given")
     try:
-        grammar = Grammar(plotted=arguments.plots)
-        if arguments.show is not None and arguments.show not in {"all", *grammar.tales, *(kind.__name__ for kind in KINDS)}:
-            parser.error(f"--show: no tale {arguments.show}; there are {', '.join(sorted(grammar.tales))}")
+        grammar = Grammar()
+        known = {"all", *grammar.premises, *grammar.plots, *grammar.situations, *(kind.__name__ for kind in KINDS)}
+        if arguments.show is not None and arguments.show not in known:
+            parser.error(f"--show: nothing is named {arguments.show}; there are {', '.join(sorted({*grammar.premises, *grammar.plots}))}")
         if arguments.check:
             check(grammar)
         elif arguments.show:

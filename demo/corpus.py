@@ -415,7 +415,7 @@ class HeldOut:
         return any(n > 1 for n in count.values())
 
 
-# 4. What a foreign beginning speaks of
+# 4. What a beginning speaks of
 
 # What "a ..." introduces there, whatever it is, up to a word that cannot be part of it.
 NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) ((?:[a-z]+ ){0,2}?)([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
@@ -475,9 +475,9 @@ STARTS = set("""a above across after all along an another any around at behind b
 
 
 class Nouns:
-    """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea
-    turtles"); `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that
-    only an article tells ("saw", "orange"); `animals` and `no_things`, people, places and nature, are what nobody can carry; `people` are families, too, `beings` of fantasy and no objects."""
+    """Finds what a text speaks of. `forms` {form: singular} holds all nouns of the word lists, plurals too, as they stand in a text ("sea turtles");
+    `never` what is none or not to be noticed ("rang"), `doubtful` nouns that are verbs, adjectives or numbers as well, so that only an article tells
+    ("saw", "orange"); `people` are families, too, `beings` of fantasy and no objects."""
 
     def __init__(self, words):
         kinds = ("animals", "things", "vehicles", "he people", "she people", "creatures", "he family", "she family", "foods", "nature", "nouns",
@@ -490,7 +490,6 @@ class Nouns:
         self.people = bare(["he people", "she people", "persons", "he family", "she family"])
         self.behind_animals = {*self.places, *self.people, "market", "house", "clock", "bed", "ride"}      # "fish market"
         self.beings = bare(["creatures"]) - bare(["things", "vehicles", "nouns"]) - self.places
-        self.no_things = {*words["he people"], *words["she people"], *words["persons"], *words["nature"], *self.places}
         self.never = UNNOTICED | {form for forms in words["irregular verbs"].values() for form in forms}
         verbs = {deed.split()[0] for deed in words["deeds"] + words["deeds with things"]} | set(words["irregular verbs"])
         self.doubtful = verbs | {form for verb in verbs for form in conjugate(verb, words["irregular verbs"])} | self.never | set(words["colors"]) | BOTH
@@ -1132,7 +1131,7 @@ class Situation(Happening):
 
     def draw_person(self, role, words, rng):
         """A Character for ROLE, of one of its kinds, of which "any", "child" and "animal" stand for many; a hero who may be several animals is
-        often another one. With a name, mostly, and always where the tale says the kind besides."""
+        often another one. With a name, mostly, and always where a text says the kind besides."""
         kinds = self.lists.get(role, ["any"])
         kind = rng.choice(kinds)
         if role == "hero" and len(kinds) > 1 and set(kinds) <= set(words["animals"]) and rng.random() < 0.5 and not any(
@@ -2189,7 +2188,7 @@ def plot_request(story):
     return of_its_length(informal(tidy(asked), rng), story)
 
 
-# What a request leaves out before a sentence that it retells (more than LEAD_IN), and sentences in which nothing happens or it is not clear to whom.
+# What a request leaves out before a sentence that it retells , and sentences in which nothing happens or it is not clear to whom.
 LEFT_OUT = re.compile(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ")
 NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
 
@@ -2604,6 +2603,8 @@ def read_talk(path, grammar):
                 raise ValueError(f"not understood: {line[:60]!r}")
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
+    if lacking := [name for name, facts in talk.facts.items() if not (facts.pairs and facts.ask and facts.say)]:
+        raise ValueError(f"{path.name}: facts {lacking[0]}: wanted pairs, ask and say")
 
 
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
@@ -2690,10 +2691,8 @@ class Speaker:
         lists = list(self.grammar.talk.facts.values())
         facts = self.rng.choices(lists, [len(facts.pairs) ** 0.5 for facts in lists])[0]
         x, y = self.rng.choice(facts.pairs)
-        if facts.ask:
-            put = lambda texts: re.sub(r"\b[XY]\b", lambda m: x if m[0] == "X" else y, self.grammar.expand(self.rng.choice(texts), self.cast, self.rng))
-            return informal(tidy(put(facts.ask)), self.rng), tidy(put(facts.say))
-        return informal(tidy(x), self.rng), tidy(y)
+        put = lambda texts: re.sub(r"\b[XY]\b", lambda m: x if m[0] == "X" else y, self.grammar.expand(self.rng.choice(texts), self.cast, self.rng))
+        return informal(tidy(put(facts.ask)), self.rng), tidy(put(facts.say))
 
     def unknown(self):
         """A question that it cannot answer."""

@@ -214,6 +214,28 @@ def listed(names, comma=""):
 
 THINGS = ("toys", "tools", "clothes", "instruments", "treasures", "foods to carry", "plants", "home things")
 
+# Stems in "-ed" that lack an e: "decided", "noticed", "danced", but not "waited", "sailed".
+LACKS_E = re.compile(r"([^e]id|(?<![oe])at|[cvn]it|i[vz]|iev|(?<![ao])il|o[vs]|a[vzg]|(?<![aeo])[aiu][srkp]|[aeo][iu]s|eas|[iau]c|nc|[hr]ang|nj|"
+                     r"[dr]g|[rl]v|[bdtgpfkz]l|(?<!o)ast|(?<!e)ach|eath|ee[sz]|u)$")
+# Verbs that are not conjugated by rule, and how they are said as of now.
+NOW = {"was": "is", "were": "are", "had": "has", "did": "does", "would": "will", "could": "can", "couldn't": "can't", "wouldn't": "won't",
+       "didn't": "doesn't", "wasn't": "isn't", "hadn't": "hasn't"}
+# Behind these stands no verb of the past ("had lost", "the lost hat"); words that may stand between the two.
+AUXILIARIES = set("was were is are be been being had has have got did does a an the his her my their its your so too very never really quite".split())
+BETWEEN = set("never always already just still only not almost nearly quite really very so too all yet ever even hardly".split())
+
+# Behind these a verb stands as it is: "wanted to put it down".
+BARE = set("to could would should might must may can cannot will couldn't wouldn't didn't".split())
+
+ONSETS = ("b br c ch cl cr d dr dv f fl fr g gl gr gw h j k kh kl kn kr l ll m mb mw n ng ny p ph pl pr qu r rh s sc sch sh sk sl sm sn sp st "
+          "sv sw t th thr tr ts tw v vl w wh wr x y z zh zw").split()
+VOWELS = "a a a e e e i i o o u y ai au ea ee ei eu ia ie oa oo ou ue".split()
+CODAS = " b ck d f ft g k l ld ll lt m mp n nd ng nk nt p r rk rl rn rt s sh sk ss st t th x z".split(" ")
+
+NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|anus|peni|tit|fag|nig|sex|porn|crap|puss|bast|hore|damn")
+
+NO_NEW_NOUN = {"been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"}       # beside UNNOTICED and STARTS
+
 
 def read_words(path):
     """The lists of words.txt: {section: [entry, ...]}; "irregular verbs" becomes {base: (past, ing)}."""
@@ -245,20 +267,6 @@ def conjugate(phrase, irregular):
     if verb in irregular:
         past, ing = irregular[verb][:2]
     return phrase, third + rest, past + rest, ing + rest
-
-
-# Stems in "-ed" that lack an e: "decided", "noticed", "danced", but not "waited", "sailed".
-LACKS_E = re.compile(r"([^e]id|(?<![oe])at|[cvn]it|i[vz]|iev|(?<![ao])il|o[vs]|a[vzg]|(?<![aeo])[aiu][srkp]|[aeo][iu]s|eas|[iau]c|nc|[hr]ang|nj|"
-                     r"[dr]g|[rl]v|[bdtgpfkz]l|(?<!o)ast|(?<!e)ach|eath|ee[sz]|u)$")
-# Verbs that are not conjugated by rule, and how they are said as of now.
-NOW = {"was": "is", "were": "are", "had": "has", "did": "does", "would": "will", "could": "can", "couldn't": "can't", "wouldn't": "won't",
-       "didn't": "doesn't", "wasn't": "isn't", "hadn't": "hasn't"}
-# Behind these stands no verb of the past ("had lost", "the lost hat"); words that may stand between the two.
-AUXILIARIES = set("was were is are be been being had has have got did does a an the his her my their its your so too very never really quite".split())
-BETWEEN = set("never always already just still only not almost nearly quite really very so too all yet ever even hardly".split())
-
-# Behind these a verb stands as it is: "wanted to put it down".
-BARE = set("to could would should might must may can cannot will couldn't wouldn't didn't".split())
 
 
 def base_of(past, irregular):
@@ -325,12 +333,6 @@ def plural(noun):
     return noun + ("es" if re.search(r"(s|x|z|ch|sh)$", noun) else "s")
 
 
-ONSETS = ("b br c ch cl cr d dr dv f fl fr g gl gr gw h j k kh kl kn kr l ll m mb mw n ng ny p ph pl pr qu r rh s sc sch sh sk sl sm sn sp st "
-          "sv sw t th thr tr ts tw v vl w wh wr x y z zh zw").split()
-VOWELS = "a a a e e e i i o o u y ai au ea ee ei eu ia ie oa oo ou ue".split()
-CODAS = " b ck d f ft g k l ld ll lt m mp n nd ng nk nt p r rk rl rn rt s sh sk ss st t th x z".split(" ")
-
-
 def nonce(rng):
     """Letters that nobody has put together, so that the model learns to copy these, not only words that it knows: "plimo", "svarrik"."""
     return rng.choice(ONSETS) + "".join(rng.choice(VOWELS) + rng.choice(ONSETS) for _ in range(rng.choice([0, 1, 1, 2]))) + (
@@ -343,12 +345,6 @@ def made_up_name(rng):
         name = nonce(rng)
         if not NOT_FOR_CHILDREN.search(name):
             return name.capitalize()
-
-
-NOT_FOR_CHILDREN = re.compile("fuc|shit|cock|dic|cunt|rap|nazi|piss|bitch|slut|anus|peni|tit|fag|nig|sex|porn|crap|puss|bast|hore|damn")
-
-
-NO_NEW_NOUN = {"been", "is", "was", "are", "were", "had", "has", "did", "does", "you", "we"}       # beside UNNOTICED and STARTS
 
 
 def made_up_noun(words, rng):
@@ -421,7 +417,7 @@ class HeldOut:
 NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) ((?:[a-z]+ ){0,2}?)([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
                       r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b|'s\b)")
 
-# Somebody who is called so.
+# Somebody who is called so; of the titles a few alone, as that keeps the documents of the shipped demo.
 CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
 
 # What somebody wishes for, "wanted to go swimming", up to where the wish ends; but not what is of somebody else, or just a way of speaking.
@@ -465,7 +461,6 @@ BOTH = set("""answer arch award back balance bank bare bargain bark bat battle b
                story stretch surf surface swallow swallows swap swing table tail tap task taste team tear test thread tie tin toast top touch trace track
                trade train trap treat tremble trick trip trouble tube tune turn twin view visit voice walk warning watch wave weed well whisper whistle
                will wind winner wish wonder work wound wreck wrinkle yard""".split())
-
 
 # The words that have their capital only from the beginning of a sentence.
 STARTS = set("""a above across after all along an another any around at behind below beside between both by down each every everybody
@@ -559,6 +554,10 @@ class Nouns:
 PRONOUNS = {"he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
             "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"}}
 CALLED_BY_ROLE = {"mom", "dad", "mama", "papa", "mommy", "daddy", "grandma", "grandpa", "granny", "nana"}
+
+# Kinds that are of one sex.
+SEX = dict.fromkeys("cow hen mare ewe doe nanny-goat".split() + ["queen bee"], "she") | \
+    dict.fromkeys("rooster cockerel bull ox ram stallion drake tomcat peacock gander".split(), "he")
 
 
 class Character:
@@ -764,11 +763,6 @@ def draw_characters(words, rng, lists={}, hero=None):
     return characters
 
 
-# Kinds that are of one sex.
-SEX = dict.fromkeys("cow hen mare ewe doe nanny-goat".split() + ["queen bee"], "she") | \
-    dict.fromkeys("rooster cockerel bull ox ram stallion drake tomcat peacock gander".split(), "he")
-
-
 def may_be_two(hero, friend):
     """Whether FRIEND can become one of HERO's kind, so that they are "two foxes": both have names, and one sex where the kind has."""
     return hero.name and friend.name and not friend.owner and (hero.kind not in SEX or hero.gender == friend.gender)
@@ -855,6 +849,9 @@ STATE = re.compile(" ?(lived|liked|loved|had|was|were|could|wanted|worked|knew|a
 
 # Of the word list's nature what counts as nature; the rest are things.
 GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunder cloud clouds rainbow stars""".split())
+
+# Places that the word list lacks.
+MORE_PLACES = ("bay", "cove", "gorge", "deck")
 
 # Nouns, and words taken for some, that get no line of a plot.
 UNTOLD = set("""he she it they different voice voices heads faces backs inch inches might squawk soccer
@@ -956,7 +953,6 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
         \b(?:afraid|scared|frightened) of{ITS} {NOUN}\b""",
 }.items()}
 
-
 # What a request has to say of three more sorts of trouble.
 ASKED_WITH = {"quarrel": re.compile(r"\b(?:both|each|neither|quarrel|fight|fought|only one|share|agree|angry|pull|take|will not|argu|first)"),
               "odd": re.compile(r"\b(?:glow|s[aiu]ng|talk|sp(?:eak|oke)|says?\b|hum|mov|fl(?:y|ies|ew)|walk|strange|odd|magic|turn|gr[eo]w|shr|shin|danc|alive|laugh|"
@@ -991,6 +987,22 @@ NOT_THERE = re.compile(r"\b(?:like|(?!and|but|not)[a-z]{3,} as|(?:back|home|away
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
                  r"(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister|wife|husband|son|daughter)\b")
 WHERE = "(in|at|on|under|by|near|behind)"
+
+ROLES = ("hero", "friend", "other")
+
+# Titles, with the sex of whom they are.
+TITLED = {**dict.fromkeys("Mr. Uncle Grandpa King Prince Sir Brother".split(), "he"),
+          **dict.fromkeys("Mrs. Ms. Miss Aunt Auntie Grandma Granny Queen Princess Lady Sister".split(), "she"),
+          **dict.fromkeys("Captain Old Little Doctor Dr. Professor".split())}
+
+# Those of them that situations give to grown-ups, or the very small.
+TITLES = {"he": ["Mr.", "Mr.", "Uncle", "Grandpa", "Old", "Little", "Captain"],
+          "she": ["Mrs.", "Miss", "Aunt", "Grandma", "Granny", "Old", "Little"]}
+
+# Who and what a premise may have besides its hero; those of them that can be told of behind any other, and how often each is.
+MEMBERS = ("friend", "place", "thing", "nature", "event")
+BACKGROUND = {"friend": 26, "thing": 26, "place": 24, "second thing": 8, "second friend": 4, "nature": 3, "event": 2, "food": 3, "trait": 3, "weather": 2}
+IN_ORDER = ["trait", "place", "thing", "food", "weather", "nature", "event", "friend"]       # the friend last: "he" is the hero until then
 
 
 def head(phrase):
@@ -1067,12 +1079,6 @@ def read_plots(path, grammar):
                 raise ValueError(f"stands in no plot: {line[:60]!r}")
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from None
-
-
-ROLES = ("hero", "friend", "other")
-
-# What people call grown-ups, or the very small, in beginnings.
-TITLES = {"he": ["Mr.", "Mr.", "Uncle", "Grandpa", "Old", "Little", "Captain"], "she": ["Mrs.", "Miss", "Aunt", "Grandma", "Granny", "Old", "Little"]}
 
 
 class Happening:
@@ -1208,12 +1214,6 @@ class Premise(Happening):
         self.about, self.often, self.only_told = [], 1, None
 
 
-# Who and what a premise may have besides its hero; those of them that can be told of behind any other, and how often each is.
-MEMBERS = ("friend", "place", "thing", "nature", "event")
-BACKGROUND = {"friend": 26, "thing": 26, "place": 24, "second thing": 8, "second friend": 4, "nature": 3, "event": 2, "food": 3, "trait": 3, "weather": 2}
-IN_ORDER = ["trait", "place", "thing", "food", "weather", "nature", "event", "friend"]       # the friend last: "he" is the hero until then
-
-
 def read_premises(path, grammar):
     """Add the premises and rules of the file at PATH to GRAMMAR. Raises ValueError for what is wrong there."""
     def reads(premise, key, value):
@@ -1270,9 +1270,10 @@ class Opening:
         return characters
 
 
+# 7. Stories
+
 # The slots for who is named in a beginning and is neither hero nor friend.
 FURTHER = ("name", "user", "made-up name")
-
 
 # What is always asked for where it matters: no story of a deed is told to somebody who asked for none.
 SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
@@ -1280,12 +1281,9 @@ SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 # {he} {him} {his} {himself} of heroes of plots who are neither he nor she.
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
 
-
-# Who is of one sex by the word for him; and titles, with the sex of whom they are.
+# Who is of one sex by the word for him.
 GENDERED = re.compile(r"(?i)\b(?:king|queen|prince|princess|[a-z]*(?<!hu)man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|grandma|grandpa|sister|brother|"
                       r"wife|husband|son|daughter|witch|wizard|knight|nun|monk|maid|nephew|niece)$")
-TITLED = {**dict.fromkeys("Mr. Uncle Grandpa King Prince Sir Brother".split(), "he"), **dict.fromkeys("Mrs. Ms. Miss Aunt Auntie Grandma Granny Queen Princess Lady Sister".split(), "she"),
-          **dict.fromkeys("Captain Old Little Doctor Dr. Professor".split())}
 
 
 def titled(name, text):
@@ -1651,7 +1649,7 @@ class Story:
         one, last = nouns.singular(noun), noun.split()[-1]
         if last == "children":
             return "many"
-        if last in ("bay", "cove", "gorge", "deck"):
+        if last in MORE_PLACES:
             return "place"
         if noun in nouns.places and noun not in GREAT and noun not in words["things"] and noun not in SEATS:
             return "place"                                      # the woods, the stairs
@@ -1839,6 +1837,8 @@ class Story:
             text = re.sub(rf"\bwas (?={re.escape(name)}\b)", "were ", re.sub(rf"\b((?i:they|{re.escape(name)})) was\b", r"\1 were", text))
         return as_told_by_me(text) if self.hero.gender == "I" else text
 
+
+# 8. Stories of premises, which are asked for by what is in them
 
 # Whom a premise says to have no friend; and what nobody is called in a trouble.
 LONELY = re.compile(r"(?i)\bnobody|\bno friends|\balone\b|\blonely\b|\bknew (?:no|nobody)\b")
@@ -2138,7 +2138,26 @@ class PremiseStory(Story):
                 if slot in self.used and (slot != "place" or self.cast["at place"] in self.begun.lower())]
 
 
-# 7. Requests for a story, and questions about it
+# 9. Requests for a story, and questions about it
+
+# "in which when", of what happens when something else does.
+TWO_CLAUSES = re.compile(r"(?i)\b(?:where|in which|when|what if|suppose|imagine that)[ :]+(?:when|after|as soon|before|while|once)\b")
+
+# What a request leaves out before a sentence that it retells , and sentences in which nothing happens or it is not clear to whom.
+LEFT_OUT = re.compile(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ")
+NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
+
+# Behind one of these "and a lantern" would be something else: "a fox who sings", "to make it rain".
+CLAUSE = re.compile(r"\b(who|that|whose|which|how|why|when|where|whether|if)\b|\bto (?!the |an? )[a-z]+\b|\b(?:for|of|from) an? [a-z]+$")
+
+# What people type in haste, and before and behind what they want, that is none of it.
+HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"], "you": ["u", "ya"], "want a(?= (?:[a-z]+ )?(?:story|tale))": ["wanna hear a"],
+         "story": ["storey", "stroy", "story"], "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"], "for": ["4", "for"],
+         "tell": ["tel", "tell"]}                               # some now and then as they should be
+BEFORE_A_REQUEST = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ", "oh oh oh, "]
+BEHIND_A_REQUEST = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please", " cheers", " ok thanks bye", " i'm bored",
+          " lol", " asap"]
+
 
 def premise_request(story):
     """(what a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any; its topic, None for any)."""
@@ -2170,10 +2189,6 @@ def of_its_length(asked, story):
     return asked + (" " if asked[-1] in ".?!:" else ". ") + (more.lower() if asked.islower() else more)
 
 
-# "in which when", of what happens when something else does.
-TWO_CLAUSES = re.compile(r"(?i)\b(?:where|in which|when|what if|suppose|imagine that)[ :]+(?:when|after|as soon|before|while|once)\b")
-
-
 def plot_request(story):
     """What a user says to get STORY, a Story of a situation: what happens there."""
     cast, rng = story.cast, story.rng
@@ -2186,11 +2201,6 @@ def plot_request(story):
         if story.is_as_long(asked.replace(story.deeds or story.happening, "")) and not TWO_CLAUSES.search(asked):
             break
     return of_its_length(informal(tidy(asked), rng), story)
-
-
-# What a request leaves out before a sentence that it retells , and sentences in which nothing happens or it is not clear to whom.
-LEFT_OUT = re.compile(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ")
-NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
 
 
 def deeds(story):
@@ -2267,10 +2277,6 @@ def request(story):
     finally:
         for each in casts:
             each.asking = None
-
-
-# Behind one of these "and a lantern" would be something else: "a fox who sings", "to make it rain".
-CLAUSE = re.compile(r"\b(who|that|whose|which|how|why|when|where|whether|if)\b|\bto (?!the |an? )[a-z]+\b|\b(?:for|of|from) an? [a-z]+$")
 
 
 def attach(topic, extra, grammar, rng):
@@ -2468,15 +2474,6 @@ def informal(text, rng):
     return text.upper() if rng.random() < 0.03 else text
 
 
-# What people type in haste, and before and behind what they want, that is none of it.
-HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"], "you": ["u", "ya"], "want a(?= (?:[a-z]+ )?(?:story|tale))": ["wanna hear a"],
-         "story": ["storey", "stroy", "story"], "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"], "for": ["4", "for"],
-         "tell": ["tel", "tell"]}                               # some now and then as they should be
-BEFORE_A_REQUEST = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ", "oh oh oh, "]
-BEHIND_A_REQUEST = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please", " cheers", " ok thanks bye", " i'm bored",
-          " lol", " asap"]
-
-
 def sloppy(text, rng):
     """TEXT, a request, now and then as it is typed in haste: "gimme a story abt a fox pls", so that none of that is taken for a part of it."""
     if rng.random() > 0.1 or text.isupper():
@@ -2530,7 +2527,12 @@ def questions(story):
     return [(informal(tidy(q), rng), tidy(a)) for q, a in pairs if not (q in seen or seen.add(q))]
 
 
-# 8. Talk: greetings, facts, what it does not know, names and moods
+# 10. Talk: greetings, facts, what it does not know, names and moods
+
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+           "nineteen twenty").split()
+PARTS = [(total, part) for total in range(21) for part in range(total + 1)]       # every sum to 20: total - part + part
+
 
 class Facts:
     """Pairs of one kind: `pairs` [(X, Y)], `ask` and `say` texts in which X and Y stand for a pair's sides."""
@@ -2605,11 +2607,6 @@ def read_talk(path, grammar):
             raise ValueError(f"{path.name}:{number}: {error}") from None
     if lacking := [name for name, facts in talk.facts.items() if not (facts.pairs and facts.ask and facts.say)]:
         raise ValueError(f"{path.name}: facts {lacking[0]}: wanted pairs, ask and say")
-
-
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-           "nineteen twenty").split()
-PARTS = [(total, part) for total in range(21) for part in range(total + 1)]       # every sum to 20: total - part + part
 
 
 def sum_beyond(rng):
@@ -2714,10 +2711,20 @@ class Speaker:
         return joint.join(filter(None, [word(first), answer] if self.rng.random() < 0.5 else [answer, word(last)]))
 
 
-# 9. Documents
+# 11. Documents
 
 # A document is a list of strings, by turns such as are only read (a question) and such as are learned (its answer); together they are
 # its text.
+
+# What a request and the first words of its story share, whatever they are about.
+FRAME = set("""about after again also although always because been before began begin behind best brother called came cannot child children could does
+            each even ever every friend friends from have here inside into just know like likes little lived more most much named near never
+            nobody once only over please short should sister some somebody something story stories tale tell than that their them then there
+            they this time under until very want wanted wants were what when where which while whom whose will wish with would yes""".split())
+
+# ... and what no name is, though it begins a sentence.
+NO_NAMES = set("let listen tell imagine long early late soon today make put add use just how who write give".split())
+
 
 def chat(turns, system=None):
     """ChatML of TURNS [(user, assistant), ...]."""
@@ -2853,17 +2860,6 @@ def begun(grammar, rng):
     return [asked if alone else f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n", text, ""]
 
 
-# What a request and the first words of its story share, whatever they are about.
-FRAME = set("""about after again also although always because been before began begin behind best brother called came cannot child children could does
-            each even ever every friend friends from have here inside into just know like likes little lived more most much named near never
-            nobody once only over please short should sister some somebody something story stories tale tell than that their them then there
-            they this time under until very want wanted wants were what when where which while whom whose will wish with would yes""".split())
-
-
-# ... and what no name is, though it begins a sentence.
-NO_NAMES = set("let listen tell imagine long early late soon today make put add use just how who write give".split())
-
-
 def reworded(asked, text, grammar, rng):
     """ASKED and TEXT with other words for one or two that they share, mostly such as there are not, and other names for some names: "a fox
     named Pip" -> "a plimo named Omar"."""
@@ -2971,7 +2967,7 @@ def with_common_names(pieces, words, rng):
     return pieces
 
 
-# 10. The command line
+# 12. The command line
 
 def write_part(arguments):
     """COUNT documents from SEED as JSON lines: one process's share."""

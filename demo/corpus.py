@@ -291,7 +291,8 @@ def unconjugated(phrase, irregular):
         return None
     base = ("have" if word == "has" else word[:-3] + "y" if re.search("[^aeiou]ies$", word) and len(word) > 4 else
             word[:-2] if re.search("(?:ss|x|zz|ch|sh|o)es$", word) else word[:-1])
-    if word in AUXILIARIES - {"has"} | BETWEEN | {"sometimes", "perhaps", "unties", "tiptoes", "aches"} or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
+    no_verbs = AUXILIARIES - {"has"} | BETWEEN | {"sometimes", "perhaps", "unties", "tiptoes", "aches"}
+    if word in no_verbs or len(base) < 2 or not word.islower() or conjugate(base, irregular)[1] != word:
         return None
     return f"{base} {rest}".strip(), f"{conjugate(base, irregular)[2]} {rest}".strip()
 
@@ -854,30 +855,29 @@ GREAT = set("""sun moon sky sea ocean rain snow wind fog mist night storm thunde
 MORE_PLACES = ("bay", "cove", "gorge", "deck")
 
 # Nouns, and words taken for some, that get no line of a plot.
-UNTOLD = set("""he she it they different voice voices heads faces backs inch inches might squawk soccer
-            football tag word words color colors winter summer noise noises hiccups birthday trip class adventure vacation
-            holiday holidays lunch mistake smell lesson lessons care speech midnight feelings measles landing wash laugh shout leak test
-            visit dark heat game song music poem joke secret dream dance tail tooth teeth eye belly neck paw paws wing wings beak fur skin
-            knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms elbow thumb tongue mane claw hump beard heart breath
-            day days month weekend noon hard crazy code job air could how what like far all along wide wild shame truth trouble crack squeak
-            roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage south nature quarrel
-            knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale language step hug
-            somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
-            pocket breakfast supper dinner bath match price tide chapter chapters north east west
-            sunrise sunset dawn dusk swim pinch pound spoonful blame mind fault honor glasses trousers pants pajamas scissors order view shade silence half
-            direction parts lump
-            accent accident address already anywhere bang because behind besides bleating blink blow bluer chance change cheer cheering clang click closer conscience crash
-            creak dare darkness darling date daytime deal distance earthquake election everybody evenings exception eyelids faster favor fellow fist flap flight footsteps
-            forehead forward fortune freckles glance goes groaning habit hairs headache heating hic hiccup himself hiss history homework howling hum hunger jerk journey
-            knocking later laughter law length lie lies lines lip lips moo move muddle mumps mystery nearer news nibbles nickname numbers opinion past pause pity pounding
-            prices push reflection rip role sadder say scratching shape shift shiver shock shoulder sing sit snap snoring solo sorrow spell splash stomach stomachache stops
-            stop ten six seven nine hundred thousand million fourth seventh ninth twelfth open cross deep still each both itself themselves tonight yet older lower behind with come
-            family team kingdom country county over gone sudden dizzy hear either herself yours has ready able better final smoky bigger higher want silent ache hooves hips bend
-            sixth fifth billion hobby patience launch nights fill shake dent circles cities
-            begin missing wrong angry late sick gust ride call body wrist chin snout knuckle eyebrow pounds rounds rooms couple mark bump weather peep yawn
-            strength stroke stuff surprise talk taste tear throat ticking tip toothache tour travels trickle twice use waltz width will wink wonder worst zero
-            pockets sleeve sleeves foot feet hand hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass
-            hay mud light track tracks trail footprint footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
+UNTOLD = set("""he she it they different voice voices heads faces backs inch inches might squawk soccer football tag word words color colors winter summer
+                noise noises hiccups birthday trip class adventure vacation holiday holidays lunch mistake smell lesson lessons care speech midnight
+                feelings measles landing wash laugh shout leak test visit dark heat game song music poem joke secret dream dance tail tooth teeth eye belly
+                neck paw paws wing wings beak fur skin knee knees finger fingers toe toes cheek cheeks spring line nose leg legs arm arms elbow thumb tongue
+                mane claw hump beard heart breath day days month weekend noon hard crazy code job air could how what like far all along wide wild shame
+                truth trouble crack squeak roar howl croak growl whimper buzz sleep fight tune trick break eat drive hop pop row set lot grade marriage
+                south nature quarrel knock cry bite sneeze work spot top sides prickles itch itches fever plan answer answers question questions tale
+                language step hug somersault cartwheel fit world goal wrinkles promise rule rules favorite measure climb jump jog arrival pass pick finish
+                pocket breakfast supper dinner bath match price tide chapter chapters north east west sunrise sunset dawn dusk swim pinch pound spoonful
+                blame mind fault honor glasses trousers pants pajamas scissors order view shade silence half direction parts lump accent accident address
+                already anywhere bang because behind besides bleating blink blow bluer chance change cheer cheering clang click closer conscience crash
+                creak dare darkness darling date daytime deal distance earthquake election everybody evenings exception eyelids faster favor fellow fist
+                flap flight footsteps forehead forward fortune freckles glance goes groaning habit hairs headache heating hic hiccup himself hiss history
+                homework howling hum hunger jerk journey knocking later laughter law length lie lies lines lip lips moo move muddle mumps mystery nearer
+                news nibbles nickname numbers opinion past pause pity pounding prices push reflection rip role sadder say scratching shape shift shiver
+                shock shoulder sing sit snap snoring solo sorrow spell splash stomach stomachache stops stop ten six seven nine hundred thousand million
+                fourth seventh ninth twelfth open cross deep still each both itself themselves tonight yet older lower behind with come family team kingdom
+                country county over gone sudden dizzy hear either herself yours has ready able better final smoky bigger higher want silent ache hooves hips
+                bend sixth fifth billion hobby patience launch nights fill shake dent circles cities begin missing wrong angry late sick gust ride call body
+                wrist chin snout knuckle eyebrow pounds rounds rooms couple mark bump weather peep yawn strength stroke stuff surprise talk taste tear
+                throat ticking tip toothache tour travels trickle twice use waltz width will wink wonder worst zero pockets sleeve sleeves foot feet hand
+                hands ear ears lap rooms houses floors floor stairs wave waves puddle bubble sand grass hay mud light track tracks trail footprint
+                footprints haircut upstairs nerve height heights fun luck life love peace rest turn way""".split())
 
 # Places that are too small to walk around in.
 SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi car wagon bus cart basket box trunk chair bed sofa table shelf".split())
@@ -886,15 +886,24 @@ SMALL = set("windowsill haystack stone molehill flowerpot nest bench truck taxi 
 VISITORS = "mouse beetle snail sparrow frog hedgehog rabbit squirrel cat hen duck toad mole ladybug goat".split()
 
 # What one takes or has, and nothing else instead.
-TAKEN = set("half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic breakfast supper dinner lunch school church bed bedtime town wall door window roof floor chimney ceiling wedding ball concert fair festival birthday parade contest".split())
+TAKEN = set("""half pair bit piece part end side top bottom kind middle rest corner bath nap walk look break turn rest trip swim race party visit picnic
+               breakfast supper dinner lunch school church bed bedtime town wall door window roof floor chimney ceiling wedding ball concert fair festival
+               birthday parade contest""".split())
 
 # What is said only of some animals and places, for which no others can stand.
-NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|sw[aiu]m\w*|sang|hatch\w*|hive|roar\w*|howl\w*|neigh\w*|"
-                                r"clip-clop|shoes|hooves|horns?|beak|mane|flown|bowl|cage|perch\w*|branch\w*|lived? up|purr\w*|buzz\w*|prickles|horseshoe|tamer|small enough|bottom of the sea|"
+NO_OTHER = {"animal": re.compile(r"(?i)\b(?:eggs?|nests?|wings?|fl(?:y|ies|ew|ying)|feathers?|tails?|bark\w*|milk|wool|shell|sw[aiu]m\w*|sang|hatch\w*|hive|"
+                                 r"roar\w*|howl\w*|neigh\w*|"
+                                r"clip-clop|shoes|hooves|horns?|beak|mane|flown|bowl|cage|perch\w*|branch\w*|lived? up|purr\w*|buzz\w*|prickles|horseshoe|"
+                                r"tamer|small enough|bottom of the sea|"
                                 r"meow\w*|kitty|moo(?:ed)?|baa\w*|quack\w*|cluck\w*|crow(?:ed|s|ing)|peck\w*|pouch|counted|counting)\b"),
             "thing": re.compile(r"(?i)\b(?:ring(?:s|ing)?|rang|takeoff|launch\w*|sail\w*|driv\w+|drove|rode|rid(?:e|es|ing)|pour\w*|strings?|buttons?|pages?|"
-                                r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|cost|paid|coins?|pennies|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*|"
-                                r"struck|tick(?:s|ed|ing)?|chim(?:e|es|ed|ing)|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|go in|went (?:out|up)|dark|branch|top of|broken|noise|(?:third|fourth|fifth|sixth|seventh|ninth|tenth|twelfth|thirteenth) (?:one|stroke)|hung|hang\w*|spill\w*|mirror|tie[sd]?|tying|flip\w*|rust\w*|roll(?:s|ed|ing)?|leak\w*|squeak\w*|paddle|lid|flames?|flat|tune|sat on|lay on|flew (?:on|over)|pieces|practic\w*|hole|spoiled|ripe\w*|peel\w*|cook\w*|"
+                                r"wheels?|fell off|s[aiou]ng\w*|mill|grind\w*|conduct\w*|put (?:it |them )?on|wear\w*|wore|eat\w*|ate|drink\w*|drank|cost|paid|"
+                                r"coins?|pennies|sew\w*|knit\w*|read(?:s|ing)?|stitch\w*|"
+                                r"struck|tick(?:s|ed|ing)?|chim(?:e|es|ed|ing)|bak(?:e|es|ed|ing)|burn\w*|lit|melt\w*|gr[eo]w\w*|bloom\w*|full of|empty|opened|"
+                                r"locked|shone|glow\w*|plant\w*|frozen?|steam\w*|extra|one too many|one more|lay across|stuck (?:in|under)|climb\w*|c[ao]me in|"
+                                r"go in|went (?:out|up)|dark|branch|top of|broken|noise|(?:third|fourth|fifth|sixth|seventh|ninth|tenth|twelfth|"
+                                r"thirteenth) (?:one|stroke)|hung|hang\w*|spill\w*|mirror|tie[sd]?|tying|flip\w*|rust\w*|roll(?:s|ed|ing)?|leak\w*|squeak\w*|"
+                                r"paddle|lid|flames?|flat|tune|sat on|lay on|flew (?:on|over)|pieces|practic\w*|hole|spoiled|ripe\w*|peel\w*|cook\w*|"
                                 r"key|door|says?|written|letters?|words?)\b"),
             "place": re.compile(r"(?i)\b(?:sw[aiu]m\w*|water|waves?|splash\w*|wet|div(?:e|ed|ing)|boats?|books?|lessons?|trees?|"
                                r"day of|ready for|invited|got (?:on|off)|climbed down|bubbles|turn(?:ed|ing)|stop|r[au]n down|flow\w*)\b")}
@@ -916,11 +925,12 @@ WAYS = re.compile(r"(?i)\b(?:through|across|over|along|down|up|out of|off|past|o
 INSIDE = re.compile(r"(?i)\b(?:in|into|inside|through|out of|from|at|under|over) (?:the|an?|his|her|my) ([a-z]+(?: [a-z]+)?)")
 
 # Whom the word list has among neither its people nor its kin.
-PEOPLE = set("stranger wife husband visitor partner passenger keeper owner seller director schoolteacher ranger ambassador dressmaker inspector midwife porter smith guide "
-             "apprentice scout stationmaster forester trader duke countess duchess watchmaker collector grandchild weaver plumber clerk boss postmistress postmaster bandleader "
-             "milkmaid choirmaster photographer actress tamer maker painter sweeper builder band orchestra crowd family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir "
-             "fairy elf gnome dwarf goblin kobold giant troll ogre pixie imp genie leprechaun ghost angel vampire mummy nymph sprite spirit robot android "
-             "alien snowman scarecrow mermaid witch wizard".split())
+PEOPLE = set("""stranger wife husband visitor partner passenger keeper owner seller director schoolteacher ranger ambassador dressmaker inspector midwife
+                porter smith guide apprentice scout stationmaster forester trader duke countess duchess watchmaker collector grandchild weaver plumber clerk
+                boss postmistress postmaster bandleader milkmaid choirmaster photographer actress tamer maker painter sweeper builder band orchestra crowd
+                family baby sister brother mommy granny nephew customer guest pupil hermit player prisoner tutor team choir fairy elf gnome dwarf goblin
+                kobold giant troll ogre pixie imp genie leprechaun ghost angel vampire mummy nymph sprite spirit robot android alien snowman scarecrow
+                mermaid witch wizard""".split())
 
 # The words of a beginning's last sentence by which nothing has happened yet, and those of any by which something is wrong, or not yet so.
 AT_PEACE = re.compile(r"\b(loved|loves|liked|likes|lived|lives|named|called|always|every|together|best|enjoyed)\b")
@@ -955,31 +965,43 @@ IS = {trouble: re.compile(re.sub(r"\s*\n\s*", "", words.strip())) for trouble, w
 
 # What a request has to say of three more sorts of trouble.
 ASKED_WITH = {"quarrel": re.compile(r"\b(?:both|each|neither|quarrel|fight|fought|only one|share|agree|angry|pull|take|will not|argu|first)"),
-              "odd": re.compile(r"\b(?:glow|s[aiu]ng|talk|sp(?:eak|oke)|says?\b|hum|mov|fl(?:y|ies|ew)|walk|strange|odd|magic|turn|gr[eo]w|shr|shin|danc|alive|laugh|"
+              "odd": re.compile(r"\b(?:glow|s[aiu]ng|talk|sp(?:eak|oke)|says?\b|hum|mov|fl(?:y|ies|ew)|walk|strange|odd|magic|turn|gr[eo]w|shr|shin|danc|alive|"
+                                r"laugh|"
                                 r"cough|sneez|blink|disappear|change|follow|never seen|nobody)"),
               "riddle": re.compile(r"\b(?:who|what|why|where|how|knows?|secret|strange|riddle|mystery|wonders?|ever)\b")}
 
 # The first words of wishes for something that is not there before they are fulfilled.
-YET_TO_COME = tuple(f"{verb} " for verb in "join make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see meet visit bring carry take deliver ride open".split())
+YET_TO_COME = tuple(f"{verb} " for verb in "join make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see "
+                                           "meet visit bring carry take deliver ride open".split())
 
 # The words by which it says that NOUN is not there, or not any more.
-ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
+ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|"
+                    rf"lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
                     rf"{NOUN} (?:had |has |was )?(?:flown|flew|sailed|gone|went|moved|run|ran|driven|drove) (?:away|off|out|home)\b|"
                     rf"\bran out of (?:the )?{NOUN}\b|{NOUN} (?:was|were|had been) (?:all )?(?:eaten|sold)\b|{NOUN} (?:was|is) (?:on [A-Z]\w+day|tomorrow)\b|"
-                    rf"{NOUN} (?:had |has )?(?:disappeared|vanished)\b|{NOUN} (?:was|were) (?:gone|missing)\b|{NOUN} (?:was|were) (?:still )?(?:a long way|far) (?:off|away)\b|{NOUN} (?:was|were) to (?:start|begin|be|come)\b|there (?:was|would be) an? {NOUN} [a-z ]{{0,8}}on [A-Z]\w+day|{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
+                    rf"{NOUN} (?:had |has )?(?:disappeared|vanished)\b|{NOUN} (?:was|were) (?:gone|missing)\b|{NOUN} (?:was|were) (?:still )?(?:a long way|"
+                    rf"far) (?:off|away)\b|{NOUN} (?:was|were) to (?:start|begin|be|come)\b|there (?:was|would be) an? {NOUN} [a-z ]{{0,8}}on [A-Z]\w+day|"
+                    rf"{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
 # It, with an article and an adjective, and those behind which it is not told of as there.
-ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|smelled|"
+ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|"
+             r"smelled|"
              r"an?|the|his|her|my|our|their|your|and|or|but|in|on|of|by|with|under|behind|near|into|over|named|called|had|has|who|that) )[a-z-]+ )")
 SAID_OF = re.compile(rf"\b(?:(?:an?|the|his|her|my|our|their|your) {ADJECTIVE}{{0,2}}|{ADJECTIVE}?){NOUN}\b")
 NOT_THERE = re.compile(r"\b(?:like|(?!and|but|not)[a-z]{3,} as|(?:back|home|away|was|were|far|went|ran) from|(?:get|got|go|way|back|how) to|"
-                       r"i am|i'm|you are|(?:want|wants|wanted|gone|went|go) to (?:see|look at)|(?:made|built)(?: out)? of|by order of|as [a-z]+ as(?: [a-z]+){0,3}|than|until|during|"
-                       r"(?:day|week|night|evening|hour|minutes?|just|long|soon) before|(?:told|tell|talk(?:ed)?|story|book|song|something|nothing|all|know|knew|asked|dreamed|read|thought) about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|had|never|not) (?:ever |yet )?seen|"
-                       r"(?:thought|said|as if|pretended)(?: that)? (?:it|he|she|they) (?:was|were)|(?:visitor|man|woman|lady|boy|girl|friend|cousin|twins|news) from|"
+                       r"i am|i'm|you are|(?:want|wants|wanted|gone|went|go) to (?:see|look at)|(?:made|built)(?: out)? of|by order of|"
+                       r"as [a-z]+ as(?: [a-z]+){0,3}|than|until|during|"
+                       r"(?:day|week|night|evening|hour|minutes?|just|long|soon) before|(?:told|tell|talk(?:ed)?|story|book|song|something|nothing|all|know|"
+                       r"knew|asked|dreamed|read|thought) about|each|every(?: single)?|no|any|another|not|neither|since|(?:left|set out) for|moved to|(?:has|"
+                       r"had|never|not) (?:ever |yet )?seen|"
+                       r"(?:thought|said|as if|pretended)(?: that)? (?:it|he|she|they) (?:was|were)|(?:visitor|man|woman|lady|boy|girl|friend|cousin|twins|"
+                       r"news) from|"
                        r"(?:photo|picture|drawing|portrait|painting|statue|map|sound|smell|noise|name|word|taste)s? of|used to|"
-                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never heard|(?:came|comes?|coming|moved|arrived|flown)\b[^.,!?]* from|there would be(?: music and)?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
+                       r"(?:miss(?:ed|es)?|longed for|homesick for|told of)|(?:not|n't)(?: even)? (?:see|find)|never heard|(?:came|comes?|coming|moved|arrived|"
+                       r"flown)\b[^.,!?]* from|there would be(?: music and)?|(?:run|ran|gone) (?:away|off) to|going to|believed? in|(?:thought|think|thinking|"
+                       r"dreamed|dreaming) of|belong(?:ed|s)? to|(?:late|practic\w+|train\w*|ready|waited|waiting) for|"
                        r"play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
@@ -1282,7 +1304,8 @@ SPECIAL = ("deed", "fear", "job", "trait", "food", "weather")
 OTHER_PRONOUNS = {"I": ("I", "me", "my", "myself"), "it": ("it", "it", "its", "itself"), "they": ("they", "them", "their", "themselves")}
 
 # Who is of one sex by the word for him.
-GENDERED = re.compile(r"(?i)\b(?:king|queen|prince|princess|[a-z]*(?<!hu)man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|grandma|grandpa|sister|brother|"
+GENDERED = re.compile(r"(?i)\b(?:king|queen|prince|princess|[a-z]*(?<!hu)man|woman|lady|boy|girl|mother|father|mom|mommy|mama|dad|daddy|papa|aunt|uncle|"
+                      r"grandma|grandpa|sister|brother|"
                       r"wife|husband|son|daughter|witch|wizard|knight|nun|monk|maid|nephew|niece)$")
 
 
@@ -1425,7 +1448,7 @@ class Story:
             met.append(sentences.pop(0))
         if situation.trouble in GOALLESS and situation.trouble != "plain" and sentences != kept:
             raise ValueError(f"its trouble is not asked for: {self.begun}")
-        if re.search(r"^[^,.]*\b(?:it|him|them|ones?|there|here)\b|, too\b|\b(?:again|also)\b", self.deeds or self.happening) or "'" in (self.deeds or self.happening):
+        if re.search(r"^[^,.]*\b(?:it|him|them|ones?|there|here)\b|, too\b|\b(?:again|also)\b|'", self.deeds or self.happening):
             raise ValueError(f"of what was not told: {self.begun}")
         if re.fullmatch(r"(?:tries|listens|looks|nods|stops|waits|agrees|goes on|thinks|asks|laughs|smiles)", self.deeds):
             raise ValueError(f"what does he? {self.begun}")
@@ -1491,8 +1514,9 @@ class Story:
         """TEXT, now and then, and mostly where it is asked for, behind a first meeting with its hero, or with a scene."""
         hero = self.cast.characters["hero"]
         met = {"a hero", "hero.kind"} & set(slots(text)) or re.search(rf"\ban? (?:[a-z]+ )?{re.escape(hero.kind)}\b", literal(text))
-        if "hero" in roots(text) and not met and not of_one(literal(text)) and " " not in (hero.name or "") and not re.match("(?:It|They|This|That)\\b", literal(text)) \
-                and self.rng.random() < (0.25 if self.foreign else 0.8):
+        pointing = re.match("(?:It|They|This|That)\\b", literal(text))
+        if "hero" in roots(text) and not (met or of_one(literal(text)) or " " in (hero.name or "") or pointing) and (
+                self.rng.random() < (0.25 if self.foreign else 0.8)):
             return Sequence([Rule("meet"), " ", *text])
         habit = re.search(r"\b(every|always|whenever|at night|tonight)\b", literal(text), re.I)
         somewhere = re.search(r"\b(?:in|on|at|under|behind|over|above|below|inside|near) (?:the|an?|his|her|x)\b", literal(text))
@@ -1527,7 +1551,8 @@ class Story:
                                 if phrase.split()[-1] != goal and self.is_there(phrase)]
         if not phrases:
             raise ValueError(f"nobody there: {self.begun}")
-        inside = r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with|before|after) (?:(?:an?|the|his|her|my) (?:[a-z]+ )?)?$|said (?:not )?an? $"
+        inside = (r"(?i)\b(?:in|on|at|under|behind|by|near|from|of|into|to|over|through|beside|with|before|after) (?:(?:an?|the|his|her|my) (?:[a-z]+ )?)?$|"
+                  r"said (?:not )?an? $")
         subjects = [phrase for phrase in phrases if self.sort(phrase) not in ("place", "nature")
                     and not re.search(inside, self.begun[:max(self.at(phrase), 0)])]
         if goal and not subjects:
@@ -1551,24 +1576,27 @@ class Story:
         kinds = {word for one in self.cast.characters.values() if one.name in self.names for word in one.kind.split()}
         hidden = kinds | {word.lower() for name in (hero.kind, hero.name or "", *self.names) for word in name.split()}
         who = f"(?:{re.escape(str(hero))}|(?i:{self.cast['he']}))"
-        if re.search(" (?:was|is|played) (?:an?|the) ", self.begun):
-            hidden |= set(re.findall(rf"\b{who} (?:was|is|played) (?:an?|the) (?:(?!to |who |that )[a-z]+ )*?([a-z]+)(?=[,.!?]| who| that| of| in| on| at| from| with)", self.begun))      # he himself: "Pip was a shy fox."
+        if re.search(" (?:was|is|played) (?:an?|the) ", self.begun):                                             # he himself: "Pip was a shy fox."
+            hidden |= set(re.findall(rf"\b{who} (?:was|is|played) (?:an?|the) (?:(?!to |who |that )[a-z]+ )*?([a-z]+)"
+                                     "(?=[,.!?]| who| that| of| in| on| at| from| with)", self.begun))
         if f"{hero}, " in self.begun or f"{hero} the " in self.begun:                                              # "Mr. Plum, the mailman, ..."
-            hidden |= {word for match in re.finditer(rf"\b{re.escape(str(hero))}(?:, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),| the ([a-z]+))", self.begun)
-                       for word in (match[1] or match[2]).split()}
+            also = rf"\b{re.escape(str(hero))}(?:, (?:the|an?|{self.cast['his']}) ((?:[a-z-]+ )?[a-z]+),| the ([a-z]+))"
+            hidden |= {word for match in re.finditer(also, self.begun) for word in (match[1] or match[2]).split()}
         for name in self.names:
-            hidden |= set(re.findall(rf"\b{re.escape(name)}, (?:the|an?|his|her) (?:[a-z-]+ )?([a-z]+)[,.]", self.begun)) if f"{name}, " in self.begun else set()
+            hidden |= set(re.findall(rf"\b{re.escape(name)}, (?:the|an?|his|her) (?:[a-z-]+ )?([a-z]+)[,.]", self.begun))
         hidden |= set(re.findall(r", who (?:was|is) an? (?:[a-z-]+ )?([a-z]+)", self.begun))                     # "the shopkeeper, who was a mongoose"
         no_noun = UNTOLD | nouns.adjectives
         named = "|".join(map(re.escape, self.names)) or "-"                                                     # "her neighbor Ann" is one
-        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if not no_noun & {phrase.split()[-1], nouns.forms.get(phrase.split()[-1])} and self.is_there(phrase)
-                   and not re.search(rf"\b{re.escape(phrase.split()[-1])} (?:{named})\b", self.begun)] + self.names
+        told = lambda last: not no_noun & {last, nouns.forms.get(last)} and not re.search(rf"\b{re.escape(last)} (?:{named})\b", self.begun)
+        phrases = [phrase for phrase in nouns.noticed(self.begun, hidden) if told(phrase.split()[-1]) and self.is_there(phrase)] + self.names
         kin = {match[0].split()[-1] for match in KIN.finditer(self.begun)}
-        phrases = [re.sub("^the ", self.cast["his"] + " ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
-        phrases = [re.sub("^(?:his|her) ", "the ", phrase) if not phrase.startswith(self.cast["his"] + " ") else phrase for phrase in phrases]       # the friend's
+        his = self.cast["his"]
+        phrases = [re.sub("^the ", f"{his} ", phrase) if phrase.split()[-1] in kin else phrase for phrase in phrases]
+        phrases = [phrase if phrase.startswith(f"{his} ") else re.sub("^(?:his|her) ", "the ", phrase) for phrase in phrases]        # the friend's
         phrases = list({nouns.forms.get(last, last): phrase for phrase in reversed(phrases) for last in [phrase.split()[-1]]}.values())
         met = next((match.start() for match in re.finditer(rf"\b{re.escape(str(hero).removeprefix('the '))}\b", self.begun)), -1)
-        phrases = [re.sub(f"^{self.cast['his']} ", "the ", phrase) if phrase.split()[-1] not in kin and 0 <= self.at(phrase) < met else phrase for phrase in phrases]
+        too_early = lambda phrase: phrase.split()[-1] not in kin and 0 <= self.at(phrase) < met             # nobody knows yet whose it is
+        phrases = [re.sub(f"^{his} ", "the ", phrase) if too_early(phrase) else phrase for phrase in phrases]
         if hero.gender == "I":
             phrases = [re.sub("^the ", "my ", phrase) if re.search(rf"\b[Mm]y (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.begun) else phrase
                        for phrase in phrases]
@@ -1667,7 +1695,8 @@ class Story:
             return "nature"
         if one in nouns.animals or one in nouns.beings - {"house", "wave"}:
             return "animal"
-        return "place" if one in nouns.events or last in nouns.events or one in nouns.places and one not in words["things"] and last not in SMALL and one not in SEATS else "thing"
+        wide = one in nouns.places and one not in words["things"] and last not in SMALL and one not in SEATS
+        return "place" if wide or one in nouns.events or last in nouns.events else "thing"
 
     def draw_others(self):
         """{noun: another of its sort} for some of those that `begun` names, one in ten such as there are not, so that any is learned."""
@@ -1678,11 +1707,16 @@ class Story:
             if rng.random() > 0.35 or not self.is_replaceable(sort, noun):
                 continue
             where = sort == "place" and re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) (?:[a-z]+ )?{noun}\b", self.begun)
-            other = made_up_noun(words, rng) if rng.random() < 0.1 and self.foreign else rng.choice(
-                [place for preposition, place in self.grammar.wide_places if (not where or preposition == where[1].lower()) and place not in PARTS_OF_A_HOUSE] or [noun] if sort == "place"
-                else words["animals" if sort == "animal" or singular(noun) in self.grammar.nouns.animals else "things"])
+            if rng.random() < 0.1 and self.foreign:
+                other = made_up_noun(words, rng)
+            elif sort == "place":
+                other = rng.choice([place for preposition, place in self.grammar.wide_places
+                                    if (not where or preposition == where[1].lower()) and place not in PARTS_OF_A_HOUSE] or [noun])
+            else:
+                other = rng.choice(words["animals" if sort == "animal" or singular(noun) in self.grammar.nouns.animals else "things"])
             other = plural(other) if sort == "many" else other
-            if " " not in other and other.islower() and not {other, singular(other)} & (UNTOLD | TAKEN) and other not in GREAT and other not in self.begun and other not in others.values() and other != self.hero.kind:
+            known = other in GREAT or other in self.begun or other in others.values() or other == self.hero.kind
+            if not known and " " not in other and other.islower() and not {other, singular(other)} & (UNTOLD | TAKEN):
                 others[noun], self.sorts[other] = other, sort
         return others
 
@@ -1732,12 +1766,7 @@ class Story:
         if self.trouble == "wish":
             forms = conjugate(self.goal, grammar.words["irregular verbs"])
             cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})     # he arrives
-            about = [(sort, phrase) for sort, phrase in about if phrase.split()[-1] not in self.goal.split() or sort == "person" and not (
-                self.goal.startswith(YET_TO_COME)) or sort in ("person", "animal") and isinstance(self, PremiseStory) and re.search(
-                    rf"\b(?:with|for) (?:[a-z-]+ )*{re.escape(phrase.split()[-1])}$", self.goal)] or [
-                (sort, phrase) for sort, phrase in about                                # not in circles; and it must be there before the wish comes true
-                if sort != "place" and not self.goal.startswith(YET_TO_COME) and re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)]
-
+            about = self.beside_the_wish(about)
         where, told = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}, []
 
         def line(key, it="", nth=0, texts=None):
@@ -1777,6 +1806,19 @@ class Story:
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
         self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
 
+    def beside_the_wish(self, about):
+        """[(sort, phrase)] of those in ABOUT that are not what is wished for; if there are none, of those that are there before the wish comes true."""
+        in_it, yet_to_come = self.goal.split(), self.goal.startswith(YET_TO_COME)
+
+        def is_beside(sort, phrase):
+            last = phrase.split()[-1]
+            with_them = isinstance(self, PremiseStory) and re.search(rf"\b(?:with|for) (?:[a-z-]+ )*{re.escape(last)}$", self.goal)
+            return last not in in_it or sort == "person" and not yet_to_come or sort in ("person", "animal") and with_them
+
+        there = lambda phrase: re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)
+        return [one for one in about if is_beside(*one)] or [
+            (sort, phrase) for sort, phrase in about if sort != "place" and not yet_to_come and there(phrase)]     # not in circles around a place
+
     def rivals(self, about):
         """[phrase] of those in ABOUT, [(sort, phrase)], that is the other one of two who quarrel."""
         friend = self.cast.characters["friend"]
@@ -1789,7 +1831,8 @@ class Story:
     def in_it(self, phrase):
         """A place, PHRASE, behind the preposition that it has where it is named, else in the word list: "by the pond", "on the bridge"."""
         noun, bare, places = phrase.split()[-1], re.sub("^(?:the|an?|his|her|my) ", "", phrase), self.grammar.words["places"]
-        said = re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) (?:(?!(?:of|and|to|from|with|for|in|at|on|under|by|near|behind) )[a-z]+ )*{re.escape(bare)}\b", self.begun)
+        adjectives = "(?:(?!(?:of|and|to|from|with|for|in|at|on|under|by|near|behind) )[a-z]+ )*"
+        said = re.search(rf"(?i)\b{WHERE} (?:the|an?|his|her|my) {adjectives}{re.escape(bare)}\b", self.begun)
         listed = next((preposition for preposition, place in places if place == bare), None) or next(
             (preposition for preposition, place in places if place.split()[-1] == noun), "in")
         return f"{said[1].lower() if said else listed} {phrase}"
@@ -1826,7 +1869,9 @@ class Story:
         who = rf"(?:{re.escape(self.cast['hero'])}|{self.cast['he']})\b"
         speaker = own and re.compile(rf" ?(?:{SAID} {who}|{who}(?: [a-z]+ly)? {SAID})")
         for i in range(1, len(parts) - 1, 2):                   # what is said, with who says it behind it, or before where he goes on
-            if speaker.match(parts[i + 1]) or i > 1 and speaker.match(parts[i - 1]) and not (re.search(r"[.!?]\s+\S", parts[i - 1]) or re.match(rf" ?{SAID}", parts[i + 1])):
+            goes_on = i > 1 and speaker.match(parts[i - 1]) and not (
+                re.search(r"[.!?]\s+\S", parts[i - 1]) or re.match(rf" ?{SAID}", parts[i + 1]))
+            if speaker.match(parts[i + 1]) or goes_on:
                 for phrase in own:
                     parts[i] = re.sub(rf"\b{re.escape(phrase)}\b", f"my {phrase.split(' ', 1)[1]}", parts[i])
             else:                                               # somebody else: to him, mostly
@@ -1843,23 +1888,28 @@ class Story:
 # Whom a premise says to have no friend; and what nobody is called in a trouble.
 LONELY = re.compile(r"(?i)\bnobody|\bno friends|\balone\b|\blonely\b|\bknew (?:no|nobody)\b")
 CONTRARY = {"afraid": "brave bold fearless daring courageous confident adventurous reckless".split(), "low": "cheerful happy merry jolly".split(),
-            "sorry": "honest truthful well-behaved obedient kind kind-hearted good-hearted caring fair loyal trustworthy".split(), "weather": "patient easygoing".split()}
+            "sorry": "honest truthful well-behaved obedient kind kind-hearted good-hearted caring fair loyal trustworthy".split(),
+            "weather": "patient easygoing".split()}
 
 # What is no wish to come true.
-BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy|give up|run away|throw a tantrum)\b(?! (?:down|in|on|under))")
+BAD_DEEDS = re.compile(r"(?:tell lies|lie|cheat|boast|steal|frighten|bully|quarrel|complain|interrupt|brag|tease|spy|give up|run away|"
+                       r"throw a tantrum)\b(?! (?:down|in|on|under))")
 
 # What a request may say that somebody does already, who has yet to learn it.
-DOES_ALREADY = re.compile(r"(?i)\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|spends) (?!for a)")
+DOES_ALREADY = re.compile(r"(?i)\b(?:who|that|and|he|she) (?:can|loves?|likes?|enjoys|is good at|gets? better at|is busy|is proud of|never stops|"
+                          r"spends) (?!for a)")
 
 # ... and all else that requests say and no premise tells.
 UNTRUE = re.compile("|".join((DOES_ALREADY.pattern,
-    r"\bit can\b(?! be\b)", r"\b(?:is|was) a little [a-z-]+(?:$|[.!?])", "no idea of", "was never", "no longer", "became afraid", "not .* anymore", "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
+    r"\bit can\b(?! be\b)", r"\b(?:is|was) a little [a-z-]+(?:$|[.!?])", "no idea of", "was never", "no longer", "became afraid", "not .* anymore",
+    "(?:never|sometimes) [a-z-]+(?:$|[.!?]| (?:in|at|on|near|and|with) )",
     "nobody wants to play", "who changes", "called .* by everyone", "tired of being", "is teased", "stops being",                            # the trait
     "(?:works?|work|job|hired) as", r"\b(?:first|last|worst) day of", "a day in the life",                                                   # at work
     r"\b(?:retired|famous|clumsy|the best|the worst|very old) (?=.* (?:at|in|on)\b)", "always (?:has|carries)", "never goes anywhere", "class trip",
     r"\b(?:like|love|loves|likes|crazy about) (?:little )?(?:boys|girls|women|men|kings|queens)",                                            # odd to say
     "tell me that one", r"\b(?:with|of|for|have) (?:how|when|the day|being)\b", r"\bmy (?:favorite|old|new) (?!animal)",
-    r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", "only eats", "eats nothing but", "cannot stop eating", r"\bchanges\b(?! places| into)",
+    r"\bneighbors?\b", r"\bclassmates?\b", r"there is (?:how|when|the day)\b", r"^no (?!.* who)", "eats too much", "only eats", "eats nothing but",
+    "cannot stop eating", r"\bchanges\b(?! places| into)",
     r"\bthere is [a-z]+ing\b", r"\bdo (?:how|when|why|the day)\b", r"\bmy class of\b", r"\bthe (?:story|tale) when\b")))
 
 # What a request may say that a thing, a friend or food is.
@@ -1895,7 +1945,8 @@ class PremiseStory(Story):
 
     def is_true(self, asked):
         """Whether the request ASKED, in small letters, asks for what is told, and for a story as long as it is."""
-        return not (UNTRUE.search(asked) or DOES_ALREADY.search(self.topic or "") or self.misnames(asked) or self.mistells(asked)) and self.names_enough(asked) and self.is_as_long(asked)
+        untrue = UNTRUE.search(asked) or DOES_ALREADY.search(self.topic or "") or self.misnames(asked) or self.mistells(asked)
+        return not untrue and self.names_enough(asked) and self.is_as_long(asked)
 
     def names_enough(self, asked):
         """Whether ASKED names, where it names anybody or anything that has no part in what happens, one that has; and what the hero is, if he is neither a
@@ -1931,12 +1982,14 @@ class PremiseStory(Story):
         is made, that somebody has what he only wants; or does not say that he does not like what he does not."""
         cast, about, begun = self.cast, set(self.premise.about), self.begun.lower()
         thing, food = re.escape(cast.thing.split()[-1].lower()), re.escape(cast["food"])
+        refuses = "(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to"
         helps = r"\b(?:save|rescue)[sd]?\b" if self.trouble == "sad" else r"comfort|cheer|heal|look(?:s|ed) after|is kind|is sad"
         return any(("deed" in self.used and re.search(rf"{re.escape(cast.verbs[3])} and an? ", asked),
                     "meet" not in about and re.search(r"\b(?:meets?|met|(?:makes?|becomes?|became|came to be) friends|got to know)\b", asked),
                     re.search(r"\bheal", asked) and not re.search(r"feel well|\bhurt\b|\bill\b", begun),
                     re.search(r"\ba night (?:in|at|on) ", asked) and not re.search(r"\bnight", begun),
-                    "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try|built|made|brought|took|wanted|learned|tried)\b", asked),
+                    "friend" in self.background and re.search(r" who (?:both )?(?:carry|bring|take|build|make|want|learn|try|built|made|brought|took|wanted|"
+                                                              r"learned|tried)\b", asked),
                     self.premise.name == "deed with a thing" and not re.search(rf"\b{thing}", asked), "go" not in about and "journey" in asked,
                     "help" in about and re.search(helps, asked), self.trouble == "weather" and re.search(r"\b(?:liked?|loved?|enjoyed)\b", asked),
                     "night" in about and re.search("not want to sleep|not go to bed", asked) and "want to sleep" not in begun,
@@ -1944,7 +1997,7 @@ class PremiseStory(Story):
                     "food" in self.used and re.search(rf"eating {food}", asked) and not re.search(r"\b(?:eat\w*|ate)\b", begun),
                     "thing" in self.used and re.search(rf"\b(?:has|owns|takes care of|is proud of|have|use) an? (?:[a-z-]+ )?{thing}\b", asked)
                     and not re.search(rf"\b(?:had|has|have|his|her|their) (?:(?!no )[a-z-]+ )*{thing}", begun),
-                    {"refuse", "refusefood"} & about and ("could not wait" in asked or not re.search("(?:d|does|do|will|wo|ould)(?:n't| not)|no |hate|refuse|stand|ha[sd] to", asked))))
+                    {"refuse", "refusefood"} & about and ("could not wait" in asked or not re.search(refuses, asked))))
 
     def draw(self, premise, named):
         """A text of PREMISE behind how its hero is met and up to three sentences on what else is asked for, with its alternatives drawn; makes the cast."""
@@ -1992,7 +2045,8 @@ class PremiseStory(Story):
             raise ValueError(f"nobody should want to {self.cast.verbs[0]}")
         if {"deed", "friend"} <= roots(core) and " with " in self.cast.verbs[0]:
             raise ValueError(f"nobody does that with two: {self.cast.verbs[0]}")
-        if "food" in roots(core) and re.search(r"\b(?:make|made|making|cook|cooked)\b", literal(core)) and self.cast["food"] in words["foods that nobody makes"]:
+        made = "food" in roots(core) and re.search(r"\b(?:make|made|making|cook|cooked)\b", literal(core))
+        if made and self.cast["food"] in words["foods that nobody makes"]:
             raise ValueError(f"nobody makes {self.cast['food']}")
         if "thing" in roots(core) and self.cast.thing.startswith("pair of"):
             raise ValueError(f"one or two? {self.cast.thing}")
@@ -2152,10 +2206,13 @@ CLAUSE = re.compile(r"\b(who|that|whose|which|how|why|when|where|whether|if)\b|\
 
 # What people type in haste, and before and behind what they want, that is none of it.
 HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"], "you": ["u", "ya"], "want a(?= (?:[a-z]+ )?(?:story|tale))": ["wanna hear a"],
-         "story": ["storey", "stroy", "story"], "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"], "for": ["4", "for"],
+         "story": ["storey", "stroy", "story"], "can't": ["cant"], "don't": ["dont"], "doesn't": ["doesnt"], "I": ["i"], "and": ["&", "n", "and"],
+         "for": ["4", "for"],
          "tell": ["tel", "tell"]}                               # some now and then as they should be
-BEFORE_A_REQUEST = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ", "oh oh oh, "]
-BEHIND_A_REQUEST = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please", " cheers", " ok thanks bye", " i'm bored",
+BEFORE_A_REQUEST = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ",
+                    "oh oh oh, "]
+BEHIND_A_REQUEST = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please",
+                    " cheers", " ok thanks bye", " i'm bored",
           " lol", " asap"]
 
 
@@ -2180,7 +2237,8 @@ def of_its_length(asked, story):
     if SHORT.search(asked) or LONG.search(asked) or not story.brief and (words < 370 or rng.random() > 0.05):
         return asked
     length, very = "short" if story.brief else "long", "" if 190 < words < 430 else "very "
-    what = r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b(?! (?:machine|bot|time|soup|dice|idea|request|feature))"
+    what = (r"\b([Aa]) ((?:bedtime |nice |new |funny |little |sweet |good |children's )?(?:story|tale))\b(?! (?:machine|bot|time|soup|dice|idea|request|"
+            r"feature))")
     worded = re.sub(what, rf"\1 {rng.choice(['', very])}{length} \2", asked, count=1)
     if worded != asked and rng.random() < 0.7:
         return worded
@@ -2215,7 +2273,8 @@ def deeds(story):
         match = who.fullmatch(said[0].upper() + said[1:])
         if re.match("(Once|There|This is)", sentence) and not match and not done:
             continue                                            # "Once there was a fox named Pip."
-        if not match or '"' in sentence or re.match("(?:and|in|on|at|under|behind|by|near|from|with|of|named|called) ", match[1]) or re.match(rf"(?:was|is) an? (?:[a-z-]+ )*{kind}$", match[1]):
+        if not match or '"' in sentence or re.match(
+                rf"(?:and|in|on|at|under|behind|by|near|from|with|of|named|called) |(?:was|is) an? (?:[a-z-]+ )*{kind}$", match[1]):
             break
         others = [one for one in story.cast.characters.values() if one is not hero and one.gender == hero.gender]
         if done and said.split()[0].lower() == story.cast["he"] and any((one.name or one.kind) in story.begun for one in others):
@@ -2354,8 +2413,9 @@ def ask(story, topic):
     grammar, cast, rng = story.grammar, story.cast, story.rng
     cast["topic"] = topic
     clause = re.match(r"((?:(?! who | that |,).)+),? (?:who|that) (.+)", topic)
-    two = clause and (                                        # "needs help and a mouse", "finding out who stole"
-        re.search(" and (?:an? |[A-Z])", clause[2]) or re.match("(?:an?|the|his|her) |[A-Z]", clause[2]) or re.search(r"(?:ing|out|question|about)$", clause[1]))
+    two = clause and (                                          # "needs help and a mouse", "finding out who stole"
+        re.search(" and (?:an? |[A-Z])", clause[2]) or re.match("(?:an?|the|his|her) |[A-Z]", clause[2])
+        or re.search(r"(?:ing|out|question|about)$", clause[1]))
     if clause and " and " not in clause[1] and not two and rng.random() < 0.25:
         cast["subject"], cast["predicate"], hero = *clause.groups(), cast.characters["hero"]
         if hero.child and hero.name and rng.random() < 0.3 and re.fullmatch(
@@ -2417,7 +2477,7 @@ def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
     cast, rng, must = story.cast, story.rng, story.must + story.extra
-    rng.choice(range(8))                                        # drawn for nothing: keeps the documents of the shipped demo
+    rng.randrange(8)                                            # drawn for nothing: keeps the documents of the shipped demo
     number = rng.choice([1, 1, 2, 2, 3, 3, 4, 5])               # "Dragons!" is a request, too
     if len(must) == 1 and (must[0] in story.extra or must[0][0] in story.background):
         number = 2                                              # who has no part in what happens is not asked for alone
@@ -2633,7 +2693,8 @@ def sum_turn(grammar, rng):
                                      [f"{a} take away {b}", f"the difference of {a} and {b}", f"{a} less {b}", f"{b} less than {a}", f"{b} from {a}"])
     cast["told"] = f"add {a} and {b}" if plus else f"take {b} {rng.choice(['away ', ''])}from {a}"
     if rng.random() < 0.15 and b > 1 and a - b != 1:
-        story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]), "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
+        story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]),
+                 "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
         name = "word sum" if plus else "word difference"
         return tidy(grammar.expand_rule("ask " + name, story, rng)), tidy(grammar.expand_rule("say " + name, story, rng))
     return informal(tidy(grammar.expand_rule("ask sum", cast, rng)), rng), tidy(grammar.expand_rule("say sum", cast, rng))
@@ -3056,7 +3117,8 @@ def main():
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
-    parser.add_argument("--show", metavar="NAME", help='print some stories: of a premise, plot or situation, "all", or ' + ", ".join(kind.__name__ for kind in KINDS))
+    parser.add_argument("--show", metavar="NAME", help='print some stories: of a premise, plot or situation, "all", or ' + ", ".join(
+        kind.__name__ for kind in KINDS))
     parser.add_argument("--count", type=int, help="how many (5)")
     parser.add_argument("--check", action="store_true", help="tell everything that can be told, and report slips")
     arguments = parser.parse_args()

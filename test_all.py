@@ -6585,6 +6585,25 @@ def test_situations_are_gone_on_with():
         assert story.foreign and story.text.startswith(story.begun) and all(question and answer for question, answer in corpus.questions(story))
 
 
+def test_stories_are_shown_by_name(capsys):
+    """--show tells a premise, a plot or a situation by its name, and --check says what can never be told, and why."""
+    corpus, words = demo_module("corpus"), grammar()
+    for i, name in enumerate(["deed with a thing", "rival", "plain-found", *itertools.islice(words.plots, 6)]):
+        story = corpus.story_of(words, name, random.Random(f"show {i}"))
+        assert name in (story.source.name, story.plot.name), (name, story.source.name, story.plot.name)
+    corpus.show(words, "want", 2, 1)
+    assert capsys.readouterr().out.count("--- want; plot ") == 2
+    few = copy.copy(words)
+    few.premises, few.situations = {name: words.premises[name] for name in ("want", "bad trait")}, {"idle": corpus.Situation("idle")}
+    few.situations["idle"].begin, few.situations["idle"].trouble = [corpus.parse("It was late.")], "plain"
+    with pytest.raises(ValueError, match="idle: nothing to tell: nobody there: It was late."):
+        corpus.story_of(few, "idle", random.Random(1))
+    corpus.check(few, count=3)
+    told = capsys.readouterr().out
+    assert "situation idle: ValueError: nobody there: It was late.\n" in told and re.search(r"^want: [123] stories of \d{3} words$", told, re.M), told
+    assert "plot rival: 0 stories\n" in told and told.count("\n") == 3 + len(words.plots), told
+
+
 def test_answers_about_a_plot_are_true():
     """Whom, what and where an answer names stands in the story, the place behind the same word; and what is asked of its trouble is its goal."""
     corpus, words, asked = demo_module("corpus"), grammar(), collections.Counter()

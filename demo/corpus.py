@@ -1146,7 +1146,7 @@ class Situation(Happening):
         else:
             raise ValueError(f"situation {self.name}: hero, friend and other are always alike")
         characters = dict(zip(ROLES, people))
-        characters["helper"] = draw_helper(grammar.words, rng, characters)         # of a later story about the same hero
+        characters["helper"] = draw_helper(grammar.words, rng, characters)
         cast = Cast(grammar, rng, characters)
         for slot, entries in self.lists.items():
             if slot not in ROLES:

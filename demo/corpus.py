@@ -1755,69 +1755,69 @@ class Story:
     def tell(self):
         """Make `text` of the beginning and `plot`: its start, a line for each that is named (for five at most), its turn, lines for three or four of
         these, one at most where it is to be brief, and its end."""
-        grammar, cast, rng, plot = self.grammar, self.cast, self.rng, self.plot
-        of_goal = self.goal.split() if self.goal and self.trouble != "wish" else ()
-        singular = grammar.nouns.singular
-        about = [(sort, phrase) for sort, phrase in self.named if singular(phrase.split()[-1]) not in map(singular, of_goal)][:5]
-        rivals = self.rivals(about)
-        self.absent = [phrase for _, phrase in about if phrase in rivals or is_said(self.begun, phrase.split()[-1], ABSENT)]
-        about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
-        cast["goal"] = self.goal
-        if self.trouble == "wish":
-            forms = conjugate(self.goal, grammar.words["irregular verbs"])
-            cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})     # he arrives
-            about = self.beside_the_wish(about)
-        where, told = {phrase: self.in_it(phrase) for sort, phrase in about if sort == "place"}, []
-
-        def line(key, it="", nth=0, texts=None):
-            """A text of KEY, of TEXTS or of the NTH third or half of all, so that the second noun is told of otherwise than the first."""
-            cast["it"] = it
-            parts = 3 if len(plot.lines[key]) > 5 else 2
-            texts = texts or (plot.lines[key][nth % parts::parts] if it else plot.lines[key])
-            if "event" in self.used and it == re.sub("^an? ", "the ", cast["event"]):       # it has no end to go to
-                texts = [text for text in texts if not re.search(r"\b(?:end|half|side) of x|around x", literal(text))] or texts
-            texts = [text for text in texts if text not in told] or [text for text in plot.lines[key] if text not in told] or texts
-            told.append(rng.choice(texts))
-            text = grammar.expand(told[-1], cast, rng)
-            if it in where:
-                text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[it][0].upper() + where[it][1:] if match[1] == "I" else where[it], text)
-            return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
-
-        starts = plot.lines["start"]
-        if self.trouble in ("wish", "want") and re.search(r"\b(?:want|wish)", self.begun):            # that is not said twice
-            starts = [text for text in starts if not WANTED.search(literal(text))] or starts
-        visit = []
+        rng, about, visit, self.lines_told = self.rng, self.to_be_told(), [], []
         if not about:
-            cast["visitor"] = rng.choice([each for each in VISITORS if each not in plot.words and not re.search(rf"\b{each}", self.begun.lower())])
-            about, visit = [("animal", f"the {cast['visitor']}")], [grammar.expand_rule("visitor", cast, rng)]
+            others = [each for each in VISITORS if each not in self.plot.words and not re.search(rf"\b{each}", self.begun.lower())]
+            self.cast["visitor"] = rng.choice(others)
+            about, visit = [("animal", f"the {self.cast['visitor']}")], [self.grammar.expand_rule("visitor", self.cast, rng)]
         self.brief &= len(about) < 4
         about *= 2 if len(about) == 1 and not self.brief else 1
-        lines = [(line(f"first {sort}", phrase, i), line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
+        lines = [(self.line(f"first {sort}", phrase, i), self.line(f"then {sort}", phrase, i)) for i, (sort, phrase) in enumerate(about)]
         living_first = sorted(rng.sample(range(len(lines)), len(lines)), key=lambda i: about[i][0] not in ("person", "animal"))
         again = sorted(living_first[:rng.choice([0, 0, 1] if self.brief else [3, 4])])
         gap = lambda: "\n\n" if rng.random() < 0.75 else " "
         firsts = visit + [first for first, _ in lines]
         if len(firsts) > 3:
             firsts[1] += "\n\n" + firsts.pop(2)
-        begun = " ".join([self.begun + gap() + line("start", texts=starts), *firsts])
-        then = " ".join([line("turn"), *(lines[i][1] for i in again)])
-        text = tidy(begun + "\n\n" + then + ("\n\n" if len(again) > 1 else gap()) + line("end"))
+        begun = " ".join([self.begun + gap() + self.line("start"), *firsts])
+        then = " ".join([self.line("turn"), *(lines[i][1] for i in again)])
+        text = tidy(begun + "\n\n" + then + ("\n\n" if len(again) > 1 else gap()) + self.line("end"))
         self.text, first = (self.begun + self.agreeing(each.replace(KEPT, "")[len(self.begun):]) for each in (text, tidy(begun)))
         self.length, self.until_start = len(first), len(tidy(begun[:begun.index(firsts[0])]))
         self.text = self.text[:self.length] + self.calling_by_kind(self.text[self.length:])
 
+    def to_be_told(self):
+        """[(sort, phrase)] of those that get a line, five at most: not what the trouble is about, nor what is absent. The cast gets goal and wish."""
+        singular, of_goal = self.grammar.nouns.singular, self.goal.split() if self.goal and self.trouble != "wish" else ()
+        about = [(sort, phrase) for sort, phrase in self.named if singular(phrase.split()[-1]) not in map(singular, of_goal)][:5]
+        rivals = self.rivals(about)
+        self.absent = [phrase for _, phrase in about if phrase in rivals or is_said(self.begun, phrase.split()[-1], ABSENT)]
+        about = [(sort, phrase) for sort, phrase in about if phrase not in self.absent]
+        self.cast["goal"] = self.goal
+        if self.trouble != "wish":
+            return about
+        forms = conjugate(self.goal, self.grammar.words["irregular verbs"])
+        self.cast.update({"wish": forms[0], "wish.past": re.sub("^went (?=to |in )", "got ", forms[2]), "wish.ing": forms[3]})        # he arrives
+        return self.beside_the_wish(about)
+
+    def line(self, key, it="", nth=0):
+        """A text of the plot's KEY, of the NTH third or half of all where it is of IT, so that the second noun is told of otherwise than the first; if
+        possible one that has not been told."""
+        self.cast["it"], lines, told = it, self.plot.lines[key], self.lines_told
+        texts = lines[nth % (parts := 3 if len(lines) > 5 else 2)::parts] if it else lines
+        if key == "start" and self.trouble in ("wish", "want") and re.search(r"\b(?:want|wish)", self.begun):            # that is not said twice
+            texts = [text for text in texts if not WANTED.search(literal(text))] or texts
+        if "event" in self.used and it == re.sub("^an? ", "the ", self.cast["event"]):       # it has no end to go to
+            texts = [text for text in texts if not re.search(r"\b(?:end|half|side) of x|around x", literal(text))] or texts
+        texts = [text for text in texts if text not in told] or [text for text in lines if text not in told] or texts
+        told.append(self.rng.choice(texts))
+        text = self.grammar.expand(told[-1], self.cast, self.rng)
+        if key.endswith(" place"):
+            where = self.in_it(it)
+            text = re.sub(rf"\b([Ii])n {re.escape(it)}\b", lambda match: where[0].upper() + where[1:] if match[1] == "I" else where, text)
+        return re.sub('^"?[a-z]', lambda match: match[0].upper(), text)
+
     def beside_the_wish(self, about):
         """[(sort, phrase)] of those in ABOUT that are not what is wished for; if there are none, of those that are there before the wish comes true."""
         in_it, yet_to_come = self.goal.split(), self.goal.startswith(YET_TO_COME)
-
-        def is_beside(sort, phrase):
-            last = phrase.split()[-1]
-            with_them = isinstance(self, PremiseStory) and re.search(rf"\b(?:with|for) (?:[a-z-]+ )*{re.escape(last)}$", self.goal)
-            return last not in in_it or sort == "person" and not yet_to_come or sort in ("person", "animal") and with_them
-
+        is_beside = lambda sort, last: last not in in_it or sort == "person" and not yet_to_come or sort in ("person", "animal") and self.comes_along(last)
         there = lambda phrase: re.search(rf"\b(?:an?|the|his|her) (?:[a-z]+ )?{re.escape(phrase.split()[-1])}\b", self.goal)
-        return [one for one in about if is_beside(*one)] or [
+        return [(sort, phrase) for sort, phrase in about if is_beside(sort, phrase.split()[-1])] or [
             (sort, phrase) for sort, phrase in about if sort != "place" and not yet_to_come and there(phrase)]     # not in circles around a place
+
+    def comes_along(self, noun):
+        """Whether NOUN of the wish is there already: who is only named in a user's beginning may have to be found."""
+        return False
 
     def rivals(self, about):
         """[phrase] of those in ABOUT, [(sort, phrase)], that is the other one of two who quarrel."""
@@ -2091,6 +2091,9 @@ class PremiseStory(Story):
         if self.trouble == "sorry" and "friend" in self.used and not {"friend", "pair"} & {*self.background, *self.cast}:
             heard = re.sub(r"\bthe one who should hear it\b", friend, self.text[self.length:])
             self.text = self.text[:self.length] + re.sub(r"\bThe one who should hear it\b", friend[0].upper() + friend[1:], heard)
+
+    def comes_along(self, noun):
+        return re.search(rf"\b(?:with|for) (?:[a-z-]+ )*{re.escape(noun)}$", self.goal) is not None
 
     def naming_him(self, core, other):
         """CORE with {hero} for its first {he}, where there is an OTHER who could be meant, and now and then else; of a pair with names alone."""

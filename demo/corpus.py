@@ -554,6 +554,12 @@ class Nouns:
 
 PRONOUNS = {"he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
             "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"}}
+
+# The word lists of what is drawn for every cast.
+LIST_OF = {"job": "jobs", "fear": "fears", "trait": "traits", "food": "foods", "color": "colors", "weather": "weathers", "home": "homes",
+           "animal": "animals", "nature": "nature", "event": "events"}
+
+# Whom a family calls by what he is: "Grandma".
 CALLED_BY_ROLE = {"mom", "dad", "mama", "papa", "mommy", "daddy", "grandma", "grandpa", "granny", "nana"}
 
 # Kinds that are of one sex.
@@ -635,8 +641,7 @@ class Cast(dict):
                 preposition, place = rng.choice(words["places"])
                 deed += " " + (rng.choice(words["ways"]) if rng.random() < 0.5 else f"{preposition} the {place}")
         self.verbs = conjugate(deed, words["irregular verbs"])
-        for slot, name in ("job", "jobs"), ("fear", "fears"), ("trait", "traits"), ("food", "foods"), ("color", "colors"), ("weather", "weathers"), \
-                ("home", "homes"), ("animal", "animals"), ("nature", "nature"), ("event", "events"):
+        for slot, name in LIST_OF.items():
             self[slot] = pick(slot, name)
         rng.randrange(64)                                       # drawn for nothing: keeps the documents of the shipped demo
         self["number"] = rng.choice(["two", "three", "four", "five", "six", "seven", "eight", "nine"])
@@ -1922,10 +1927,10 @@ LONG = re.compile(r"(?i)\blong(?: bedtime)? (?:story|tale|one)|\btake your time|
 
 
 class PremiseStory(Story):
-    """A plot told behind a Premise, which is told with all that is `used` of it, slots, of which those in `background` have no
-    part in what happens; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up, or None; `own_words` of
-    the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody wrote it or asked for
-    it, `asked` his request, and `topic` what it is about, in the story's order."""
+    """A plot told behind a Premise, `premise`, which is told with all that is `used` of it, slots, of which those in `background` have no
+    part in what happens, and `needs` may be asked for; `extra` [(slot, cast)] of a second thing or friend; `invented` the noun in it that was made up,
+    or None; `own_words` of the premise, of which nothing is told; `known` the hero, if he is of an earlier story, or None; `wanted` whether somebody
+    wrote it or asked for it, `asked` his request, `told` [(slot, cast)] of what that names, and `topic` what it is about, in the story's order."""
 
     def __init__(self, grammar, rng, premise, asked, known=None, begun=False):
         """Go on from PREMISE. ASKED: with members that have no part in it, and made-up nouns, which the request then names. KNOWN: it is about this

@@ -863,7 +863,7 @@ static size_t block_bytes(Type type) { return TILE * BLOCK * (type == Q8 ? 8 : t
  *     groups of 4, j = 0 to 7 in a block, and of each group a byte array [r][c % 4]:
  *     q8: array j holds q + 128.  q4: array j % 4 holds an index of the codebook, in the low nibble for j < 4, else in the high one.
  *     q6: 2 arrays, of which array j / 4 holds the code's low two bits at bit 2 (j % 4), then 4 with its upper four bits as in q4. */
-static size_t tile_bytes(Type type, size_t cols)
+static size_t bytes_of_tile(Type type, size_t cols)
 {
     switch (type) {
     case F32: return cols * TILE * 4;
@@ -884,7 +884,7 @@ static size_t tensor_bytes(const TensorRecord *t)
     if (t->type == VECTOR) return n * 4;
     if (t->rank < 2) return SIZE_MAX;
     size_t rows = t->shape[t->rank - 2], cols = t->shape[t->rank - 1];
-    return n / rows / cols * (round_up(rows, TILE) / TILE) * tile_bytes((Type)t->type, cols);
+    return n / rows / cols * (round_up(rows, TILE) / TILE) * bytes_of_tile((Type)t->type, cols);
 }
 
 /* Refuse a region [offset, offset + size) that leaves the file or is not aligned. */
@@ -1069,7 +1069,9 @@ static const float *bind_floats(Reader *r, const char *layer, const char *name, 
     return t ? (const float *)(r->file.data + t->offset) : NULL;
 }
 
-/* A matrix in tiles: shape [rows][cols] (count 0), [count][rows][cols], or, paired, [count][2][rows][cols]. */
+enum { SINGLE = 0 }; /* the `count` of a matrix that is no stack, and whose shape has no place for one */
+
+/* A matrix in tiles: shape [rows][cols] (count SINGLE), [count][rows][cols], or, paired, [count][2][rows][cols]. */
 static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int need, int count, bool paired, int rows,
                           int cols)
 {
@@ -1077,12 +1079,12 @@ static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int ne
     snprintf(full, sizeof full, "%s%s", layer, name);
     int shape[4] = {rows, cols, 1, 1}, stacked[4] = {count, rows, cols, 1}, pairs[4] = {count, 2, rows, cols};
     const TensorRecord *t =
-        want_shape(r, full, need, paired ? 4 : count ? 3 : 2, paired ? pairs : count ? stacked : shape);
-    Matrix m = {.rows = rows, .cols = cols, .count = count ? count : 1};
+        want_shape(r, full, need, paired ? 4 : count == SINGLE ? 2 : 3, paired ? pairs : count == SINGLE ? shape : stacked);
+    Matrix m = {.rows = rows, .cols = cols, .count = max_int(count, 1)};
     if (!t) return m;
     if (t->type == VECTOR) die("%s: tensor %s: wanted a matrix type, found float", r->file.path, full);
     m.type = (Type)t->type;
-    m.tile_bytes = tile_bytes(m.type, (size_t)cols);
+    m.tile_bytes = bytes_of_tile(m.type, (size_t)cols);
     m.matrix_bytes = t->size / (size_t)m.count;
     m.data = r->file.data + t->offset;
     return m;
@@ -1238,7 +1240,7 @@ static void bind_mlp(Reader *r, const Config *c, const char *layer, bool sparse,
     }
     if (E < 1 || c->num_experts_per_tok < 1 || c->num_experts_per_tok > E)
         die("%s: num_experts_per_tok: wanted 1 to num_experts %d, found %d", r->file.path, E, c->num_experts_per_tok);
-    mlp->gate = bind_matrix(r, layer, "mlp.gate", REQUIRED, 0, false, E, D);
+    mlp->gate = bind_matrix(r, layer, "mlp.gate", REQUIRED, SINGLE, false, E, D);
     mlp->gate_up_proj = bind_matrix(r, layer, "mlp.experts.gate_up_proj", REQUIRED, E, true, I, D);
     mlp->down_proj = bind_matrix(r, layer, "mlp.experts.down_proj", REQUIRED, E, false, D, I);
     mlp->shared_gate_up = bind_matrix(r, layer, "mlp.shared_expert.gate_up_proj", REQUIRED, 1, true, shared, D);
@@ -1250,13 +1252,13 @@ static void bind_mlp(Reader *r, const Config *c, const char *layer, bool sparse,
 static void bind_linear(Reader *r, const Config *c, const char *layer, LinearAttn *a)
 {
     int D = c->hidden_size, nv = c->linear_num_value_heads;
-    a->in_proj_qkvz = bind_matrix(r, layer, "linear_attn.in_proj_qkvz", REQUIRED, 0, false, c->conv_dim + c->value_dim, D);
-    a->in_proj_ba = bind_matrix(r, layer, "linear_attn.in_proj_ba", REQUIRED, 0, false, 2 * nv, D);
+    a->in_proj_qkvz = bind_matrix(r, layer, "linear_attn.in_proj_qkvz", REQUIRED, SINGLE, false, c->conv_dim + c->value_dim, D);
+    a->in_proj_ba = bind_matrix(r, layer, "linear_attn.in_proj_ba", REQUIRED, SINGLE, false, 2 * nv, D);
     a->conv1d = bind_floats(r, layer, "linear_attn.conv1d", REQUIRED, c->linear_conv_kernel_dim, c->conv_dim);
     a->A_log = bind_floats(r, layer, "linear_attn.A_log", REQUIRED, nv, 0);
     a->dt_bias = bind_floats(r, layer, "linear_attn.dt_bias", REQUIRED, nv, 0);
     a->norm = bind_floats(r, layer, "linear_attn.norm", REQUIRED, c->linear_value_head_dim, 0);
-    a->out_proj = bind_matrix(r, layer, "linear_attn.out_proj", REQUIRED, 0, false, D, c->value_dim);
+    a->out_proj = bind_matrix(r, layer, "linear_attn.out_proj", REQUIRED, SINGLE, false, D, c->value_dim);
 }
 
 /* The tensors of a gated attention mixer. */
@@ -1264,11 +1266,11 @@ static void bind_attention(Reader *r, const Config *c, const char *layer, SelfAt
 {
     int D = c->hidden_size, hd = c->head_dim, q_dim = c->num_attention_heads * hd;
     int rows = 2 * q_dim + 2 * c->num_key_value_heads * hd;
-    a->qgkv_proj = bind_matrix(r, layer, "self_attn.qgkv_proj", REQUIRED, 0, false, rows, D);
+    a->qgkv_proj = bind_matrix(r, layer, "self_attn.qgkv_proj", REQUIRED, SINGLE, false, rows, D);
     a->qgkv_bias = bind_floats(r, layer, "self_attn.qgkv_bias", OPTIONAL, rows, 0);
     a->q_norm = bind_floats(r, layer, "self_attn.q_norm", REQUIRED, hd, 0);
     a->k_norm = bind_floats(r, layer, "self_attn.k_norm", REQUIRED, hd, 0);
-    a->o_proj = bind_matrix(r, layer, "self_attn.o_proj", REQUIRED, 0, false, D, q_dim);
+    a->o_proj = bind_matrix(r, layer, "self_attn.o_proj", REQUIRED, SINGLE, false, D, q_dim);
     a->o_bias = bind_floats(r, layer, "self_attn.o_bias", OPTIONAL, D, 0);
 }
 
@@ -1309,7 +1311,7 @@ static void bind_mtp(Reader *r, const Config *c, Mtp *mtp)
 {
     const char *layer = "mtp.layers.0.";
     int D = c->hidden_size;
-    mtp->fc = bind_matrix(r, "", "mtp.fc", OPTIONAL, 0, false, D, 2 * D);
+    mtp->fc = bind_matrix(r, "", "mtp.fc", OPTIONAL, SINGLE, false, D, 2 * D);
     if (!mtp->fc.data) return;
     mtp->pre_fc_norm_embedding = bind_floats(r, "", "mtp.pre_fc_norm_embedding", REQUIRED, D, 0);
     mtp->pre_fc_norm_hidden = bind_floats(r, "", "mtp.pre_fc_norm_hidden", REQUIRED, D, 0);
@@ -1360,16 +1362,16 @@ static void bind_head(Reader *r, Model *m)
     free(kind.data);
     h->pad_token_id = meta_int(r, "pad_token_id", -1, m->config.vocab_size - 1, -1);
     if (h->kind == CAUSAL_LM) {
-        h->weight = bind_matrix(r, "", "lm_head", OPTIONAL, 0, false, m->config.vocab_size, D);
+        h->weight = bind_matrix(r, "", "lm_head", OPTIONAL, SINGLE, false, m->config.vocab_size, D);
         if (!h->weight.data) h->weight = m->embed_tokens;
     } else if (h->kind == QUESTION_ANSWERING) {
-        h->weight = bind_matrix(r, "", "qa_outputs", REQUIRED, 0, false, 2, D);
+        h->weight = bind_matrix(r, "", "qa_outputs", REQUIRED, SINGLE, false, 2, D);
         h->bias = bind_floats(r, "", "qa_outputs_bias", OPTIONAL, 2, 0);
     } else {
         const MetaRecord *list = find_meta(r, "labels", META_LIST);
         int n = list && list->count <= MAX_LABELS ? (int)list->count : 0;
         if (!n) die("%s: key labels: wanted 1 to %d names, found %u", r->file.path, MAX_LABELS, list ? list->count : 0);
-        h->weight = bind_matrix(r, "", "score", REQUIRED, 0, false, n, D);
+        h->weight = bind_matrix(r, "", "score", REQUIRED, SINGLE, false, n, D);
         h->bias = bind_floats(r, "", "score_bias", OPTIONAL, n, 0);
         h->labels = read_labels(r, list);
     }
@@ -1401,7 +1403,7 @@ static Model open_model(const char *path)
     read_defaults(&r, &m);
     read_chat(&r, &m.chat);
     int V = m.config.vocab_size, D = m.config.hidden_size;
-    m.embed_tokens = bind_matrix(&r, "", "embed_tokens", REQUIRED, 0, false, V, D);
+    m.embed_tokens = bind_matrix(&r, "", "embed_tokens", REQUIRED, SINGLE, false, V, D);
     bind_layers(&r, &m);
     m.norm = bind_floats(&r, "", "norm", REQUIRED, D, 0);
     bind_head(&r, &m);
@@ -1536,7 +1538,7 @@ static void matrix_row(const Matrix *m, const int8_t *levels, int row, float *ou
         } else if (m->type == BF16) {
             out[c] = bf16_to_float(((const uint16_t *)tile)[(c / 2 * TILE + r) * 2 + c % 2]);
         } else { /* quantized: scales of a superblock, then groups of 4 columns: 16 rows x 4 */
-            const uint8_t *super = tile + (size_t)(c / SUPER) * tile_bytes(m->type, SUPER);
+            const uint8_t *super = tile + (size_t)(c / SUPER) * bytes_of_tile(m->type, SUPER);
             int block = c % SUPER / BLOCK, j = c % BLOCK / 4, byte = r * 4 + c % 4; /* group j of 4 columns */
             uint16_t bits = ((const uint16_t *)super)[block * TILE + r];
             float scale = bf16_to_float(bits);
@@ -1726,6 +1728,20 @@ static int gdn_rows(const Pass *p) { return p->e->state.tape_len + p->n; }
 /* How many of them S and conv take in: tokens on trial are not among them. */
 static int gdn_kept_rows(const Pass *p) { return p->e->state.tape_len + (p->trial ? 0 : p->n); }
 
+/* raw [kernel - 1][count] = the last inputs of conv that are kept, of `count` channels from `first`: as far as the batch does not reach
+ * back, those of conv_state. */
+static void last_inputs(const Pass *p, const float *conv_state, int first, int count, float *raw)
+{
+    const Work *w = &p->e->work;
+    int history = p->e->model.config.linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
+    for (int j = 0; j < history; j++) {
+        int src = kept - history + j; /* a row; below zero: j + kept in the old state */
+        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld
+                                   : conv_state + (size_t)(j + kept) * (size_t)p->e->model.config.conv_dim;
+        memcpy(raw + j * count, in + first, (size_t)count * sizeof *raw);
+    }
+}
+
 /* One head of q, k or v, all rows: convolve in place, last row first, so that no input is overwritten before it has
  * been used; then scale queries and keys (unit length; queries, as in attention, also by 1 / sqrt(dk)). The state
  * becomes the last kernel - 1 raw inputs kept. */
@@ -1736,16 +1752,12 @@ static void gdn_conv(void *arg, int item, int thread)
     const Work *w = &p->e->work;
     int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, qk = 2 * c->linear_num_key_heads;
     int width = item < qk ? dk : dv, first = item < qk ? item * dk : 2 * c->key_dim + (item - qk) * dv;
-    int history = c->linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
+    int history = c->linear_conv_kernel_dim - 1;
     size_t row = (size_t)c->conv_dim, bytes = (size_t)width * sizeof(float);
-    float *state = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer;
+    float *state = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer; /* [history][conv_dim] */
     float *out = thread_scratch(w, thread), *tmp = out + width; /* [width] each */
     float *raw = tmp + width; /* [history][width] */
-    for (int j = 0; j < history; j++) {
-        int src = kept - history + j; /* a row; below zero: j + kept in the old state */
-        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld : state + (size_t)(j + kept) * row;
-        memcpy(raw + j * width, in + first, bytes);
-    }
+    last_inputs(p, state, first, width, raw);
     for (int t = gdn_rows(p) - 1; t >= 0; t--) {
         conv_silu(p, state, first, width, t, out, tmp);
         if (item < qk) l2norm(p->e->kernels, out, dk, item < qk / 2 ? 1 / sqrtf((float)dk) : 1);
@@ -1797,10 +1809,11 @@ static void gdn_head(void *arg, int h, int thread)
     float *tmp = beta + GDN_CHUNK;         /* [2 dvp] for gated_norm */
     float *trial = tmp + 2 * dvp;          /* [dk][TILE] copy of 16 columns of S */
     for (int t0 = 0; t0 < rows; t0 += GDN_CHUNK) {
-        int chunk = min_int(GDN_CHUNK, rows - t0), stay = max_int(0, min_int(chunk, kept - t0));
+        int chunk = min_int(GDN_CHUNK, rows - t0);
+        int stay = max_int(0, min_int(chunk, kept - t0)); /* so many of its rows S takes in; the others are on trial */
         const float *q = w->proj + (size_t)t0 * w->proj_ld + kh * dk, *k = q + c->key_dim;
         const float *v = w->proj + (size_t)t0 * w->proj_ld + 2 * c->key_dim + h * dv;
-        size_t on = (size_t)stay * w->proj_ld; /* to the first row on trial */
+        size_t to_trial = (size_t)stay * w->proj_ld; /* from the chunk's first row to its first on trial */
         gdn_gates(p, h, t0, chunk, decay, beta);
         /* The delta rule, 16 columns j at a time (FN(delta_rule) in section 15); for each token, over all i < dk:
          *     S[i][j] *= decay;              u[j] = beta (v[j] - sum of S[i][j] k[i])
@@ -1811,8 +1824,8 @@ static void gdn_head(void *arg, int h, int thread)
             if (stay) e->kernels->delta_rule(s, dk, stay, q, k, v + col, w->proj_ld, decay, beta, o + col, dvp);
             if (stay == chunk) continue;
             memcpy(trial, s, (size_t)dk * TILE * sizeof *s); /* the others see a copy, which is forgotten */
-            e->kernels->delta_rule(trial, dk, chunk - stay, q + on, k + on, v + on + col, w->proj_ld, decay + stay,
-                                   beta + stay, o + stay * dvp + col, dvp);
+            e->kernels->delta_rule(trial, dk, chunk - stay, q + to_trial, k + to_trial, v + to_trial + col, w->proj_ld,
+                                   decay + stay, beta + stay, o + stay * dvp + col, dvp);
         }
         for (int t = max_int(0, e->state.tape_len - t0); t < chunk; t++) {
             size_t token = (size_t)(t0 + t - e->state.tape_len);

@@ -3472,8 +3472,8 @@ BREAKS = {
     "no l2norm of keys": [("if (item < qk) l2norm(", "if (item < qk / 2) l2norm(")],
     "no dt_bias": [("+ a->dt_bias[h])", ")")],
     "decay of the wrong sign": [("expf(-expf(a->A_log[h])", "expf(-expf(-a->A_log[h])")],
-    "convolution forgets the last batch": [("src >= 0 ? w->proj + (size_t)src * w->proj_ld\n",
-                                            "1 ? w->proj + (size_t)(src < 0 ? 0 : src) * w->proj_ld\n")],
+    "convolution forgets the last batch": [("src >= 0 ? w->proj + (size_t)src * w->proj_ld\n                                   : conv_state + (size_t)(src + taps - 1)",
+                                            "1 ? w->proj + (size_t)(src < 0 ? 0 : src) * w->proj_ld\n                                   : conv_state + (size_t)(src + taps - 1)")],
     "rotary angles one percent off": [("(double)(pos + t) * m->inv_freq[i]",
                                             "(double)(pos + t) * 1.01 * m->inv_freq[i]")],
     "no shared expert": [("w->row_weight[row + t] = w->shared_weight[t];", "w->row_weight[row + t] = 0;")],
@@ -6183,14 +6183,19 @@ def test_stories_that_nobody_asked_for_by_what_is_in_them():
 
 def test_what_was_asked_for_is_said_again_in_one_order():
     """However a user lists hero, friend, thing and place, the story's first sentence has them in this order; what has no part in it comes behind them."""
-    corpus = demo_module("corpus")
-    for i in range(40):
-        story = corpus.PremiseStory(grammar(), random.Random(f"test {i}"), grammar().premises["want"], asked=True)
+    corpus, told = demo_module("corpus"), 0
+    for i in range(60):
+        try:
+            story = corpus.PremiseStory(grammar(), random.Random(f"test {i}"), grammar().premises["want"], asked=True)
+        except ValueError:                                      # what was drawn cannot be told
+            continue
+        told += 1
         story.begun, story.needs, cast = "", ["friend", "place", "thing"], story.cast
         members = [(slot, cast) for slot in ("nature", "place", "thing", "friend", "hero")]
         kinds = [cast.characters[role].kind for role in ("hero", "friend")]
         wanted = f"a {kinds[0]} and a {kinds[1]}, with a {cast.thing}, {cast['at place']}, and of {cast['nature']}"
         assert {corpus.in_order(story, "", random.Random(n).sample(members, 5), bare=True) for n in range(9)} == {wanted}
+    assert told > 40
 
 
 def test_titles_are_for_names_that_a_user_gives():
@@ -6722,8 +6727,8 @@ def test_a_cast_that_cannot_be():
 
 
 def test_two_of_a_kind_are_asked_for():
-    """No story is of two foxes whose request does not say so: any fox's friend would be a fox now and then."""
-    corpus, rng, pairs = demo_module("corpus"), random.Random("pairs"), 0
+    """No story is of two foxes, of whom one has no name, whose request does not say "two foxes", and hardly any of two who both have one."""
+    corpus, rng, pairs, alike, told = demo_module("corpus"), random.Random("pairs"), 0, 0, 0
     while pairs < 40:
         story = corpus.tell(grammar(), rng)
         hero, friend = (story.cast.characters[role] for role in ("hero", "friend"))
@@ -6732,7 +6737,9 @@ def test_two_of_a_kind_are_asked_for():
             pairs += 1
             assert story.cast["pair"].lower() in asked.lower(), (story.cast["pair"], asked)
         elif isinstance(story, corpus.PremiseStory) and "friend" in story.needs and hero.kind not in ("boy", "girl"):
-            assert hero.kind != friend.kind, story.text
+            assert hero.kind != friend.kind or hero.name and friend.name, story.text
+            told, alike = told + 1, alike + (hero.kind == friend.kind)
+    assert told > 200 and alike <= told / 100, (alike, told)
 
 
 def test_a_kind_of_one_sex():

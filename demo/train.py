@@ -429,7 +429,7 @@ def export(folder, model, tokenizer, context):
         norm_topk_prob=True, output_router_logits=False, router_aux_loss_coef=0.001, bos_token_id=end,
         eos_token_id=im_end, torch_dtype="bfloat16")
     generation = dict(bos_token_id=end, pad_token_id=end, eos_token_id=[im_end, end], do_sample=True,
-                      temperature=0.7, top_k=20, top_p=0.8)
+                      temperature=0.5, top_k=20, top_p=0.8)
     added = {tokenizer.token_to_id(text): dict(content=text, lstrip=False, normalized=False, rstrip=False,
                                                single_word=False, special=True) for text in SPECIAL}
     tokenizer_config = dict(

@@ -1071,15 +1071,16 @@ static const float *bind_floats(Reader *r, const char *layer, const char *name, 
 
 enum { SINGLE = 0 }; /* the `count` of a matrix that is no stack, and whose shape has no place for one */
 
-/* A matrix in tiles: shape [rows][cols] (count SINGLE), [count][rows][cols], or, paired, [count][2][rows][cols]. */
+/* A matrix in tiles; data NULL for an OPTIONAL one that is absent. Its shape is [rows][cols] (count SINGLE), of a stack
+ * [count][rows][cols], of a stack of gate_up pairs [count][2][rows][cols]. A dense or shared network is a stack of one. */
 static Matrix bind_matrix(Reader *r, const char *layer, const char *name, int need, int count, bool paired, int rows,
                           int cols)
 {
     char full[160];
     snprintf(full, sizeof full, "%s%s", layer, name);
-    int shape[4] = {rows, cols, 1, 1}, stacked[4] = {count, rows, cols, 1}, pairs[4] = {count, 2, rows, cols};
-    const TensorRecord *t =
-        want_shape(r, full, need, paired ? 4 : count == SINGLE ? 2 : 3, paired ? pairs : count == SINGLE ? shape : stacked);
+    int plain[4] = {rows, cols, 1, 1}, stack[4] = {count, rows, cols, 1}, pairs[4] = {count, 2, rows, cols};
+    int rank = paired ? 4 : count == SINGLE ? 2 : 3;
+    const TensorRecord *t = want_shape(r, full, need, rank, rank == 4 ? pairs : rank == 3 ? stack : plain);
     Matrix m = {.rows = rows, .cols = cols, .count = max_int(count, 1)};
     if (!t) return m;
     if (t->type == VECTOR) die("%s: tensor %s: wanted a matrix type, found float", r->file.path, full);
@@ -1703,8 +1704,9 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
  * drafts (10a) the tokens of a forward on trial may be taken back, but S cannot: such a forward works on a copy of S, its raw inputs
  * go on a tape, and the next forward walks through as many of them first as were kept. */
 
-/* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of token t for
- * `count` channels from `first`; inputs before row 0 come from the state. s: scratch [count] */
+/* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of row t (the
+ * tape's first, see gdn_rows) for `count` channels from `first`; inputs before row 0 come from conv_state [kernel - 1][conv_dim].
+ * s: scratch [count] */
 static void conv_silu(const Pass *p, const float *conv_state, int first, int count, int t, float *out, float *s)
 {
     const Config *c = &p->e->model.config;
@@ -1728,23 +1730,23 @@ static int gdn_rows(const Pass *p) { return p->e->state.tape_len + p->n; }
 /* How many of them S and conv take in: tokens on trial are not among them. */
 static int gdn_kept_rows(const Pass *p) { return p->e->state.tape_len + (p->trial ? 0 : p->n); }
 
-/* raw [kernel - 1][count] = the last inputs of conv that are kept, of `count` channels from `first`: as far as the batch does not reach
- * back, those of conv_state. */
+/* raw [kernel - 1][count] = the last raw inputs of conv as they are after the rows kept, oldest first, of `count` channels from `first`:
+ * where fewer rows than that are kept, the first of them from conv_state [kernel - 1][conv_dim]. */
 static void last_inputs(const Pass *p, const float *conv_state, int first, int count, float *raw)
 {
     const Work *w = &p->e->work;
     int history = p->e->model.config.linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
     for (int j = 0; j < history; j++) {
-        int src = kept - history + j; /* a row; below zero: j + kept in the old state */
+        int src = kept - history + j; /* a row of proj; below zero, row src + history of conv_state */
         const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld
                                    : conv_state + (size_t)(j + kept) * (size_t)p->e->model.config.conv_dim;
         memcpy(raw + j * count, in + first, (size_t)count * sizeof *raw);
     }
 }
 
-/* One head of q, k or v, all rows: convolve in place, last row first, so that no input is overwritten before it has
- * been used; then scale queries and keys (unit length; queries, as in attention, also by 1 / sqrt(dk)). The state
- * becomes the last kernel - 1 raw inputs kept. */
+/* Item: a head of q, then of k, then of v, as their channels lie in a row of proj. All rows: convolve in place, last row first, so that
+ * no input is overwritten before it has been used; then scale queries and keys (unit length; queries, as in attention, also by
+ * 1 / sqrt(dk)). The state becomes the last kernel - 1 raw inputs kept. */
 static void gdn_conv(void *arg, int item, int thread)
 {
     const Pass *p = arg;
@@ -1757,7 +1759,7 @@ static void gdn_conv(void *arg, int item, int thread)
     float *state = p->e->state.conv + (size_t)p->layer->linear.index * p->e->state.conv_layer; /* [history][conv_dim] */
     float *out = thread_scratch(w, thread), *tmp = out + width; /* [width] each */
     float *raw = tmp + width; /* [history][width] */
-    last_inputs(p, state, first, width, raw);
+    last_inputs(p, state, first, width, raw); /* before the rows are overwritten; conv_silu needs the old state, so it changes last */
     for (int t = gdn_rows(p) - 1; t >= 0; t--) {
         conv_silu(p, state, first, width, t, out, tmp);
         if (item < qk) l2norm(p->e->kernels, out, dk, item < qk / 2 ? 1 / sqrtf((float)dk) : 1);
@@ -1802,12 +1804,12 @@ static void gdn_head(void *arg, int h, int thread)
     Work *w = &e->work;
     int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, dvp = c->dvp;
     int kh = h / (c->linear_num_value_heads / c->linear_num_key_heads), rows = gdn_rows(p), kept = gdn_kept_rows(p);
-    float *S = e->state.S + (size_t)p->layer->linear.index * e->state.S_layer + (size_t)h * (size_t)(dk * dvp);
+    float *S = e->state.S + (size_t)p->layer->linear.index * e->state.S_layer + (size_t)h * (size_t)(dk * dvp); /* [dvp / TILE][dk][TILE] */
     float *o = thread_scratch(w, thread);  /* [GDN_CHUNK][dvp] */
     float *decay = o + GDN_CHUNK * dvp;    /* [GDN_CHUNK] */
     float *beta = decay + GDN_CHUNK;       /* [GDN_CHUNK] */
     float *tmp = beta + GDN_CHUNK;         /* [2 dvp] for gated_norm */
-    float *trial = tmp + 2 * dvp;          /* [dk][TILE] copy of 16 columns of S */
+    float *trial = tmp + 2 * dvp;          /* [dk][TILE] copy of TILE columns of S */
     for (int t0 = 0; t0 < rows; t0 += GDN_CHUNK) {
         int chunk = min_int(GDN_CHUNK, rows - t0);
         int stay = max_int(0, min_int(chunk, kept - t0)); /* so many of its rows S takes in; the others are on trial */
@@ -1815,7 +1817,7 @@ static void gdn_head(void *arg, int h, int thread)
         const float *v = w->proj + (size_t)t0 * w->proj_ld + 2 * c->key_dim + h * dv;
         size_t to_trial = (size_t)stay * w->proj_ld; /* from the chunk's first row to its first on trial */
         gdn_gates(p, h, t0, chunk, decay, beta);
-        /* The delta rule, 16 columns j at a time (FN(delta_rule) in section 15); for each token, over all i < dk:
+        /* The delta rule, TILE columns j at a time (FN(delta_rule) in section 15); for each token, over all i < dk:
          *     S[i][j] *= decay;              u[j] = beta (v[j] - sum of S[i][j] k[i])
          *     S[i][j] += k[i] u[j];          o[j] = sum of S[i][j] q[i]
          * Columns from dv to dvp are computed from what lies behind the head's v, and read by nobody. */
@@ -1827,6 +1829,7 @@ static void gdn_head(void *arg, int h, int thread)
             e->kernels->delta_rule(trial, dk, chunk - stay, q + to_trial, k + to_trial, v + to_trial + col, w->proj_ld,
                                    decay + stay, beta + stay, o + stay * dvp + col, dvp);
         }
+        /* the tape's rows had their outputs when they were on trial */
         for (int t = max_int(0, e->state.tape_len - t0); t < chunk; t++) {
             size_t token = (size_t)(t0 + t - e->state.tape_len);
             const float *z = w->proj + (size_t)(t0 + t) * w->proj_ld + c->conv_dim + h * dv;
@@ -1834,6 +1837,8 @@ static void gdn_head(void *arg, int h, int thread)
         }
     }
 }
+/* Rows are at most MAX_TRIAL of the tape and MAX_TRIAL on trial. All must be of one chunk: the next would begin with S, not with
+ * the copy. */
 _Static_assert(2 * MAX_TRIAL <= GDN_CHUNK, "a trial's rows are walked through in one piece");
 
 /* Put the tape's rows before the batch's, and the batch's, when it is on trial, on the tape. */

@@ -3,13 +3,14 @@
     python demo/corpus.py
 
 Each line of the result is a JSON list of strings, a whole document: a plain story, a chat in ChatML, or a request or beginning and only the
-first words of its story; the strings are in turn only read and learned. What can happen stands in tales/*.txt, what can be said in talk.txt, the
-words in words.txt; this file only knows how to put them together. See notation.txt for how those files are written. `--show NAME` prints stories
-to read, of a premise, plot or situation; `--check` looks for slips.
+first part of its story; the strings are in turn only read and learned. What can happen stands in tales/*.txt, what can be said in talk.txt, the
+words in words.txt; this file puts them together, and holds the word lists by which it reads a beginning. See notation.txt for how those files are
+written. `--show NAME` prints stories to read, of a premise, plot or situation; `--check` looks for slips.
 
-A story is a plot told behind a beginning. Where a user asks for it, the beginning is a premise's: its *cast* is drawn first, hero, friend, thing,
-place, deed and so on; the request names some of its members, the story uses all: so a model that learns to predict the story must look at the
-request. Where a user begins it, the beginning is a situation's, or one of openings.txt and beginnings.txt, and the plot tells of all that it names.
+A story is a plot told behind a beginning. Where a user asks for it, the beginning is mostly a premise's: its *cast* is drawn first, hero, friend,
+thing, place, deed and so on; the story tells of some members, and the request names those that it could not guess: so a model that learns to predict
+the story must look at the request. Or it is a situation's, asked for by what happens there. Where a user begins it, the beginning is a situation's or
+a premise's, or one of openings.txt and beginnings.txt, and the plot tells of what it names.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-# 1. Text with alternatives: "(a|b)", "{slot}", "<rule>"
+# 1. Text with alternatives: "(a|b)", "{slot}", "<rule>", and what is in it
 
 PIECES = re.compile(r"[()|]|\{[^{}]*\}|<[a-z][a-zA-Z0-9 _-]*>|[^()|{}<]+|[<{}]")
 
@@ -79,6 +80,45 @@ def parse(text):
     return stack[0][0]
 
 
+def settled(grammar, text, rng):
+    """A parsed TEXT with its alternatives and rules drawn: a Sequence of str and Slot."""
+    out = Sequence()
+    for piece in text:
+        out += (settled(grammar, rng.choice(piece), rng) if isinstance(piece, Choice)
+                else settled(grammar, rng.choice(grammar.rules[piece]), rng) if isinstance(piece, Rule) else [piece])
+    return out
+
+
+def literal(text):
+    """A parsed text with the first of its alternatives, "x" for each slot."""
+    return "".join(piece if type(piece) is str else literal(piece[0]) if isinstance(piece, Choice) else "x" for piece in text)
+
+
+def literal_of_all(text):
+    """A parsed text with all of its alternatives, one behind the other."""
+    return " ".join(piece if type(piece) is str else " ".join(map(literal_of_all, piece)) if isinstance(piece, Choice) else "x" for piece in text)
+
+
+def words_of(text):
+    """All words of a parsed text, in small letters."""
+    return set(re.findall("[a-z]+", literal_of_all(text).lower()))
+
+
+def roots(phrase):
+    """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"; a set of one's own."""
+    return set((phrase if isinstance(phrase, Sequence) else Sequence(phrase)).roots)
+
+
+def slots(sequence):
+    """All slot names in a parsed text."""
+    for piece in sequence:
+        if isinstance(piece, Slot):
+            yield str(piece)
+        elif isinstance(piece, Choice):
+            for alternative in piece:
+                yield from slots(alternative)
+
+
 class Grammar:
     """All rules, plots, situations, premises, beginnings (`openings`), talk and words. `rules[name]` is a list of Sequences, one of which is drawn;
     `questions[name]` one of (question, answer); `plots_for[trouble]` the plots that can be told behind a beginning with this trouble;
@@ -103,7 +143,7 @@ class Grammar:
         self.situations_of = {"any words": [each for each in situations if each.fits_any],
                               "a situation": [each for each in situations if not each.fits_any],
                               "one's own": [each for each in situations if each.told_by_one]}
-        self.own_openings = [opening for opening in self.openings if opening.kind is None]
+        self.any_openings = [opening for opening in self.openings if opening.kind is None]
         read_talk(folder / "talk.txt", self)
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
@@ -420,7 +460,7 @@ class HeldOut:
 NEW_NOUN = re.compile(r"\b(?:[Aa]n?|[Tt]he|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[A-Z][a-z]+'s) ((?:[a-z]+ ){0,2}?)([a-z]{3,})(?=[.,!?;]| (?:in|on|at|of|with|"
                       r"that|who|and|to|from|under|behind|for|by|near|was|were|had|inside|which)\b|'s\b)")
 
-# Somebody who is called so; of the titles a few alone, as that keeps the documents of the shipped demo.
+# Somebody who is called so: only a few of TITLED; more would change the shipped demo's documents.
 CALLED = re.compile(r"\b(?:(?:Mrs\.|Mr\.|Captain|Uncle|Aunt) [A-Z]\w+|Mom|Dad|Mommy|Daddy|Grandma|Grandpa)\b")
 
 # What somebody wishes for, "wanted to go swimming", up to where the wish ends; but not what is of somebody else, or just a way of speaking.
@@ -570,8 +610,9 @@ SEX = dict.fromkeys("cow hen mare ewe doe nanny-goat".split() + ["queen bee"], "
 
 
 class Character:
-    """Somebody in a story. `kind` "fox", `name` "Pip" or None, `gender` "he" or "she", `owner` the hero whose family it is, or None;
-    `bond` what the hero calls this friend, when there is a name: "friend", "sister"."""
+    """Somebody in a story. `kind` "fox", `name` "Pip" or None, `gender` "he" or "she", of a hero read off a beginning also "I", "it" or "they";
+    `adjective` with which it is introduced, or ""; `owner` the hero whose family it is, or None; `bond` what the hero calls
+    this friend, when there is a name: "friend", "sister"."""
 
     def __init__(self, kind, name, gender, owner=None, adjective=""):
         self.kind, self.name, self.gender, self.owner, self.adjective, self.bond = kind, name, gender, owner, adjective, "friend"
@@ -805,8 +846,8 @@ def draw_hero(words, rng, characters):
 
 
 def entitle(words, rng, hero):
-    """Give HERO now and then a title, "Captain Flora". Only where users name the hero: drawn at a low temperature, "Captain" would otherwise be
-    likelier than any one of a thousand names, and all heroes captains."""
+    """Give HERO now and then a title, "Captain Flora". Only in beginnings, which users write: "Captain" is likelier than any one
+    of a thousand names, and a model that draws at a low temperature would else call all heroes so."""
     if hero.name and not hero.kind.endswith(("boy", "girl")) and rng.random() < 0.12:
         hero.name = f"{rng.choice(words[f'{hero.gender} titles'])} {hero.name}"
 
@@ -981,7 +1022,7 @@ ASKED_WITH = {"quarrel": re.compile(r"\b(?:both|each|neither|quarrel|fight|fough
 YET_TO_COME = tuple(f"{verb} " for verb in "join make build bake cook paint draw knit sew write invent carve grow weave get find buy have be become win see "
                                            "meet visit bring carry take deliver ride open".split())
 
-# The words by which it says that NOUN is not there, or not any more.
+# The words by which a beginning says that NOUN is not there, or not any more.
 ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some )?{NOUN}\b|\b(?:no|without|ate|eaten|swallowed|sold|spilled|forgot|forgotten|"
                     rf"lost)(?: (?:an?|the|one|only an?|any|my|your|his|her|[A-Z]\w*'s))?"
                     rf"(?: last)? {NOUN}\b|\b(?:for|with) (?:his|her|my) last {NOUN}\b|"
@@ -992,7 +1033,7 @@ ABSENT = re.compile(rf"(?i)\b(?:hungry for|waiting for|in want of) (?:an? |some 
                     rf"{NOUN},? (?:and )?went (?:away|off|out|home)\b|"
                     rf"\blooking for (?:an?|the|his|her|my) {NOUN}\b|{NOUN} [^.]*\band was gone\b")
 
-# It, with an article and an adjective, and those behind which it is not told of as there.
+# How a beginning names NOUN, with an article and an adjective; and what stands before it where it is only spoken of, not there: "like a NOUN".
 ADJECTIVE = (r"(?:(?!(?:as|like|from|to|for|at|am|i'm|than|until|during|before|about|each|every|single|no|any|another|since|play(?:ed|ing)?|hear|heard|smell|"
              r"smelled|"
              r"an?|the|his|her|my|our|their|your|and|or|but|in|on|of|by|with|under|behind|near|into|over|named|called|had|has|who|that) )[a-z-]+ )")
@@ -1012,7 +1053,7 @@ NOT_THERE = re.compile(r"\b(?:like|(?!and|but|not)[a-z]{3,} as|(?:back|home|away
                        r"play(?:ing|ed)?(?: at)?|(?:back|home|in time) for|(?:hear|heard|smell|smelled)|"
                        r"(?:take|took|bring|brought|carry|carried|send|sent)\b[^.]* to) $")
 
-# The words by which it says whose kin somebody is, and where something is.
+# The words by which a beginning says whose kin somebody is, and where something is.
 KIN = re.compile(r"\b(?:his|her|their|[A-Z]\w*'s) (?:[a-z]+ )?"
                  r"(?:mom|mommy|mother|mama|dad|daddy|father|papa|cousin|twin|(?:grand)?(?:ma|pa)|brother|sister|wife|husband|son|daughter)\b")
 WHERE = "(in|at|on|under|by|near|behind)"
@@ -1028,7 +1069,7 @@ TITLED = {**dict.fromkeys("Mr. Uncle Grandpa King Prince Sir Brother".split(), "
 TITLES = {"he": ["Mr.", "Mr.", "Uncle", "Grandpa", "Old", "Little", "Captain"],
           "she": ["Mrs.", "Miss", "Aunt", "Grandma", "Granny", "Old", "Little"]}
 
-# Who and what a premise may have besides its hero; those of them that can be told of behind any other, and how often each is.
+# Who and what a premise may have besides its hero; what any premise may have in addition, with no part in what happens, and how often each is.
 MEMBERS = ("friend", "place", "thing", "nature", "event")
 BACKGROUND = {"friend": 26, "thing": 26, "place": 24, "second thing": 8, "second friend": 4, "nature": 3, "event": 2, "food": 3, "trait": 3, "weather": 2}
 IN_ORDER = ["trait", "place", "thing", "food", "weather", "nature", "event", "friend"]       # the friend last: "he" is the hero until then
@@ -1350,18 +1391,19 @@ def places_of(part, text):
 
 
 class Story:
-    """A plot told behind a beginning: `text`, of which the first `length` characters are up to the plot's turn, and the first `until_start` up to its
-    start; `begun` the beginning, `cast` who is in it; `source` what it goes on from. `foreign` whether the beginning is told as a user's, `own` whether
-    it is one of ours as it stands. `named` [(sort, phrase)] is what the beginning names, but its hero, in its order: ("thing", "the red kite"),
-    ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it
-    names first. `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money",
-    or the other one of two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort. If it was asked for, `deeds`
-    what its hero does, "loses her hat", or `happening` what else happens, "all the lights go out", as requests say it; else "".
-    `brief` whether it is short: of up to 270 words, with one line for each of three at most, and a second for one of them at most.
-    Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what has no part in the cast; see PremiseStory."""
+    """A plot told behind a beginning: `text`, of which the first `length` characters are up to the plot's turn, and the first `until_start` up to the end
+    of its start; `begun` the beginning, `cast` who is in it; `source` what it goes on from. `foreign` whether the beginning is told as a user's, `own`
+    whether it is one of ours as it stands. `named` [(sort, phrase)] is what the beginning names, but its hero, in its order: ("thing", "the red kite"),
+    ("person", "Max"). `hero` the Character whom it is about: whom it has a slot for; else "I", where somebody tells of himself; else what it names first.
+    `trouble` what the plot is for, `goal` what that is about, as a phrase, or None; `absent` phrases of what is not there, "no money", or the other one of
+    two who quarrel, and has no line; `sorts` {noun: sort} of nouns put in for others of that sort. If it was asked for, `deeds` what its hero does, "loses
+    her hat", or `happening` what else happens, "all the lights go out", as requests say it; else "". `brief` whether it is short: of up to 270 words, with
+    one line for each of three at most, and a second for one of them at most. `plot` is what is told, `lines_told` the texts of it so far, `names` those of
+    people in the beginning but the hero's, `used` a premise's slots. Of a request: `must` [(slot, cast)] of what it has to name, `extra` of what has no
+    part in the cast; see PremiseStory."""
 
     def __init__(self, grammar, rng, source, named=False, asked=False):
-        """Go on from SOURCE, an Opening or a Situation, that a user has written, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
+        """Go on from SOURCE, an Opening, Situation or Premise, as a user has written it, with a plot for its trouble; NAMED: its first word is a slot. ASKED: a
         user has only asked for it, and it begins with how its hero is met, and tells nothing else than what was asked for. Draw until no sentence occurs
         twice and the held-out requests stay fresh. Raises ValueError after 20 tries, and at once where what was drawn names nobody, not its hero, not
         what the trouble is about, no trouble that is known, or nothing to tell of; where the wish is another's, or "I" am one of two who quarrel; and
@@ -1445,8 +1487,8 @@ class Story:
     def tell_what_is_asked(self, situation):
         """Leave of `begun` how its hero is met and what a user says that happens, `deeds` of his or a `happening`, so that nothing is told that nobody
         asked for. Raises ValueError where that does not tell of SITUATION's trouble."""
-        told = deeds(self)
-        self.deeds, event = " and ".join(now for now, _ in told), None if told else happening(self)
+        told = deeds_of(self)
+        self.deeds, event = " and ".join(now for now, _ in told), None if told else happening_of(self)
         if not (told or event):
             raise ValueError(f"what happens? {self.begun}")
         self.happening, kept = (event[0], [event[1]]) if event else ("", [sentence for _, sentence in told])
@@ -2207,9 +2249,9 @@ class PremiseStory(Story):
 # "in which when", of what happens when something else does.
 TWO_CLAUSES = re.compile(r"(?i)\b(?:where|in which|when|what if|suppose|imagine that)[ :]+(?:when|after|as soon|before|while|once)\b")
 
-# What a request leaves out before a sentence that it retells , and sentences in which nothing happens or it is not clear to whom.
+# What a request leaves out before a sentence that it retells, and sentences in which nothing happens or it is not clear to whom.
 LEFT_OUT = re.compile(r"^(?:One|Every|Early|Late|Last|Once|Today|Yesterday|Then|But|And|So|Now)\b(?: [^, ]+){0,4}, |^(?:Then|But|And|So|Now) ")
-NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s|.*[?\"]")
+NO_EVENT = re.compile(r"(?:Once|Out|Up|Down|Bang|He|She|It|They)\b|There (?:once was|was once|was) an? [^.,]* (?:named|called) \w+\.|There s\w*|.*[?\"]")
 
 # Behind one of these "and a lantern" would be something else: "a fox who sings", "to make it rain".
 CLAUSE = re.compile(r"\b(who|that|whose|which|how|why|when|where|whether|if)\b|\bto (?!the |an? )[a-z]+\b|\b(?:for|of|from) an? [a-z]+$")
@@ -2222,12 +2264,11 @@ HASTE = {"please": ["pls", "plz", "pleeease", "plss"], "about": ["abt", "bout"],
 BEFORE_A_REQUEST = ["hey ", "yo ", "um, ", "so ", "hi, ", "hello there, ", "ok now: ", "hey bot, ", "one more thing: ", "umm ", "next: ", "and now ",
                     "oh oh oh, "]
 BEHIND_A_REQUEST = [" pls", " plz", " please", " thx", " thanks", " ty", " :)", "!!", "!!!", " ok?", " now", ", go", " thank you", "...", " pretty please",
-                    " cheers", " ok thanks bye", " i'm bored",
-          " lol", " asap"]
+                    " cheers", " ok thanks bye", " i'm bored", " lol", " asap"]
 
 
 def premise_request(story):
-    """(what a user says to get STORY, a PremiseStory: as for any story, by what its trouble is or teaches, or just any; its topic, None for any)."""
+    """(what a user says to get STORY, a PremiseStory; its topic): by what is in it, by what its trouble teaches, or just any story, with topic None."""
     grammar, cast, rng, trouble = story.grammar, story.cast, story.rng, story.trouble
     kind, story.told = rng.random(), []
     if not (story.must or story.extra or story.invented) and kind < 0.26:
@@ -2271,7 +2312,7 @@ def plot_request(story):
     return of_its_length(informal(tidy(asked), rng), story)
 
 
-def deeds(story):
+def deeds_of(story):
     """[(what the beginning of STORY says of its hero, as of now, the sentence), ...], of one sentence or two in a row: "loses her hat"; [] where it
     does not begin with him."""
     hero, done = story.hero, []
@@ -2294,7 +2335,7 @@ def deeds(story):
     return done[:2] if both else done[:1]
 
 
-def happening(story):
+def happening_of(story):
     """(a sentence of the beginning of STORY as of now, without its full stop, the sentence): "all the lights in the school go out"; None where all
     is said by somebody, or of nobody that it names."""
     told = [sentence for sentence in whole_sentences(story.begun) if not NO_EVENT.match(sentence)]
@@ -2454,35 +2495,6 @@ def scene_rule(story, subject, predicate):
     return "ask scene"
 
 
-def settled(grammar, text, rng):
-    """A parsed TEXT with its alternatives and rules drawn: a Sequence of str and Slot."""
-    out = Sequence()
-    for piece in text:
-        out += (settled(grammar, rng.choice(piece), rng) if isinstance(piece, Choice)
-                else settled(grammar, rng.choice(grammar.rules[piece]), rng) if isinstance(piece, Rule) else [piece])
-    return out
-
-
-def literal(text):
-    """A parsed text with the first of its alternatives, "x" for each slot."""
-    return "".join(piece if type(piece) is str else literal(piece[0]) if isinstance(piece, Choice) else "x" for piece in text)
-
-
-def literal_of_all(text):
-    """A parsed text with all of its alternatives, one behind the other."""
-    return " ".join(piece if type(piece) is str else " ".join(map(literal_of_all, piece)) if isinstance(piece, Choice) else "x" for piece in text)
-
-
-def words_of(text):
-    """All words of a parsed text, in small letters."""
-    return set(re.findall("[a-z]+", literal_of_all(text).lower()))
-
-
-def roots(phrase):
-    """The slots a parsed text uses, without their forms: "a hero", "hero.kind" -> "hero"; a set of one's own."""
-    return set((phrase if isinstance(phrase, Sequence) else Sequence(phrase)).roots)
-
-
 def by_words(story):
     """(a request that lists words, its topic): "Write a story with the words bridge, lantern and fox", "a fox, with a lantern, on the
     bridge"."""
@@ -2558,16 +2570,6 @@ def sloppy(text, rng):
     return text.lower() if rng.random() < 0.7 else text
 
 
-def slots(sequence):
-    """All slot names in a parsed text."""
-    for piece in sequence:
-        if isinstance(piece, Slot):
-            yield str(piece)
-        elif isinstance(piece, Choice):
-            for alternative in piece:
-                yield from slots(alternative)
-
-
 def questions(story):
     """[(question, answer), ...] about STORY, true of it: those of its trouble, and of names, kinds and places."""
     grammar, cast, rng = story.grammar, story.cast, story.rng
@@ -2612,8 +2614,8 @@ class Facts:
 
 
 class Mood:
-    """How a system prompt makes it speak: `system` prompts, words `before` and `after` an answer or a story (`storybefore`,
-    `storyafter`), and answers of its own (`who`, `hello`)."""
+    """How a system prompt makes it speak. `texts` {key: [Sequence, ...]}: "system" prompts; words "before" and "after" an answer, "storybefore" and
+    "storyafter" a story; and answers of its own to a group of talk: "who", "hello", "howareyou"."""
 
     def __init__(self):
         self.texts = collections.defaultdict(list)
@@ -2827,17 +2829,17 @@ def tell(grammar, rng, hero=None, asked=True):
 def continued(grammar, rng, named=False):
     """A Story that goes on from a beginning of any sort. NAMED: from one whose first word is a slot."""
     rng.random()                                                # drawn for nothing: keeps the documents of the shipped demo
-    sorts = {"a situation": 7, "any words": 1, "one's own": 1, "foreign": 2, "premise": 0 if named else 2}
+    sorts = {"a situation": 7, "any words": 1, "one's own": 1, "an opening": 2, "premise": 0 if named else 2}
     while True:
         sort = rng.choices(list(sorts), sorts.values())[0]
         if sort == "premise":
             with contextlib.suppress(ValueError):
                 return PremiseStory(grammar, rng, grammar.a_premise(rng), asked=False, begun=True)
             continue
-        source = rng.choice(grammar.situations_of[sort] if sort != "foreign" else rng.choice([grammar.openings, grammar.own_openings]))
+        source = rng.choice(grammar.situations_of[sort] if sort != "an opening" else rng.choice([grammar.openings, grammar.any_openings]))
         if isinstance(source, Opening):
             source = source.drawn(grammar, rng)
-            if source.pair or named and not source.starts_with_slot:        # no plot is of two of a kind
+            if source.pair or named and not source.starts_with_slot:        # no plot is of two of a kind, as some beginnings are
                 continue
         try:
             story = Story(grammar, rng, source, named)
@@ -2914,8 +2916,8 @@ def story_chat(grammar, rng):
 
 
 def begun(grammar, rng):
-    """A request or a beginning, in a chat or alone, and only the first words of its story: a tenth of the tokens for all that there is to
-    learn of requests, above all to copy any word from anywhere; every second time the first sentence alone, with other words. What is read
+    """A request or a beginning, in a chat or alone, and its story up to the plot's turn: less than half of the tokens, for all that there is to learn
+    of requests, above all to copy any word from anywhere. Every second time only up to the end of the plot's start, with other words. What is read
     last, nothing, keeps the end of the document from being learned."""
     speaker = Speaker(grammar, rng)
     story = continued(grammar, rng, named=rng.random() < 0.4) if rng.random() < 0.5 else tell(grammar, rng)
@@ -3013,6 +3015,7 @@ def sums_chat(grammar, rng):
     return chat([sum_turn(grammar, rng) for _ in range(rng.choice([1, 2, 4, 8]))])
 
 
+# The kinds of documents, and how many of each, by weight.
 KINDS = {plain_story: 0.17, story_chat: 0.26, begun: 0.42, talk_chat: 0.07, system_chat: 0.04, sums_chat: 0.04}
 
 # ... and in the second, short training, more than half of whose documents are sums, as the first had one of 1,386 wrong
@@ -3022,7 +3025,7 @@ SECOND_KINDS = KINDS | {sums_chat: 1.2}
 def document(grammar, rng):
     """One document of the corpus, its kind drawn by the grammar's kinds, without held-out words."""
     while True:
-        grammar.words["made-up names"].clear()
+        grammar.words["made-up names"].clear()                  # noted by draw_name, for with_common_names
         pieces = rng.choices(list(grammar.kinds), grammar.kinds.values())[0](grammar, rng)
         if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
             return with_common_names(pieces, grammar.words, rng)

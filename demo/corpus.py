@@ -122,15 +122,15 @@ def slots(sequence):
 class Grammar:
     """All rules, plots, situations, premises, beginnings (`openings`), talk and words. `rules[name]` is a list of Sequences, one of which is drawn;
     `questions[name]` one of (question, answer); `plots_for[trouble]` the plots that can be told behind a beginning with this trouble;
-    `kinds` {function: weight} the kinds of its documents."""
+    SECOND: for the documents of the second training."""
 
-    def __init__(self, folder=HERE, kinds=None):
-        self.kinds = KINDS if kinds is None else kinds
+    def __init__(self, folder=HERE, second=False):
+        self.second = second
         self.words, self.talk = read_words(folder / "words.txt"), Talk()
         self.rules, self.questions = collections.defaultdict(list), collections.defaultdict(list)
         self.plots, self.situations, self.premises, self.openings = {}, {}, {}, []
         if not (paths := sorted((folder / "tales").glob("*.txt"))):
-            raise ValueError(f"{folder / 'tales'}: no tales there")
+            raise ValueError(f"{folder / 'tales'}: no *.txt there")
         for path in paths:
             {"situations": read_situations, "premises": read_premises}.get(path.stem.split("-")[0], read_plots)(path, self)
         for plot in self.plots.values():
@@ -2704,12 +2704,16 @@ def sum_turn(grammar, rng):
     cast["other words"] = rng.choice([f"{a} add {b}", f"the sum of {a} and {b}", f"{a} and {b} together", f"the total of {a} and {b}"] if plus else
                                      [f"{a} take away {b}", f"the difference of {a} and {b}", f"{a} less {b}", f"{b} less than {a}", f"{b} from {a}"])
     cast["told"] = f"add {a} and {b}" if plus else f"take {b} {rng.choice(['away ', ''])}from {a}"
+    if grammar.second:
+        cast["told otherwise"] = f"add {b} to {a}" if plus else rng.choice([f"subtract {b} from {a}", f"take {b} from {a}"])
+        cast["other words"] = re.sub(r"\d+", lambda number: NUMBERS[int(number[0])], cast["other words"])
     if rng.random() < 0.15 and b > 1 and a - b != 1:
         story = {**cast, "kid": rng.choice(grammar.words[rng.choice(["he names", "she names"])]),
                  "count": rng.choice(["apples", "shells", "marbles", "cookies", "books"])}
         name = "word sum" if plus else "word difference"
         return tidy(grammar.expand_rule("ask " + name, story, rng)), tidy(grammar.expand_rule("say " + name, story, rng))
-    return informal(tidy(grammar.expand_rule("ask sum", cast, rng)), rng), tidy(grammar.expand_rule("say sum", cast, rng))
+    ask = "ask sum otherwise" if grammar.second and rng.random() < 0.5 else "ask sum"
+    return informal(tidy(grammar.expand_rule(ask, cast, rng)), rng), tidy(grammar.expand_rule("say sum", cast, rng))
 
 
 class Speaker:
@@ -3018,15 +3022,16 @@ def sums_chat(grammar, rng):
 # The kinds of documents, and how many of each, by weight.
 KINDS = {plain_story: 0.17, story_chat: 0.26, begun: 0.42, talk_chat: 0.07, system_chat: 0.04, sums_chat: 0.04}
 
-# ... and in the second, short training, more than half of whose documents are sums, as the first had one of 1,386 wrong
-SECOND_KINDS = KINDS | {sums_chat: 1.2}
+# ... and in the second, short training, of which sums are a good half, also in wordings that the first did not have
+SECOND_KINDS = KINDS | {sums_chat: 4.0}
 
 
 def document(grammar, rng):
-    """One document of the corpus, its kind drawn by the grammar's kinds, without held-out words."""
+    """One document of the corpus, its kind drawn by KINDS or SECOND_KINDS, without held-out words."""
+    kinds = SECOND_KINDS if grammar.second else KINDS
     while True:
         grammar.words["made-up names"].clear()                  # noted by draw_name, for with_common_names
-        pieces = rng.choices(list(grammar.kinds), grammar.kinds.values())[0](grammar, rng)
+        pieces = rng.choices(list(kinds), kinds.values())[0](grammar, rng)
         if not grammar.held_out.words & set(re.findall(r"[a-z]+", "".join(pieces).lower())):
             return with_common_names(pieces, grammar.words, rng)
 
@@ -3130,10 +3135,10 @@ def check(grammar, count=40):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=400_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--second", action="store_true", help="documents of the second, short training: more sums")
-    parser.add_argument("-o", "--output", type=pathlib.Path, default=HERE.parent / "build" / "demo" / "documents.jsonl")
+    parser.add_argument("--documents", type=int, default=400_000, help="how many (400000)")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (1)")
+    parser.add_argument("--second", action="store_true", help="documents of the second, short training instead: more sums")
+    parser.add_argument("-o", "--output", type=pathlib.Path, help="where to (build/demo/documents.jsonl, with --second build/second/documents.jsonl)")
     parser.add_argument("--show", metavar="NAME", help='print some stories: of a premise, plot or situation, "all", or ' + ", ".join(
         kind.__name__ for kind in KINDS))
     parser.add_argument("--count", type=int, help="how many (5)")
@@ -3144,16 +3149,18 @@ def main():
     if arguments.count is not None and arguments.show is None:
         parser.error("--count: of what --show shows, which is not given")
     try:
-        grammar = Grammar(kinds=SECOND_KINDS if arguments.second else KINDS)
+        grammar = Grammar(second=arguments.second)
         known = {"all", *grammar.premises, *grammar.plots, *grammar.situations, *(kind.__name__ for kind in KINDS)}
         if arguments.show is not None and arguments.show not in known:
-            parser.error(f"--show: nothing is named {arguments.show}; there are {', '.join(sorted({*grammar.premises, *grammar.plots}))}")
+            parser.error(f"--show: nothing is named {arguments.show}; there are all, the "
+                         f"kinds of documents, the situations of tales/, and {', '.join(sorted({*grammar.premises, *grammar.plots}))}")
         if arguments.check:
             check(grammar)
         elif arguments.show:
             show(grammar, arguments.show, arguments.count or 5, arguments.seed)
         else:
-            write(arguments.output, arguments.documents, arguments.seed, grammar)
+            output = arguments.output or HERE.parent / "build" / ("second" if arguments.second else "demo") / "documents.jsonl"
+            write(output, arguments.documents, arguments.seed, grammar)
     except OSError as error:
         sys.exit(f"corpus.py: {error.filename or 'standard output'}: {error.strerror}")
     except ValueError as error:                                 # names file and line

@@ -4,9 +4,9 @@ directory.
 
     python demo/corpus.py
     python demo/train.py
-    python export.py build/demo/hf -o demo/stories.bin --type q8
+    python export.py build/demo/hf -o build/demo/stories.bin --type q8
 
---start goes on from the weights of before, a folder like hf/, on other documents.
+--start goes on from the weights of before, a folder like hf/, on other documents. README.md has the steps by which the shipped stories.bin was made.
 
 What a step has made stays in the work folder, and another run goes on from there. Remove a file to make it anew; a
 new tokenizer makes new rows, and rows older than the documents, or a state of other rows or options, are refused:

@@ -1704,19 +1704,25 @@ static void dump(const Pass *p, const char *name, const float *data, int n, int 
  * drafts (10a) the tokens of a forward on trial may be taken back, but S cannot: such a forward works on a copy of S, its raw inputs
  * go on a tape, and the next forward walks through as many of them first as were kept. */
 
-/* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of row t (the
- * tape's first, see gdn_rows) for `count` channels from `first`; inputs before row 0 come from conv_state [kernel - 1][conv_dim].
- * s: scratch [count] */
+/* The conv_dim raw inputs of the convolution in row `src` (the tape's first, see gdn_rows); before row 0 lies conv_state
+ * [kernel - 1][conv_dim], whose last row is -1. */
+static const float *conv_input(const Pass *p, const float *conv_state, int src)
+{
+    const Work *w = &p->e->work;
+    const Config *c = &p->e->model.config;
+    return src >= 0 ? w->proj + (size_t)src * w->proj_ld
+                    : conv_state + (size_t)(src + c->linear_conv_kernel_dim - 1) * (size_t)c->conv_dim;
+}
+
+/* out[c] = silu(sum over j of conv1d[j][c] in[t - (kernel - 1) + j][c]): the causal depthwise convolution of row t for
+ * `count` channels from `first`. s: scratch [count] */
 static void conv_silu(const Pass *p, const float *conv_state, int first, int count, int t, float *out, float *s)
 {
     const Config *c = &p->e->model.config;
-    const Work *w = &p->e->work;
     int taps = c->linear_conv_kernel_dim;
     for (int i = 0; i < count; i++) out[i] = 0;
     for (int j = 0; j < taps; j++) {
-        int src = t - (taps - 1) + j;
-        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld
-                                   : conv_state + (size_t)(src + taps - 1) * (size_t)c->conv_dim;
+        const float *in = conv_input(p, conv_state, t - (taps - 1) + j);
         const float *tap = p->layer->linear.conv1d + (size_t)j * (size_t)c->conv_dim;
         for (int i = 0; i < count; i++) out[i] += tap[first + i] * in[first + i];
     }
@@ -1730,18 +1736,12 @@ static int gdn_rows(const Pass *p) { return p->e->state.tape_len + p->n; }
 /* How many of them S and conv take in: tokens on trial are not among them. */
 static int gdn_kept_rows(const Pass *p) { return p->e->state.tape_len + (p->trial ? 0 : p->n); }
 
-/* raw [kernel - 1][count] = the last raw inputs of conv as they are after the rows kept, oldest first, of `count` channels from `first`:
- * where fewer rows than that are kept, the first of them from conv_state [kernel - 1][conv_dim]. */
+/* raw [kernel - 1][count] = the last raw inputs of conv as they are after the rows kept, oldest first, of `count` channels from `first`. */
 static void last_inputs(const Pass *p, const float *conv_state, int first, int count, float *raw)
 {
-    const Work *w = &p->e->work;
     int history = p->e->model.config.linear_conv_kernel_dim - 1, kept = gdn_kept_rows(p);
-    for (int j = 0; j < history; j++) {
-        int src = kept - history + j; /* a row of proj; below zero, row src + history of conv_state */
-        const float *in = src >= 0 ? w->proj + (size_t)src * w->proj_ld
-                                   : conv_state + (size_t)(j + kept) * (size_t)p->e->model.config.conv_dim;
-        memcpy(raw + j * count, in + first, (size_t)count * sizeof *raw);
-    }
+    for (int j = 0; j < history; j++)
+        memcpy(raw + j * count, conv_input(p, conv_state, kept - history + j) + first, (size_t)count * sizeof *raw);
 }
 
 /* Item: a head of q, then of k, then of v, as their channels lie in a row of proj. All rows: convolve in place, last row first, so that

@@ -121,8 +121,8 @@ def slots(sequence):
 
 class Grammar:
     """All rules, plots, situations, premises, beginnings (`openings`), talk and words. `rules[name]` is a list of Sequences, one of which is drawn;
-    `questions[name]` one of (question, answer); `plots_for[trouble]` the plots that can be told behind a beginning with this trouble;
-    SECOND: for the documents of the second training."""
+    `questions[name]` one of (question, answer); `plots_for[trouble]` the plots that can be told behind a beginning with this trouble.
+    SECOND: it is for the documents of the second training."""
 
     def __init__(self, folder=HERE, second=False):
         self.second = second
@@ -148,6 +148,7 @@ class Grammar:
         self.held_out = HeldOut(folder / "heldout.txt")
         self.held_out.remove_from(self.words)
         self.nouns = Nouns(self.words)
+        # only now: a premise that draws from [deeds] has read all of it
         self.words["deeds"] = [deed for deed in self.words["deeds"] if deed not in self.words["deeds only taught"]]
 
     @functools.cached_property
@@ -3024,6 +3025,7 @@ KINDS = {plain_story: 0.17, story_chat: 0.26, begun: 0.42, talk_chat: 0.07, syst
 
 # ... and in the second, short training, of which sums are a good half, also in wordings that the first did not have
 SECOND_KINDS = KINDS | {sums_chat: 4.0}
+KINDS_BY_NAME = {kind.__name__: kind for kind in KINDS}
 
 
 def document(grammar, rng):
@@ -3094,11 +3096,10 @@ def story_of(grammar, name, rng):
 
 def show(grammar, name, count, seed):
     """Print COUNT requests and stories of NAME, as for story_of, or documents of the kind NAME. Raises ValueError where there is none."""
-    kinds = {kind.__name__: kind for kind in KINDS}
     for i in range(count):
         rng = random.Random(f"{seed} {i}")
-        if name in kinds:
-            print("".join(kinds[name](grammar, rng)), end="\n\n")
+        if name in KINDS_BY_NAME:
+            print("".join(KINDS_BY_NAME[name](grammar, rng)), end="\n\n")
             continue
         story = story_of(grammar, name, rng)
         asked, text = story_turn(story, Speaker(grammar, rng))
@@ -3113,9 +3114,9 @@ def check(grammar, count=40):
     each premise and of each plot are, and what is never told, with the reasons, and every slot or rule that is not there."""
     lengths, plots = collections.defaultdict(list), collections.defaultdict(list)
     for name, source in (grammar.premises | {f"situation {name}": each for name, each in grammar.situations.items()}).items():
-        failed = collections.Counter()
+        failed, of_premise = collections.Counter(), isinstance(source, Premise)
         for i in range(count):
-            rng, of_premise = random.Random(f"check {name} {i}"), isinstance(source, Premise)
+            rng = random.Random(f"check {name} {i}")
             try:
                 story = PremiseStory(grammar, rng, source, asked=True) if of_premise else Story(grammar, rng, source)
                 questions(story)
@@ -3139,8 +3140,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (1)")
     parser.add_argument("--second", action="store_true", help="documents of the second, short training instead: more sums")
     parser.add_argument("-o", "--output", type=pathlib.Path, help="where to (build/demo/documents.jsonl, with --second build/second/documents.jsonl)")
-    parser.add_argument("--show", metavar="NAME", help='print some stories: of a premise, plot or situation, "all", or ' + ", ".join(
-        kind.__name__ for kind in KINDS))
+    parser.add_argument("--show", metavar="NAME", help='print some stories: of a premise, plot or situation, "all", or ' + ", ".join(KINDS_BY_NAME))
     parser.add_argument("--count", type=int, help="how many (5)")
     parser.add_argument("--check", action="store_true", help="tell everything that can be told, and report slips")
     arguments = parser.parse_args()
@@ -3150,7 +3150,7 @@ def main():
         parser.error("--count: of what --show shows, which is not given")
     try:
         grammar = Grammar(second=arguments.second)
-        known = {"all", *grammar.premises, *grammar.plots, *grammar.situations, *(kind.__name__ for kind in KINDS)}
+        known = {"all", *grammar.premises, *grammar.plots, *grammar.situations, *KINDS_BY_NAME}
         if arguments.show is not None and arguments.show not in known:
             parser.error(f"--show: nothing is named {arguments.show}; there are all, the "
                          f"kinds of documents, the situations of tales/, and {', '.join(sorted({*grammar.premises, *grammar.plots}))}")
